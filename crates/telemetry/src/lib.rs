@@ -1,0 +1,23 @@
+//! Metrics, logs, health checks and the HTTP endpoint that serves them, for every Warren process.
+//!
+//! [`table`] defines every metric once: name, type, unit, labels, buckets, help. [`Meters`] hands out OpenTelemetry
+//! instruments for them; a [`Source`] contributes what the SDK cannot carry, above all the histograms that the kernel
+//! has aggregated. [`endpoint`] serves both as one exposition, beside the health checks.
+//!
+//! Nothing here decides what is worth measuring: that is the components' part.
+
+pub mod endpoint;
+pub mod exposition;
+mod family;
+mod health;
+pub mod logs;
+mod meters;
+mod process;
+mod series;
+pub mod table;
+
+pub use family::{Family, Point, Value};
+pub use health::{Checks, Outcome};
+pub use meters::{GaugeObserver, Meters};
+pub use process::ProcessSource;
+pub use series::{Exponential, Measurement, Series, Source};

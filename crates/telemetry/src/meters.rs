@@ -1,0 +1,167 @@
+use std::{
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, Mutex},
+};
+
+use opentelemetry::{
+    KeyValue,
+    metrics::{AsyncInstrument, Counter, Histogram, Meter, MeterProvider as _},
+};
+use opentelemetry_sdk::{Resource, metrics::SdkMeterProvider};
+use prometheus::Registry;
+
+use crate::{
+    family::{Family, assemble},
+    series::Source,
+    table::{self, Emitter, Kind, Metric},
+};
+
+/// A process's metrics: OpenTelemetry instruments by the name in the [`table`], and [`Source`]s.
+///
+/// Cheap to clone. There is one in a process that serves one endpoint; an all-in-one process has two.
+#[derive(Clone)]
+pub struct Meters {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    emitters: &'static [Emitter],
+    registry: Registry,
+    meter: Meter,
+    sources: Mutex<Vec<Arc<dyn Source>>>,
+    // Dropping the last handle of the provider would empty the registry.
+    _provider: SdkMeterProvider,
+}
+
+impl fmt::Debug for Meters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Meters").field("emitters", &self.inner.emitters).finish_non_exhaustive()
+    }
+}
+
+impl Meters {
+    /// Metrics of a process that emits those of `emitters`; `service` and `instance` are its OpenTelemetry resource.
+    ///
+    /// # Panics
+    ///
+    /// Never: the exporter's options are constants.
+    #[must_use]
+    pub fn new(service: &'static str, instance: &str, emitters: &'static [Emitter]) -> Self {
+        let registry = Registry::new();
+        let exporter = opentelemetry_prometheus::exporter()
+            .with_registry(registry.clone())
+            // The table's names are complete: nothing is to be appended to them.
+            .without_units()
+            .without_counter_suffixes()
+            .without_target_info()
+            .scope_info_enabled(false)
+            .build()
+            .expect("constant options are valid");
+        let resource = Resource::builder_empty()
+            .with_service_name(service)
+            .with_attribute(KeyValue::new("service.instance.id", instance.to_owned()))
+            .build();
+        let provider = SdkMeterProvider::builder().with_resource(resource).with_reader(exporter).build();
+        // One meter: the same instrument under two would be two series of one name.
+        let meter = provider.meter("warren");
+        Self {
+            inner: Arc::new(Inner { emitters, registry, meter, sources: Mutex::default(), _provider: provider }),
+        }
+    }
+
+    fn definition(name: &str, kind: Kind) -> &'static Metric {
+        match table::find(name) {
+            Some(metric) if metric.kind == kind => metric,
+            _ => panic!("the table of metrics has no {kind} {name}"),
+        }
+    }
+
+    /// The counter of this name.
+    ///
+    /// # Panics
+    ///
+    /// If the table has no such counter, a mistake that any run of the code shows.
+    #[must_use]
+    pub fn counter(&self, name: &'static str) -> Counter<u64> {
+        let metric = Self::definition(name, Kind::Counter);
+        self.inner.meter.u64_counter(name).with_description(metric.help).with_unit(metric.unit).build()
+    }
+
+    /// The histogram of this name, with the table's buckets.
+    ///
+    /// # Panics
+    ///
+    /// If the table has no such histogram, a mistake that any run of the code shows.
+    #[must_use]
+    pub fn histogram(&self, name: &'static str) -> Histogram<f64> {
+        let metric = Self::definition(name, Kind::Histogram);
+        self.inner
+            .meter
+            .f64_histogram(name)
+            .with_description(metric.help)
+            .with_unit(metric.unit)
+            .with_boundaries(metric.buckets.to_vec())
+            .build()
+    }
+
+    /// Has `observe` report the gauge of this name at every scrape; what it no longer reports is gone. It must not create
+    /// instruments.
+    ///
+    /// # Panics
+    ///
+    /// If the table has no such gauge, a mistake that any run of the code shows.
+    pub fn gauge(&self, name: &'static str, observe: impl Fn(&GaugeObserver<'_>) + Send + Sync + 'static) {
+        let metric = Self::definition(name, Kind::Gauge);
+        self.inner
+            .meter
+            .f64_observable_gauge(name)
+            .with_description(metric.help)
+            .with_unit(metric.unit)
+            .with_callback(move |instrument| {
+                // A panic here would poison the SDK's locks and leave the endpoint empty for good.
+                let observed = catch_unwind(AssertUnwindSafe(|| observe(&GaugeObserver(instrument))));
+                if observed.is_err() {
+                    tracing::error!(metric = name, "reading a gauge panicked");
+                }
+            })
+            .build();
+    }
+
+    /// Adds a source of series.
+    ///
+    /// # Panics
+    ///
+    /// If another thread panicked while adding one.
+    pub fn add_source(&self, source: Arc<dyn Source>) {
+        self.inner.sources.lock().expect("adding a source does not panic").push(source);
+    }
+
+    /// Everything there is to export, now.
+    ///
+    /// # Panics
+    ///
+    /// If a thread panicked while adding a source.
+    #[must_use]
+    pub fn families(&self) -> Vec<Family> {
+        let sources = self.inner.sources.lock().expect("adding a source does not panic").clone();
+        let contributed = sources.iter().flat_map(|source| source.collect()).collect();
+        assemble(self.inner.registry.gather(), contributed, |metric| self.inner.emitters.contains(&metric.emitter))
+    }
+}
+
+/// Reports a gauge's values in [`Meters::gauge`].
+pub struct GaugeObserver<'a>(&'a dyn AsyncInstrument<f64>);
+
+impl fmt::Debug for GaugeObserver<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("GaugeObserver").finish()
+    }
+}
+
+impl GaugeObserver<'_> {
+    /// Reports one value.
+    pub fn observe(&self, value: f64, labels: &[KeyValue]) {
+        self.0.observe(value, labels);
+    }
+}

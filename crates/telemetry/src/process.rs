@@ -1,0 +1,78 @@
+use std::fs;
+
+use crate::series::{Measurement, Series, Source};
+
+/// The conventional `process_*` metrics of this process, from `/proc/self`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ProcessSource;
+
+impl Source for ProcessSource {
+    fn collect(&self) -> Vec<Series> {
+        let mut series = Vec::new();
+        let mut gauge = |name, value: f64| series.push(Series::new(name, &[], Measurement::Gauge(value)));
+        if let Ok(entries) = fs::read_dir("/proc/self/fd") {
+            // The listing's own descriptor is one of them.
+            gauge("process_open_fds", entries.count().saturating_sub(1) as f64);
+        }
+        if let Some(limit) = rustix::process::getrlimit(rustix::process::Resource::Nofile).current {
+            gauge("process_max_fds", limit as f64);
+        }
+        let ticks = rustix::param::clock_ticks_per_second() as f64;
+        if let Some(stat) = Stat::read() {
+            gauge("process_threads", stat.threads);
+            gauge("process_virtual_memory_bytes", stat.virtual_bytes);
+            gauge("process_resident_memory_bytes", stat.resident_pages * rustix::param::page_size() as f64);
+            if let Some(boot) = boot_time() {
+                gauge("process_start_time_seconds", boot + stat.start_ticks / ticks);
+            }
+            let cpu = Measurement::Counter(stat.cpu_ticks / ticks);
+            series.push(Series::new("process_cpu_seconds_total", &[], cpu));
+        }
+        series
+    }
+}
+
+/// The fields of `/proc/self/stat` that are exported (proc(5)).
+struct Stat {
+    cpu_ticks: f64,
+    threads: f64,
+    start_ticks: f64,
+    virtual_bytes: f64,
+    resident_pages: f64,
+}
+
+impl Stat {
+    fn read() -> Option<Self> {
+        let stat = fs::read_to_string("/proc/self/stat").ok()?;
+        // The second field, the name, may hold spaces; the third is the first after its closing parenthesis.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let field = |number: usize| fields.get(number - 3)?.parse::<f64>().ok();
+        Some(Self {
+            cpu_ticks: field(14)? + field(15)?,
+            threads: field(20)?,
+            start_ticks: field(22)?,
+            virtual_bytes: field(23)?,
+            resident_pages: field(24)?,
+        })
+    }
+}
+
+/// When the machine booted, in seconds since the Unix epoch.
+fn boot_time() -> Option<f64> {
+    let stat = fs::read_to_string("/proc/stat").ok()?;
+    stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_uses_memory_and_files() {
+        let series = ProcessSource.collect();
+        for name in ["process_resident_memory_bytes", "process_open_fds", "process_threads", "process_start_time_seconds"] {
+            let value = series.iter().find(|s| s.metric == name).map(|s| s.value.clone());
+            assert!(matches!(value, Some(Measurement::Gauge(value)) if value > 0.0), "{name}: {value:?}");
+        }
+    }
+}

@@ -1,0 +1,29 @@
+//! Generates the messages, their canonical JSON form, and the gRPC clients and servers.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+const FILES: [&str; 7] = [
+    "warren/v1/cluster.proto",
+    "warren/v1/container.proto",
+    "warren/v1/node.proto",
+    "warren/v1/service.proto",
+    "warren/v1/session.proto",
+    "warren/v1/telemetry.proto",
+    "warren/v1/raft.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=warren");
+    let descriptors = PathBuf::from(env::var("OUT_DIR")?).join("descriptors.bin");
+    tonic_prost_build::configure()
+        .file_descriptor_set_path(&descriptors)
+        .compile_well_known_types(true)
+        .extern_path(".google.protobuf", "::pbjson_types")
+        .btree_map(".")
+        .compile_protos(&FILES, &["."])?;
+    pbjson_build::Builder::new()
+        .register_descriptors(&fs::read(descriptors)?)?
+        .btree_map(["."])
+        .build(&[".warren.v1"])?;
+    Ok(())
+}
