@@ -1,1 +1,10 @@
-//! Being written.
+//! Warren's node agent.
+//!
+//! It times containers and DNS in the kernel ([`probes`]), runs what a manager assigns to its node, and streams status and
+//! telemetry back. [`observe`] is the probes alone, beside any container engine.
+
+pub mod cli;
+pub mod node;
+pub mod observe;
+pub mod probes;
+pub mod runtime;

@@ -1,0 +1,166 @@
+//! The probes alone: timing every container and every DNS query of a host that something else runs.
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::mpsc;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use warren_telemetry::{Checks, Meters, ProcessSource, Series, Source, endpoint, table::Emitter};
+
+use crate::{
+    node,
+    probes::{self, DnsEvent, Groups, LifecycleEvent, Maps, Phase, ProbeSource, Sweep, drain_dns, drain_lifecycle},
+    runtime,
+};
+
+/// How to observe.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where to serve `/metrics` and the health checks.
+    pub metrics_addr: SocketAddr,
+    /// The node's name in metrics.
+    pub hostname: String,
+    /// The probes'.
+    pub probes: probes::Options,
+    /// Asked for the labels that name a container's service; need not be there.
+    pub containerd_socket: PathBuf,
+    /// How long a DNS query may wait before it counts as unanswered.
+    pub dns_timeout: Duration,
+}
+
+/// Adds the `node` label to what a source contributes.
+#[derive(Debug)]
+pub(crate) struct Labelled<S> {
+    pub(crate) hostname: String,
+    pub(crate) source: S,
+}
+
+impl<S: Source> Source for Labelled<S> {
+    fn collect(&self) -> Vec<Series> {
+        self.source.collect().into_iter().map(|series| series.with_label("node", &self.hostname)).collect()
+    }
+}
+
+/// Observes until `shutdown` is cancelled. The probes stay in the kernel and go on counting.
+///
+/// # Errors
+///
+/// When the probes cannot be loaded or the address not be bound.
+pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let listener = endpoint::bind(options.metrics_addr).await?;
+    let probe_options = options.probes.clone();
+    let maps = Arc::new(tokio::task::spawn_blocking(move || Maps::open(&probe_options)).await??);
+    let groups = Arc::new(Mutex::new(Groups::load(&maps)));
+
+    let meters = Meters::new("warren-agent", &options.hostname, &[Emitter::Agent, Emitter::Both]);
+    meters.add_source(Arc::new(ProcessSource));
+    node::export_build_info(&meters);
+    let source = ProbeSource::new(Arc::clone(&maps), Arc::clone(&groups));
+    meters.add_source(Arc::new(Labelled { hostname: options.hostname.clone(), source }));
+
+    let (lifecycle_sender, lifecycle) = mpsc::unbounded_channel();
+    let (dns_sender, dns) = mpsc::unbounded_channel();
+    let (lifecycle_ring, dns_ring) = maps.rings()?;
+    let tasks = TaskTracker::new();
+    tasks.spawn(drain_lifecycle(lifecycle_ring, lifecycle_sender));
+    tasks.spawn(drain_dns(dns_ring, dns_sender));
+    tasks.spawn(sweep(Arc::clone(&maps), options.dns_timeout, shutdown.clone()));
+    let namer = Namer { maps, groups, containerd: options.containerd_socket };
+    tasks.spawn(report(namer, lifecycle, dns, shutdown.clone()));
+
+    let mut ready = Checks::default();
+    ready.add("probes", || Ok(()));
+    tracing::info!(address = %listener.local_addr()?, "observing");
+    let endpoint = endpoint::Endpoint { meters, health: Checks::default(), ready };
+    endpoint.serve(listener, shutdown.clone().cancelled_owned()).await?;
+    shutdown.cancel();
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}
+
+/// Counts unanswered DNS queries, once a second.
+pub(crate) async fn sweep(maps: Arc<Maps>, timeout: Duration, shutdown: CancellationToken) {
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
+        let maps = Arc::clone(&maps);
+        let swept = tokio::task::spawn_blocking(move || {
+            Sweep { timeout }.run(&maps, probes::monotonic_now())
+        });
+        if let Ok(Err(error)) = swept.await {
+            tracing::warn!(error = probes::describe(&error), "unanswered DNS queries could not be counted");
+        }
+    }
+}
+
+/// Finds out which service a container belongs to.
+struct Namer {
+    maps: Arc<Maps>,
+    groups: Arc<Mutex<Groups>>,
+    containerd: PathBuf,
+}
+
+impl Namer {
+    async fn name(&self, event: &LifecycleEvent) {
+        if event.cgroup == 0 {
+            return;
+        }
+        let Some(service) = runtime::service_of(&self.containerd, &event.id).await else { return };
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        let named = groups
+            .number(&self.maps, &service)
+            .and_then(|number| self.maps.set_group(event.cgroup, number));
+        if let Err(error) = named {
+            tracing::warn!(container = event.id, error = probes::describe(&error), "DNS queries stay unassigned");
+        }
+    }
+}
+
+async fn report(
+    namer: Namer,
+    mut lifecycle: mpsc::UnboundedReceiver<LifecycleEvent>,
+    mut dns: mpsc::UnboundedReceiver<DnsEvent>,
+    shutdown: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            Some(event) = lifecycle.recv() => {
+                log_lifecycle(&event);
+                if event.phase == Phase::Created {
+                    namer.name(&event).await;
+                }
+            }
+            Some(event) = dns.recv() => log_dns(&event),
+            else => return,
+        }
+    }
+}
+
+/// One line an event.
+pub(crate) fn log_lifecycle(event: &LifecycleEvent) {
+    tracing::info!(
+        container = event.id,
+        phase = ?event.phase,
+        took_ms = event.duration_ns as f64 / 1e6,
+        exit_code = event.exit_code(),
+        flags = event.container.flags,
+        "container"
+    );
+}
+
+/// One line an event.
+pub(crate) fn log_dns(event: &DnsEvent) {
+    tracing::info!(
+        name = event.name,
+        qtype = event.qtype,
+        rcode = event.rcode,
+        took_ms = event.duration_ns as f64 / 1e6,
+        retransmits = event.retransmits,
+        "slow or failed DNS query"
+    );
+}

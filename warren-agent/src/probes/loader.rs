@@ -1,0 +1,295 @@
+//! Bringing the programs into the kernel, once, and finding them again.
+
+use std::{
+    fs,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    io::ErrorKind,
+    os::fd::OwnedFd,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    maps::Array,
+    programs::{BtfTracePoint, CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, ProgramError, links::FdLink},
+};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use warren_agent_ebpf::abi::{self, Config, Meta, RUNTIMES};
+
+use super::{Error, OBJECT, maps::{self, Maps}, offsets::Kernel};
+
+/// How the probes work.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where maps, programs and attachments are pinned: a directory on bpffs, mounted if need be.
+    pub pin_dir: PathBuf,
+    /// The cgroup whose sockets' DNS queries are timed, under the v2 mount; `/` is all of the host.
+    pub dns_cgroup: PathBuf,
+    /// Count only containers that were registered beforehand, not everything that a known runtime makes.
+    pub registered_only: bool,
+    /// DNS answers slower than this are reported one by one. Zero reports none.
+    pub dns_slow: Duration,
+    /// Ports taken for DNS; at most four.
+    pub dns_ports: Vec<u16>,
+}
+
+/// What a program is attached to.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Hook {
+    Tracepoint(&'static str),
+    Skb(CgroupSkbAttachType),
+}
+
+/// The programs by name, with the probe each belongs to and what it is attached to.
+#[derive(Clone, Copy, Debug)]
+pub struct Program {
+    /// The function's name in the object, and the pin's.
+    pub name: &'static str,
+    /// `lifecycle` or `dns`.
+    pub probe: &'static str,
+    pub(super) hook: Hook,
+}
+
+const fn tracepoint(name: &'static str, tracepoint: &'static str) -> Program {
+    Program { name, probe: "lifecycle", hook: Hook::Tracepoint(tracepoint) }
+}
+
+/// All programs.
+pub const PROGRAMS: [Program; 10] = [
+    tracepoint("on_exec", "sched_process_exec"),
+    tracepoint("on_exit", "sched_process_exit"),
+    tracepoint("on_signal", "signal_generate"),
+    tracepoint("on_oom", "mark_victim"),
+    tracepoint("on_cgroup_mkdir", "cgroup_mkdir"),
+    tracepoint("on_cgroup_attach", "cgroup_attach_task"),
+    tracepoint("on_cgroup_populated", "cgroup_notify_populated"),
+    tracepoint("on_cgroup_rmdir", "cgroup_rmdir"),
+    Program { name: "dns_egress", probe: "dns", hook: Hook::Skb(CgroupSkbAttachType::Egress) },
+    Program { name: "dns_ingress", probe: "dns", hook: Hook::Skb(CgroupSkbAttachType::Ingress) },
+];
+
+
+/// Opens the probes that an earlier agent left in the kernel, or brings them there.
+///
+/// # Errors
+///
+/// See [`Error`]; nothing stays attached after one.
+pub(super) fn open(options: &Options) -> Result<Maps, Error> {
+    if OBJECT.is_empty() {
+        return Err(Error::NotBuilt);
+    }
+    mount_bpffs(&options.pin_dir)?;
+    let directory = options.pin_dir.join(format!("{:016x}", abi::HASH));
+    create_dir(&directory)?;
+    let lock = lock(&options.pin_dir)?;
+
+    let kernel = Kernel::running()?;
+    let cgroup = cgroup_directory(options)?;
+    let config = config(options, &kernel);
+    let programs = fingerprint(&config, &cgroup);
+    if !is_current(&directory, programs) {
+        install(&directory, &kernel, &config, &cgroup, programs).inspect_err(|_| detach(&directory))?;
+    }
+    remove_other_layouts(&options.pin_dir, &directory);
+    Maps::from_pins(&directory, lock)
+}
+
+/// Detaches the probes and forgets what they counted.
+///
+/// # Errors
+///
+/// When the pins cannot be removed.
+pub(super) fn remove(pin_dir: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(pin_dir) {
+        Err(source) if source.kind() != ErrorKind::NotFound => {
+            Err(Error::Io { action: "removing", path: pin_dir.into(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn link_pin(directory: &Path, program: &str) -> PathBuf {
+    directory.join(format!("link_{program}"))
+}
+
+pub(super) fn program_pin(directory: &Path, program: &str) -> PathBuf {
+    directory.join(format!("program_{program}"))
+}
+
+/// Mounts bpffs where the pins are to be, unless it is.
+fn mount_bpffs(pin_dir: &Path) -> Result<(), Error> {
+    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+    let existing = pin_dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let stat = rustix::fs::statfs(existing)
+        .map_err(|error| Error::Io { action: "looking at", path: existing.into(), source: error.into() })?;
+    if stat.f_type == BPF_FS_MAGIC {
+        return Ok(());
+    }
+    let mount_point = Path::new("/sys/fs/bpf");
+    rustix::mount::mount("bpf", mount_point, "bpf", rustix::mount::MountFlags::empty(), None)
+        .map_err(|error| Error::Io { action: "mounting bpffs on", path: mount_point.into(), source: error.into() })
+}
+
+fn create_dir(path: &Path) -> Result<(), Error> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|source| Error::Io { action: "creating", path: path.into(), source })
+}
+
+fn lock(pin_dir: &Path) -> Result<OwnedFd, Error> {
+    let failed = |source: rustix::io::Errno| Error::Io { action: "locking", path: pin_dir.into(), source: source.into() };
+    let fd = rustix::fs::open(pin_dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(failed)?;
+    match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(fd),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::InUse(pin_dir.into())),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Where the v2 hierarchy is mounted: at the top, or beside v1 ones.
+pub(crate) fn cgroup2_mount() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let mut fields = mounts.lines().map(|line| line.split(' '));
+    fields.find_map(|mut line| {
+        let (target, kind) = (line.nth(1)?, line.next()?);
+        (kind == "cgroup2").then(|| PathBuf::from(target))
+    })
+}
+
+/// The directory of the cgroup to attach to, made if need be: containers' parent may not exist yet.
+fn cgroup_directory(options: &Options) -> Result<PathBuf, Error> {
+    let mount = cgroup2_mount().ok_or(Error::NoCgroup2)?;
+    let relative = options.dns_cgroup.strip_prefix("/").unwrap_or(&options.dns_cgroup);
+    let directory = mount.join(relative);
+    fs::create_dir_all(&directory)
+        .map_err(|source| Error::Io { action: "creating", path: directory.clone(), source })?;
+    Ok(directory)
+}
+
+fn config(options: &Options, kernel: &Kernel) -> Config {
+    let mut dns_ports = [0; 4];
+    for (slot, port) in dns_ports.iter_mut().zip(&options.dns_ports) {
+        *slot = port.to_be();
+    }
+    Config {
+        dns_slow_ns: u64::try_from(options.dns_slow.as_nanos()).unwrap_or(u64::MAX),
+        dns_ports,
+        registered_only: options.registered_only.into(),
+        oom_argument_is_pid: kernel.oom_argument_is_pid.into(),
+    }
+}
+
+/// Tells whether the programs in the kernel are those this agent would load. Within one build the hash is stable, and
+/// another build is reason enough to load anew.
+fn fingerprint(config: &Config, cgroup: &Path) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    OBJECT.hash(&mut hasher);
+    format!("{config:?}").hash(&mut hasher);
+    // A cgroup that was removed and made again has another inode; what was attached to the old one is gone.
+    let inode = fs::metadata(cgroup).map(|metadata| std::os::unix::fs::MetadataExt::ino(&metadata)).unwrap_or(0);
+    (cgroup, inode).hash(&mut hasher);
+    hasher.finish().max(1)
+}
+
+fn is_current(directory: &Path, programs: u64) -> bool {
+    let pinned = PROGRAMS.iter().all(|program| link_pin(directory, program.name).exists());
+    pinned && maps::read_meta(directory).is_ok_and(|meta| meta.programs == programs)
+}
+
+/// Detaches what is attached by removing the pins that hold it; the maps stay.
+fn detach(directory: &Path) {
+    for program in PROGRAMS {
+        for pin in [link_pin(directory, program.name), program_pin(directory, program.name)] {
+            // A pin that is not there is what is wanted; one that cannot be removed fails the next step, with a name.
+            let _ = fs::remove_file(pin);
+        }
+    }
+}
+
+fn install(directory: &Path, kernel: &Kernel, config: &Config, cgroup: &Path, programs: u64) -> Result<(), Error> {
+    detach(directory);
+    let epoch = maps::read_meta(directory).map(|meta| meta.epoch).ok().filter(|epoch| *epoch != 0);
+
+    let pins: Vec<PathBuf> = maps::NAMES.iter().map(|name| directory.join(name)).collect();
+    let mut loader = EbpfLoader::new();
+    loader.override_global("OFFSETS", &kernel.offsets, true);
+    loader.override_global("CONFIG", config, true);
+    for (name, pin) in maps::NAMES.iter().zip(&pins) {
+        loader.map_pin_path(name, pin.as_path());
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(Box::new)?;
+    name_runtimes(&mut ebpf)?;
+
+    let btf = Btf::from_sys_fs().map_err(|error| Error::Btf(error.to_string()))?;
+    for program in PROGRAMS {
+        let link = attach(&mut ebpf, program, &btf, cgroup, directory)?;
+        let pin = link_pin(directory, program.name);
+        // The pin keeps the program attached; the handle is not needed.
+        link.pin(&pin).map_err(|error| Error::Pin { path: pin, source: error.into() })?;
+    }
+    maps::write_meta(directory, Meta { epoch: epoch.unwrap_or_else(|| rand::random::<u64>().max(1)), programs })
+}
+
+fn name_runtimes(ebpf: &mut Ebpf) -> Result<(), Error> {
+    let failed = |source| Error::Map { map: "RUNTIMES", source };
+    let map = ebpf.map_mut("RUNTIMES").ok_or(Error::Btf("the object has no map RUNTIMES".to_owned()))?;
+    let mut runtimes: Array<_, u64> = map.try_into().map_err(failed)?;
+    for (index, name) in (0..).zip(RUNTIMES) {
+        let mut bytes = [0; 8];
+        bytes[..name.len()].copy_from_slice(name.as_bytes());
+        runtimes.set(index, u64::from_ne_bytes(bytes), 0).map_err(failed)?;
+    }
+    Ok(())
+}
+
+fn attach(ebpf: &mut Ebpf, program: Program, btf: &Btf, cgroup: &Path, pins: &Path) -> Result<FdLink, Error> {
+    let failed = |source: ProgramError| Error::Program { program: program.name, source: Box::new(source) };
+    let pin = program_pin(pins, program.name);
+    let pinning = |error: aya::pin::PinError| Error::Pin { path: pin.clone(), source: error.into() };
+    let found = ebpf
+        .program_mut(program.name)
+        .ok_or_else(|| Error::Btf(format!("the object has no program {}", program.name)))?;
+    match program.hook {
+        Hook::Tracepoint(tracepoint) => {
+            let loaded: &mut BtfTracePoint = found.try_into().map_err(failed)?;
+            loaded.load(tracepoint, btf).map_err(failed)?;
+            loaded.pin(&pin).map_err(pinning)?;
+            let id = loaded.attach().map_err(failed)?;
+            Ok(loaded.take_link(id).map_err(failed)?.into())
+        }
+        Hook::Skb(direction) => {
+            let loaded: &mut CgroupSkb = found.try_into().map_err(failed)?;
+            loaded.load().map_err(failed)?;
+            loaded.pin(&pin).map_err(pinning)?;
+            let directory = fs::File::open(cgroup)
+                .map_err(|source| Error::Io { action: "opening", path: cgroup.into(), source })?;
+            // `Single` through a BPF link is what the kernel calls multi: others may attach beside it.
+            let id = loaded.attach(directory, direction, CgroupAttachMode::Single).map_err(failed)?;
+            let link = loaded.take_link(id).map_err(failed)?;
+            link.try_into().map_err(|error: aya::programs::links::LinkError| Error::Pin {
+                path: link_pin(pins, program.name),
+                source: error.into(),
+            })
+        }
+    }
+}
+
+/// Detaches programs of agents whose maps had another layout; their counts end with them.
+fn remove_other_layouts(pin_dir: &Path, current: &Path) {
+    let Ok(entries) = fs::read_dir(pin_dir) else { return };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let is_layout = entry.file_name().to_str().is_some_and(|name| u64::from_str_radix(name, 16).is_ok());
+        if path != current && is_layout {
+            tracing::info!(path = %path.display(), "replacing probes of another layout");
+            if let Err(error) = fs::remove_dir_all(&path) {
+                tracing::warn!(path = %path.display(), %error, "their pins could not be removed");
+            }
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Containers on containerd: what its generated client lacks to be used.
+//!
+//! Only plain services are called, in the forms that containerd 1.6, 1.7 and 2.1 share; the Transfer service is not among
+//! them. Every request carries the namespace; requests that make garbage-collected things carry a lease.
+
+mod archive;
+mod client;
+mod content;
+mod events;
+mod image;
+mod spec;
+mod task;
+
+pub use archive::import;
+pub use client::{Containerd, connect, service_of};
+pub use events::{ExitEvent, watch_exits};
+pub use image::{ImageName, InvalidImageName, LocalImage};
+pub use spec::{ContainerOptions, DEFAULT_STOP_TIMEOUT, parse_signal};
+pub use task::{Found, TaskState};
+
+use std::{io, path::PathBuf};
+
+use containerd_client::tonic::{self, Code};
+
+/// Why something could not be done with containerd.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nothing listens on the socket.
+    #[error("containerd does not answer on {}; is it running?", socket.display())]
+    Unavailable {
+        /// The socket.
+        socket: PathBuf,
+        /// Why.
+        #[source]
+        source: tonic::transport::Error,
+    },
+    /// It refused a call.
+    #[error("containerd: {action}: {}", status.message())]
+    Call {
+        /// What was tried.
+        action: &'static str,
+        /// Its answer.
+        status: Box<tonic::Status>,
+    },
+    /// No such image here.
+    #[error("image {0} is not on this node: import it with `warren image import`")]
+    NoSuchImage(String),
+    /// An image or archive that is not what it should be.
+    #[error("{what} is not a usable image: {why}")]
+    BadImage {
+        /// Which.
+        what: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// A spec that cannot be run.
+    #[error("{0}")]
+    BadSpec(String),
+    /// A file.
+    #[error("{action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Error {
+    fn call(action: &'static str) -> impl FnOnce(tonic::Status) -> Self {
+        move |status| Self::Call { action, status: Box::new(status) }
+    }
+
+    fn bad_image(what: impl Into<String>, why: impl ToString) -> Self {
+        Self::BadImage { what: what.into(), why: why.to_string() }
+    }
+
+    /// Whether trying again later may help: the daemon is away, busy or restarting.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Unavailable { .. } => true,
+            Self::Call { status, .. } => {
+                matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Internal)
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether containerd says that the thing is not there.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Call { status, .. } if status.code() == Code::NotFound)
+    }
+}

@@ -1,0 +1,146 @@
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use containerd_client::{
+    Client,
+    services::v1 as api,
+    tonic::{Code, Request, transport::Channel},
+};
+
+use super::Error;
+
+/// How long a call may take that only reads or writes metadata.
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// containerd sends messages of up to 16 MiB.
+pub(super) const MAX_MESSAGE: usize = 16 << 20;
+/// A lease that nobody ended, because the agent died, ends by itself.
+const LEASE_TIME: Duration = Duration::from_secs(3600);
+
+/// A connection to containerd in one namespace. Cheap to clone; reconnects by itself.
+#[derive(Clone)]
+pub struct Containerd {
+    channel: Channel,
+    namespace: String,
+    lease: Option<String>,
+}
+
+impl std::fmt::Debug for Containerd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Containerd").field("namespace", &self.namespace).field("lease", &self.lease).finish()
+    }
+}
+
+/// Connects.
+///
+/// # Errors
+///
+/// When nothing listens, or what listens does not answer as containerd.
+pub async fn connect(socket: &Path, namespace: &str) -> Result<Containerd, Error> {
+    let unavailable = |source| Error::Unavailable { socket: PathBuf::from(socket), source };
+    let channel = containerd_client::connect(socket).await.map_err(unavailable)?;
+    let containerd = Containerd { channel, namespace: namespace.to_owned(), lease: None };
+    containerd.version().await?;
+    let made = containerd
+        .client()
+        .namespaces()
+        .create(containerd.request(api::CreateNamespaceRequest {
+            namespace: Some(api::Namespace { name: namespace.to_owned(), labels: HashMap::new() }),
+        }))
+        .await;
+    if let Err(status) = made
+        && status.code() != Code::AlreadyExists
+    {
+        return Err(Error::call("creating the namespace")(status));
+    }
+    Ok(containerd)
+}
+
+impl Containerd {
+    /// containerd's version.
+    ///
+    /// # Errors
+    ///
+    /// When it does not answer.
+    pub async fn version(&self) -> Result<String, Error> {
+        let answer = self.client().version().version(self.request(())).await;
+        Ok(answer.map_err(Error::call("asking its version"))?.into_inner().version)
+    }
+
+    /// The namespace in which everything happens.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    pub(super) fn client(&self) -> Client {
+        Client::from(self.channel.clone())
+    }
+
+    /// A request in the namespace, under the lease, with the usual time limit.
+    pub(super) fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = self.unlimited_request(message);
+        request.set_timeout(CALL_TIMEOUT);
+        request
+    }
+
+    /// A request in the namespace, under the lease, that may take as long as it takes.
+    pub(super) fn unlimited_request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        let metadata = request.metadata_mut();
+        if let Ok(namespace) = self.namespace.parse() {
+            metadata.insert("containerd-namespace", namespace);
+        }
+        if let Some(lease) = self.lease.as_ref().and_then(|lease| lease.parse().ok()) {
+            metadata.insert("containerd-lease", lease);
+        }
+        request
+    }
+
+    /// The same connection under a new lease: nothing made through it is collected as garbage until
+    /// [`Containerd::end_lease`]. From preparing a snapshot to creating its container there must be one, or the snapshot
+    /// may go in between.
+    pub(super) async fn with_lease(&self) -> Result<Self, Error> {
+        let expires: prost_types::Timestamp = (SystemTime::now() + LEASE_TIME).into();
+        let labels = HashMap::from([("containerd.io/gc.expire".to_owned(), expires.to_string())]);
+        let id = format!("warren-{:016x}", rand::random::<u64>());
+        let request = self.request(api::CreateRequest { id: id.clone(), labels });
+        self.client().leases().create(request).await.map_err(Error::call("creating a lease"))?;
+        Ok(Self { lease: Some(id), ..self.clone() })
+    }
+
+    pub(super) async fn end_lease(self) {
+        let Some(id) = self.lease.clone() else { return };
+        let unleased = Self { lease: None, ..self };
+        let request = unleased.request(api::DeleteRequest { id, sync: false });
+        if let Err(status) = unleased.client().leases().delete(request).await {
+            // It expires by itself.
+            tracing::debug!(message = status.message(), "a lease could not be ended");
+        }
+    }
+}
+
+/// Labels under which engines keep the name of what a container is part of, most telling first.
+const SERVICE_LABELS: [&str; 4] = [
+    "warren.service",
+    "com.docker.compose.service",
+    "com.docker.swarm.service.name",
+    "io.kubernetes.container.name",
+];
+
+/// The service that a container of any engine on this containerd belongs to, by its labels.
+pub async fn service_of(socket: &Path, id: &str) -> Option<String> {
+    let channel = containerd_client::connect(socket).await.ok()?;
+    let any = Containerd { channel, namespace: String::new(), lease: None };
+    let namespaces = any.client().namespaces().list(api::ListNamespacesRequest::default()).await.ok()?.into_inner();
+    for namespace in namespaces.namespaces {
+        let here = Containerd { namespace: namespace.name, ..any.clone() };
+        let request = here.request(api::GetContainerRequest { id: id.to_owned() });
+        let Ok(answer) = here.client().containers().get(request).await else { continue };
+        let labels = answer.into_inner().container?.labels;
+        return SERVICE_LABELS.iter().find_map(|label| labels.get(*label).cloned());
+    }
+    None
+}
