@@ -2,14 +2,13 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 6] = [
     "warren/v1/cluster.proto",
     "warren/v1/container.proto",
     "warren/v1/node.proto",
     "warren/v1/service.proto",
     "warren/v1/session.proto",
     "warren/v1/telemetry.proto",
-    "warren/v1/raft.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -1,1 +1,52 @@
-//! Being written.
+//! Consensus: an ordered, durable, replicated sequence of commands, applied to a state machine on every manager.
+//!
+//! This is the only crate that names openraft. What it adds: a log that acknowledges nothing before `fdatasync`, snapshots
+//! as one checked file each, timeouts that respect the disk, and plain types at its border. State machine, transport and
+//! observer are the users' ([`StateMachine`], [`Transport`], [`Observer`]), so that a simulation can bring its own.
+
+mod config;
+mod log_store;
+mod machine;
+mod network;
+mod node;
+mod observer;
+mod snapshot;
+mod types;
+mod wal;
+
+pub use config::{Options, Profile};
+pub use machine::{Freeze, StateMachine};
+pub use network::{Disconnected, Transport, TransportError};
+pub use node::{Member, Node, Status};
+pub use observer::{Observer, SnapshotOperation, Unobserved};
+
+use std::io;
+
+/// Why consensus could not be reached, or not even begun.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// This manager does not lead.
+    #[error("this manager does not lead the cluster{}", leader.map(|id| format!("; manager {id} does")).unwrap_or_default())]
+    NotLeader {
+        /// Who does, if known.
+        leader: Option<u64>,
+    },
+    /// No majority of managers answers.
+    #[error("no majority of managers answers")]
+    NoQuorum,
+    /// It may have been committed, or not: the leader changed meanwhile.
+    #[error("the leader changed; the change may have been made or not")]
+    Unknown,
+    /// The log or the snapshots cannot be read or written.
+    #[error("the Raft storage in {directory} is unusable: {source}")]
+    Storage {
+        /// Where.
+        directory: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Consensus has stopped on this manager.
+    #[error("consensus has stopped on this manager: {0}")]
+    Stopped(String),
+}

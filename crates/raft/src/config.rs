@@ -1,0 +1,96 @@
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use openraft::SnapshotPolicy;
+
+/// How far apart the managers are, and on what disks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Profile {
+    /// One site, disks of servers: failover in about a second.
+    #[default]
+    Lan,
+    /// Several sites.
+    Wan,
+    /// Slow or worn disks, like SD cards.
+    Edge,
+}
+
+impl Profile {
+    /// Heartbeat, and the shortest time without one before an election.
+    fn times(self) -> (Duration, Duration) {
+        let ms = Duration::from_millis;
+        match self {
+            Self::Lan => (ms(100), ms(500)),
+            Self::Wan => (ms(500), ms(2500)),
+            Self::Edge => (ms(500), ms(5000)),
+        }
+    }
+}
+
+/// How a manager takes part in consensus.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// This manager's id, never used by another.
+    pub id: u64,
+    /// Where other managers reach it.
+    pub address: String,
+    /// Holds the log and the snapshots.
+    pub directory: PathBuf,
+    /// How far apart the managers are.
+    pub profile: Profile,
+    /// Log entries between snapshots.
+    pub snapshot_after: u64,
+}
+
+/// Openraft's own election default is ten appends; slower disks get more time.
+const ELECTION_IN_SYNCS: u32 = 20;
+/// Entries kept behind a snapshot for followers that are not far behind.
+const KEPT_BEHIND_SNAPSHOT: u64 = 500;
+/// A whole snapshot's transfer.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// Appends timed to learn how fast the disk is.
+const SYNC_SAMPLES: usize = 5;
+
+impl Options {
+    pub(crate) fn raft(&self, sync: Duration) -> Result<Arc<openraft::Config>, openraft::ConfigError> {
+        let (heartbeat, shortest) = self.profile.times();
+        let election = shortest.max(sync * ELECTION_IN_SYNCS);
+        let heartbeat = heartbeat.max(election / 10).min(election / 3);
+        let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let config = openraft::Config {
+            cluster_name: "warren".to_owned(),
+            heartbeat_interval: ms(heartbeat),
+            election_timeout_min: ms(election),
+            election_timeout_max: ms(election * 2),
+            install_snapshot_timeout: ms(SNAPSHOT_TIMEOUT),
+            snapshot_policy: SnapshotPolicy::LogsSinceLast(self.snapshot_after),
+            max_in_snapshot_log_to_keep: KEPT_BEHIND_SNAPSHOT.min(self.snapshot_after),
+            enable_pre_vote: Some(true),
+            // The state is in memory and the committed index may lag behind after a crash: a restarted leader must be
+            // elected again, or it could serve what it had not applied yet.
+            enable_leader_restore: Some(false),
+            ..openraft::Config::default()
+        };
+        Ok(Arc::new(config.validate()?))
+    }
+}
+
+/// How long this directory's disk takes to make a small write durable: the slowest of a few.
+pub(crate) fn measure_sync(directory: &Path) -> io::Result<Duration> {
+    let path = directory.join("sync-probe");
+    let mut file = File::create(&path)?;
+    let mut slowest = Duration::ZERO;
+    for _ in 0..SYNC_SAMPLES {
+        let began = Instant::now();
+        file.write_all(&[0; 256])?;
+        file.sync_data()?;
+        slowest = slowest.max(began.elapsed());
+    }
+    fs::remove_file(path)?;
+    Ok(slowest)
+}

@@ -1,0 +1,123 @@
+//! Snapshots as files: written beside, made durable, then renamed into place. One that does not match its checksum is an
+//! error, never ignored: the log behind it is gone.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::types::SnapshotMeta;
+
+const MAGIC: &[u8; 8] = b"WRNSNAP1";
+const NAME: &str = "current.snapshot";
+const CHECKSUM_LEN: usize = 32;
+const COMPRESSION_LEVEL: i32 = 3;
+
+/// What a snapshot is of; the file's head.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Head {
+    meta: SnapshotMeta,
+}
+
+/// A snapshot's bytes as they travel and as they are stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SnapshotBytes(pub(crate) Vec<u8>);
+
+/// The directory that holds the snapshot.
+#[derive(Clone, Debug)]
+pub(crate) struct SnapshotStore {
+    directory: PathBuf,
+}
+
+fn damaged(why: impl std::fmt::Display) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot is damaged: {why}"))
+}
+
+/// Puts a state's bytes and their description into one checked block.
+pub(crate) fn encode(meta: &SnapshotMeta, state: &[u8]) -> io::Result<SnapshotBytes> {
+    let head = serde_json::to_vec(&Head { meta: meta.clone() }).map_err(io::Error::other)?;
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend((head.len() as u64).to_be_bytes());
+    bytes.extend(head);
+    bytes.extend(zstd::encode_all(state, COMPRESSION_LEVEL)?);
+    let checksum = Sha256::digest(&bytes);
+    bytes.extend(checksum);
+    Ok(SnapshotBytes(bytes))
+}
+
+/// Checks a block and takes it apart.
+pub(crate) fn decode(snapshot: &SnapshotBytes) -> io::Result<(SnapshotMeta, Vec<u8>)> {
+    let bytes = snapshot.0.as_slice();
+    let body_len = bytes.len().checked_sub(CHECKSUM_LEN).ok_or_else(|| damaged("it is too short"))?;
+    let (body, checksum) = bytes.split_at(body_len);
+    if Sha256::digest(body).as_slice() != checksum {
+        return Err(damaged("its checksum does not match"));
+    }
+    let rest = body.strip_prefix(MAGIC).ok_or_else(|| damaged("it is of another format"))?;
+    let (len, rest) = rest.split_first_chunk::<8>().ok_or_else(|| damaged("it has no head"))?;
+    let len = usize::try_from(u64::from_be_bytes(*len)).map_err(damaged)?;
+    let (head, state) = rest.split_at_checked(len).ok_or_else(|| damaged("its head is cut"))?;
+    let head: Head = serde_json::from_slice(head).map_err(damaged)?;
+    Ok((head.meta, zstd::decode_all(state).map_err(damaged)?))
+}
+
+impl SnapshotStore {
+    pub(crate) fn open(directory: &Path) -> io::Result<Self> {
+        fs::create_dir_all(directory)?;
+        Ok(Self { directory: directory.to_owned() })
+    }
+
+    /// Replaces the snapshot. Durable when this returns.
+    pub(crate) fn save(&self, snapshot: &SnapshotBytes) -> io::Result<()> {
+        let temporary = self.directory.join(format!("{NAME}.new"));
+        let mut file = File::create(&temporary)?;
+        file.write_all(&snapshot.0)?;
+        file.sync_all()?;
+        fs::rename(&temporary, self.directory.join(NAME))?;
+        File::open(&self.directory)?.sync_all()
+    }
+
+    /// The snapshot, if there is one.
+    pub(crate) fn load(&self) -> io::Result<Option<SnapshotBytes>> {
+        match fs::read(self.directory.join(NAME)) {
+            Ok(bytes) => Ok(Some(SnapshotBytes(bytes))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_damaged_byte_is_noticed() {
+        let meta = SnapshotMeta { last_log_id: None, last_membership: Default::default() };
+        let good = encode(&meta, b"some state").expect("encodes");
+        assert_eq!(decode(&good).expect("decodes").1, b"some state");
+        for i in 0..good.0.len() {
+            let mut bad = good.clone();
+            bad.0[i] ^= 1;
+            assert!(decode(&bad).is_err(), "byte {i}");
+        }
+        for len in 0..good.0.len() {
+            assert!(decode(&SnapshotBytes(good.0[..len].to_vec())).is_err(), "cut at {len}");
+        }
+    }
+
+    #[test]
+    fn the_latest_snapshot_is_found() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let store = SnapshotStore::open(directory.path()).expect("opens");
+        assert_eq!(store.load().expect("loads"), None);
+        for content in [b"one", b"two"] {
+            store.save(&SnapshotBytes(content.to_vec())).expect("saves");
+        }
+        assert_eq!(store.load().expect("loads"), Some(SnapshotBytes(b"two".to_vec())));
+    }
+}

@@ -1,0 +1,148 @@
+//! Consensus among several managers in one process: nothing in the crate may assume that there is one.
+
+use std::{
+    collections::HashMap,
+    io,
+    path::Path,
+    sync::{Arc, Mutex, RwLock},
+    time::Duration,
+};
+
+use futures::future::BoxFuture;
+use warren_raft::{Freeze, Node, Options, Profile, StateMachine, Transport, TransportError, Unobserved};
+
+/// Keeps every command in order, and replies with how many there are.
+#[derive(Clone, Default)]
+struct Journal(Arc<Mutex<Vec<String>>>);
+
+impl StateMachine for Journal {
+    fn apply(&mut self, _index: u64, command: &str) -> String {
+        let mut journal = self.0.lock().expect("no panics");
+        journal.push(command.to_owned());
+        journal.len().to_string()
+    }
+
+    fn freeze(&self) -> Freeze {
+        let commands = self.0.lock().expect("no panics").clone();
+        Box::new(move || serde_json::to_vec(&commands).map_err(io::Error::other))
+    }
+
+    fn restore(&mut self, state: &[u8]) -> io::Result<()> {
+        *self.0.lock().expect("no panics") = serde_json::from_slice(state).map_err(io::Error::other)?;
+        Ok(())
+    }
+}
+
+#[derive(Clone, Default)]
+struct Channels(Arc<RwLock<HashMap<String, Node>>>);
+
+impl Transport for Channels {
+    fn call<'a>(
+        &'a self,
+        address: &'a str,
+        message: Vec<u8>,
+        patience: Duration,
+    ) -> BoxFuture<'a, Result<Vec<u8>, TransportError>> {
+        Box::pin(async move {
+            let node = self.0.read().expect("no panics").get(address).cloned();
+            let node = node.ok_or_else(|| TransportError(format!("{address} is away")))?;
+            let answer = tokio::time::timeout(patience.max(Duration::from_secs(1)), node.handle(&message)).await;
+            let answer = answer.map_err(|_| TransportError("too late".to_owned()))?;
+            answer.map_err(|error| TransportError(error.to_string()))
+        })
+    }
+}
+
+fn options(directory: &Path, id: u64) -> Options {
+    Options {
+        id,
+        address: format!("manager-{id}"),
+        directory: directory.join(id.to_string()),
+        profile: Profile::Lan,
+        snapshot_after: 20,
+    }
+}
+
+async fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
+    for _ in 0..600 {
+        if let Some(found) = check() {
+            return found;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("never: {what}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_managers_agree_and_survive_the_loss_of_one() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let channels = Channels::default();
+    let mut nodes = HashMap::new();
+    let mut journals = HashMap::new();
+    for id in 1..=3 {
+        let journal = Journal::default();
+        let (machine, transport) = (Box::new(journal.clone()), Arc::new(channels.clone()));
+        let options = options(directory.path(), id);
+        let node = if id == 1 {
+            Node::start(&options, machine, transport, Arc::new(Unobserved)).await
+        } else {
+            Node::join(&options, machine, transport, Arc::new(Unobserved)).await
+        };
+        let node = node.expect("starts");
+        channels.0.write().expect("no panics").insert(options.address, node.clone());
+        nodes.insert(id, node);
+        journals.insert(id, journal);
+    }
+    until("manager 1 leads", || nodes[&1].status().is_leader.then_some(())).await;
+    // More than a snapshot's worth, so that the others get a snapshot and the rest as entries.
+    for i in 1..=50 {
+        assert_eq!(nodes[&1].propose(format!("command {i}")).await.expect("commits"), i.to_string());
+    }
+    nodes[&1].add_voter(2, "manager-2").await.expect("joins");
+    nodes[&1].add_voter(3, "manager-3").await.expect("joins");
+    for id in 2..=3 {
+        until("it caught up", || (journals[&id].0.lock().expect("no panics").len() == 50).then_some(())).await;
+    }
+    assert!(nodes[&2].propose("refused".to_owned()).await.is_err(), "a follower commits nothing itself");
+
+    channels.0.write().expect("no panics").remove("manager-1");
+    nodes[&1].shutdown().await;
+    let leader = until("another leads", || {
+        [2, 3].into_iter().find(|id| nodes[id].status().is_leader && nodes[id].status().leader == Some(*id))
+    })
+    .await;
+    assert_eq!(nodes[&leader].propose("after the loss".to_owned()).await.expect("commits"), "51");
+    nodes[&leader].linearize().await.expect("a majority answers");
+    let follower = 5 - leader;
+    until("the follower has it", || (journals[&follower].0.lock().expect("no panics").len() == 51).then_some(())).await;
+    for node in nodes.values() {
+        node.shutdown().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_manager_has_every_command_once() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let start = async |journal: &Journal| {
+        let transport = Arc::new(warren_raft::Disconnected);
+        let node = Node::start(&options(directory.path(), 1), Box::new(journal.clone()), transport, Arc::new(Unobserved))
+            .await
+            .expect("starts");
+        node.recovered().await.expect("recovers");
+        node
+    };
+    let mut expected = Vec::new();
+    for round in 0..3 {
+        let journal = Journal::default();
+        let node = start(&journal).await;
+        assert_eq!(*journal.0.lock().expect("no panics"), expected, "round {round}");
+        until("it leads", || node.status().is_leader.then_some(())).await;
+        // The snapshot covers some of them and the log the rest.
+        for i in 0..33 {
+            let command = format!("{round}.{i}");
+            node.propose(command.clone()).await.expect("commits");
+            expected.push(command);
+        }
+        node.shutdown().await;
+    }
+}

@@ -1,0 +1,58 @@
+//! Running commands and saying so.
+
+use std::{
+    env,
+    ffi::OsStr,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+/// The workspace's directory.
+pub(crate) fn workspace() -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().map_or_else(|| manifest.to_owned(), Path::to_owned)
+}
+
+/// The directory of build results.
+pub(crate) fn target() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}
+
+/// The cargo that runs this.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(workspace());
+    command
+}
+
+/// Says what is being done, does it, and says how long it took.
+pub(crate) fn step(what: &str, command: &mut Command) -> Result<()> {
+    println!("==> {what}");
+    let began = Instant::now();
+    let status = command.status().with_context(|| format!("{} cannot be run", name(command)))?;
+    if !status.success() {
+        bail!("{what} failed: {} ended with {status}", name(command));
+    }
+    println!("    {:.1} s", began.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// A command's output; `None` when it cannot be run or fails.
+pub(crate) fn output(program: impl AsRef<OsStr>, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).stderr(Stdio::null()).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Where a program is on the search path, which for root's shells may lack the sbin directories.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let directories = env::split_paths(&path).chain(["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from));
+    directories.map(|directory| directory.join(program)).find(|candidate| candidate.is_file())
+}
+
+fn name(command: &Command) -> String {
+    command.get_program().to_string_lossy().into_owned()
+}

@@ -1,0 +1,93 @@
+//! Finding or installing what a machine needs.
+
+use std::{fs, path::Path, process::Command};
+
+use anyhow::{Result, bail};
+
+use crate::{
+    build_ebpf,
+    run::{find, step},
+};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Also what only the tests need: Prometheus, dnsmasq, dig.
+    #[arg(long)]
+    pub(crate) tests: bool,
+}
+
+/// A program and the Debian package that holds it.
+struct Tool {
+    program: &'static str,
+    package: &'static str,
+    why: &'static str,
+}
+
+const fn tool(program: &'static str, package: &'static str, why: &'static str) -> Tool {
+    Tool { program, package, why }
+}
+
+const TOOLS: [Tool; 7] = [
+    tool("cc", "gcc", "compiles what some Rust libraries bring in C"),
+    tool("protoc", "protobuf-compiler", "generates the wire contract's code"),
+    tool("containerd", "containerd", "runs containers"),
+    tool("runc", "runc", "runs containers"),
+    tool("busybox", "busybox-static", "is the demo image"),
+    tool("ip", "iproute2", "looks at networks"),
+    tool("git", "git", "names the commit a binary is built from"),
+];
+
+const TEST_TOOLS: [Tool; 4] = [
+    tool("prometheus", "prometheus", "scrapes Warren in tests"),
+    tool("promtool", "prometheus", "checks metrics in tests"),
+    tool("dnsmasq", "dnsmasq-base", "answers DNS queries in tests"),
+    tool("dig", "bind9-dnsutils", "asks DNS queries in tests"),
+];
+
+/// Headers that protoc's own types come in.
+const PROTOBUF_TYPES: &str = "/usr/include/google/protobuf/timestamp.proto";
+
+pub(crate) fn run(arguments: Arguments) -> Result<()> {
+    let wanted = TOOLS.iter().chain(arguments.tests.then_some(&TEST_TOOLS).into_iter().flatten());
+    let mut missing = Vec::new();
+    for tool in wanted {
+        if find(tool.program).is_none() && !missing.contains(&tool.package) {
+            println!("{} is missing: {}", tool.program, tool.why);
+            missing.push(tool.package);
+        }
+    }
+    if !Path::new(PROTOBUF_TYPES).exists() {
+        println!("protoc's types are missing: the wire contract uses them");
+        missing.push("libprotobuf-dev");
+    }
+    install(&missing)?;
+    build_ebpf::setup()?;
+    println!("==> this machine has all that Warren needs");
+    Ok(())
+}
+
+/// Installs Debian packages without starting the services in them; elsewhere, says what to install.
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    if find("apt-get").is_none() || !is_debian() {
+        bail!("this is no Debian system: install these (names of Debian packages), then try again: {}", packages.join(" "));
+    }
+    let apt = || {
+        let mut command = Command::new("apt-get");
+        // RUNLEVEL=1 keeps packages from starting their services.
+        command.env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1");
+        command
+    };
+    step("updating the list of packages", apt().args(["update", "-qq"]))?;
+    step(
+        &format!("installing {}", packages.join(" ")),
+        apt().args(["install", "-y", "-qq", "--no-install-recommends"]).args(packages),
+    )
+}
+
+fn is_debian() -> bool {
+    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    release.lines().any(|line| matches!(line.split_once('='), Some(("ID" | "ID_LIKE", value)) if value.contains("debian")))
+}
