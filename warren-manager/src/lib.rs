@@ -1,1 +1,29 @@
-//! Being written.
+//! Warren's manager: keeps the cluster's intent in Raft, decides where containers run, and tells the agents.
+//!
+//! The state machine, the scheduler and the reconciler are pure functions; the loops around them are thin. Liveness and
+//! telemetry stay in the leader's memory: an idle cluster writes nothing.
+
+pub mod api;
+pub mod cli;
+pub mod clock;
+mod controller;
+mod convert;
+mod data_dir;
+mod dispatcher;
+pub mod ids;
+pub mod liveness;
+pub mod manager;
+mod metrics;
+pub mod reconciler;
+pub mod scheduler;
+pub mod state;
+mod store;
+mod telemetry;
+mod validate;
+
+pub use manager::{Error, Options, run};
+
+/// This build's version.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// The commit it was built from.
+pub const REVISION: &str = env!("WARREN_REVISION");

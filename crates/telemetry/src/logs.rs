@@ -25,3 +25,9 @@ pub fn init(filter: &str, style: Style) {
     // Somebody else's subscriber is as good as ours.
     drop(started);
 }
+
+/// A filter that leaves out what consensus's library says about every entry and vote, unless the filter names it.
+#[must_use]
+pub fn quiet(filter: &str) -> String {
+    if filter.contains("openraft") { filter.to_owned() } else { format!("{filter},openraft=warn") }
+}

@@ -1,0 +1,125 @@
+//! The gRPC API: one file a resource. Errors become status codes in one place; every call is counted and timed in one layer.
+
+mod cluster;
+mod containers;
+mod layer;
+mod lookup;
+mod nodes;
+mod pages;
+mod services;
+
+use std::sync::Arc;
+
+use tonic::Status;
+use warren_proto::v1::{
+    cluster_server::ClusterServer, containers_server::ContainersServer, dispatcher_server::DispatcherServer,
+    nodes_server::NodesServer, services_server::ServicesServer,
+};
+
+pub use layer::MetricsLayer;
+
+use crate::{
+    clock::Environment, dispatcher::Dispatcher, liveness::Liveness, metrics::ManagerMetrics, store, store::Store,
+    validate::Invalid,
+};
+
+/// What every resource's service needs.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// The state.
+    pub store: Store,
+    /// Who is alive.
+    pub liveness: Liveness,
+    /// The manager's instruments.
+    pub metrics: Arc<ManagerMetrics>,
+    /// Time and chance.
+    pub environment: Arc<dyn Environment>,
+}
+
+/// Why a call was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A field is wrong.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    /// No such object.
+    #[error("there is no {kind} {name:?}")]
+    NotFound {
+        /// Of what kind.
+        kind: &'static str,
+        /// As the caller named it.
+        name: String,
+    },
+    /// A prefix of several ids.
+    #[error("{name:?} is the beginning of several {kind} ids; give more of it")]
+    Ambiguous {
+        /// Of what kind.
+        kind: &'static str,
+        /// As the caller named it.
+        name: String,
+    },
+    /// The object is not in a state for this.
+    #[error("{0}")]
+    Precondition(String),
+    /// A page token that no list gave out.
+    #[error("page_token: it is not one of this list's")]
+    PageToken,
+    /// The history does not reach back that far.
+    #[error("changes since revision {0} are no longer known: list again and watch from there")]
+    TooOld(u64),
+    /// The state could not be read or written.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+}
+
+/// What an error of the store is to a caller.
+#[must_use]
+pub fn status(error: store::Error) -> Status {
+    Error::Store(error).into()
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        use crate::state::Rejection;
+
+        let message = error.to_string();
+        match error {
+            Error::Invalid(_) | Error::PageToken | Error::Ambiguous { .. } => Self::invalid_argument(message),
+            Error::NotFound { .. } => Self::not_found(message),
+            Error::Precondition(_) => Self::failed_precondition(message),
+            Error::TooOld(_) => Self::out_of_range(message),
+            Error::Store(store::Error::Rejected(Rejection::NameTaken(_))) => Self::already_exists(message),
+            Error::Store(store::Error::Rejected(Rejection::Conflict(_))) => Self::aborted(message),
+            Error::Store(store::Error::Rejected(Rejection::NotFound(_))) => Self::not_found(message),
+            Error::Store(store::Error::Rejected(Rejection::Unreadable(_)) | store::Error::Encoding(_)) => {
+                Self::internal(message)
+            }
+            Error::Store(store::Error::Raft(_)) => Self::unavailable(message),
+        }
+    }
+}
+
+/// All services of the API.
+#[must_use]
+pub fn router(context: &Context, dispatcher: Dispatcher) -> tonic::service::Routes {
+    let mut routes = tonic::service::Routes::builder();
+    let (health_reporter, health) = tonic_health::server::health_reporter();
+    // The empty name, which stands for all of them, is serving from the start.
+    drop(health_reporter);
+    routes
+        .add_service(ServicesServer::new(services::Services(context.clone())))
+        .add_service(ContainersServer::new(containers::Containers(context.clone())))
+        .add_service(NodesServer::new(nodes::Nodes(context.clone())))
+        .add_service(ClusterServer::new(cluster::Cluster(context.clone())))
+        .add_service(DispatcherServer::new(dispatcher))
+        .add_service(health);
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(warren_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1();
+    match reflection {
+        Ok(reflection) => drop(routes.add_service(reflection)),
+        Err(error) => tracing::error!(%error, "reflection is not served"),
+    }
+    routes.routes()
+}

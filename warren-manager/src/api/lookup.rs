@@ -1,0 +1,45 @@
+//! Finding objects by what a person types: a name, an id, or a unique prefix of an id.
+
+use std::sync::Arc;
+
+use super::Error;
+use crate::state::{Container, Node, Service, State};
+
+fn unique<'a, T: 'a>(
+    kind: &'static str,
+    name: &str,
+    candidates: impl Iterator<Item = (&'a str, &'a Arc<T>)>,
+) -> Result<Arc<T>, Error> {
+    let mut found = None;
+    if !name.is_empty() {
+        for (id, object) in candidates {
+            if id == name {
+                return Ok(Arc::clone(object));
+            }
+            if id.starts_with(name) && found.replace(object).is_some() {
+                return Err(Error::Ambiguous { kind, name: name.to_owned() });
+            }
+        }
+    }
+    found.cloned().ok_or_else(|| Error::NotFound { kind, name: name.to_owned() })
+}
+
+pub(super) fn service(state: &State, name: &str) -> Result<Arc<Service>, Error> {
+    match state.service_named(name) {
+        Some(service) => Ok(Arc::clone(service)),
+        None => unique("service", name, state.services().map(|service| (service.id.as_str(), service))),
+    }
+}
+
+pub(super) fn container(state: &State, name: &str) -> Result<Arc<Container>, Error> {
+    unique("container", name, state.containers().map(|container| (container.id.as_str(), container)))
+}
+
+pub(super) fn node(state: &State, name: &str) -> Result<Arc<Node>, Error> {
+    let mut named = state.nodes().filter(|node| node.description.hostname == name);
+    match (named.next(), named.next()) {
+        (Some(node), None) => Ok(Arc::clone(node)),
+        (Some(_), Some(_)) => Err(Error::Ambiguous { kind: "node", name: name.to_owned() }),
+        _ => unique("node", name, state.nodes().map(|node| (node.id.as_str(), node))),
+    }
+}

@@ -1,0 +1,102 @@
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+use warren_proto::v1::{self, nodes_server};
+
+use super::{Context, Error, lookup, pages::page};
+use crate::{
+    convert,
+    ids::NodeId,
+    liveness::Health,
+    state::{Change, Node, State, Transaction},
+    validate::Invalid,
+};
+
+#[derive(Clone, Debug)]
+pub(super) struct Nodes(pub(super) Context);
+
+const MAX_ID: usize = 64;
+const MAX_HOSTNAME: usize = 253;
+
+impl Nodes {
+    fn shown(&self, node: &Node, state: &State) -> v1::Node {
+        convert::node(node, state, self.0.liveness.health(&node.id))
+    }
+
+    async fn register(&self, request: v1::RegisterNodeRequest) -> Result<v1::Node, Error> {
+        let id = NodeId::from(request.node_id);
+        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+        if id.as_str().is_empty() || id.as_str().len() > MAX_ID || !id.as_str().bytes().all(plain) {
+            let why = format!("is not 1 to {MAX_ID} of a-z and 0-9");
+            return Err(Invalid { field: "node_id", why }.into());
+        }
+        let description = convert::description(request.description.unwrap_or_default());
+        if description.hostname.is_empty() || description.hostname.len() > MAX_HOSTNAME {
+            let why = format!("is not 1 to {MAX_HOSTNAME} bytes long");
+            return Err(Invalid { field: "description.hostname", why }.into());
+        }
+        let state = self.0.store.read().await?;
+        let known = state.node(&id);
+        // A node that comes back as it was costs no log entry.
+        if known.is_none_or(|known| known.description != description) {
+            let created_at = known.map_or_else(|| self.0.environment.now(), |known| known.created_at);
+            let node = Node { id: id.clone(), version: 0, created_at, description };
+            let changes = vec![Change::PutNode(Box::new(node))];
+            self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
+        }
+        let state = self.0.store.view();
+        let node = state.node(&id).ok_or(Error::NotFound { kind: "node", name: id.to_string() })?;
+        Ok(self.shown(node, &state))
+    }
+
+    async fn remove(&self, name: &str) -> Result<(), Error> {
+        let state = self.0.store.read().await?;
+        let node = lookup::node(&state, name)?;
+        if self.0.liveness.health(&node.id) != Health::Down {
+            let hostname = &node.description.hostname;
+            return Err(Error::Precondition(format!("node {hostname} is not down: stop its agent first")));
+        }
+        let changes = vec![Change::DeleteNode { id: node.id.clone() }];
+        self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl nodes_server::Nodes for Nodes {
+    async fn register_node(
+        &self,
+        request: Request<v1::RegisterNodeRequest>,
+    ) -> Result<Response<v1::RegisterNodeResponse>, Status> {
+        let node = self.register(request.into_inner()).await?;
+        Ok(Response::new(v1::RegisterNodeResponse { node: Some(node) }))
+    }
+
+    async fn list_nodes(
+        &self,
+        request: Request<v1::ListNodesRequest>,
+    ) -> Result<Response<v1::ListNodesResponse>, Status> {
+        let request = request.into_inner();
+        let state = self.0.store.read().await.map_err(super::status)?;
+        let key = |node: &Arc<Node>| format!("{}\0{}", node.description.hostname, node.id);
+        let mut nodes: Vec<_> = state.nodes().map(Arc::clone).collect();
+        nodes.sort_by_cached_key(key);
+        let (nodes, next_page_token) = page(nodes, key, request.page_size, &request.page_token)?;
+        let nodes = nodes.iter().map(|node| self.shown(node, &state)).collect();
+        Ok(Response::new(v1::ListNodesResponse { nodes, next_page_token }))
+    }
+
+    async fn get_node(&self, request: Request<v1::GetNodeRequest>) -> Result<Response<v1::GetNodeResponse>, Status> {
+        let state = self.0.store.read().await.map_err(super::status)?;
+        let node = lookup::node(&state, &request.into_inner().node)?;
+        Ok(Response::new(v1::GetNodeResponse { node: Some(self.shown(&node, &state)) }))
+    }
+
+    async fn remove_node(
+        &self,
+        request: Request<v1::RemoveNodeRequest>,
+    ) -> Result<Response<v1::RemoveNodeResponse>, Status> {
+        self.remove(&request.into_inner().node).await?;
+        Ok(Response::new(v1::RemoveNodeResponse {}))
+    }
+}

@@ -1,0 +1,133 @@
+use std::{sync::Arc, time::Instant};
+
+use tonic::{Request, Response, Status};
+use warren_proto::v1::{self, services_server};
+
+use super::{Context, Error, lookup, pages::page};
+use crate::{
+    convert,
+    ids::ServiceId,
+    state::{Change, Expected, Service, ServiceSpec, Transaction},
+    validate,
+};
+
+#[derive(Clone, Debug)]
+pub(super) struct Services(pub(super) Context);
+
+impl Services {
+    async fn write(&self, request_id: String, change: Change) -> Result<(), Error> {
+        self.0.store.transact(&Transaction { request_id, changes: vec![change] }).await?;
+        Ok(())
+    }
+
+    /// A service as it is now.
+    fn shown(&self, name: &str) -> Result<v1::Service, Error> {
+        let state = self.0.store.view();
+        Ok(convert::service(&*lookup::service(&state, name)?, &state))
+    }
+
+    async fn create(&self, request: v1::CreateServiceRequest) -> Result<v1::Service, Error> {
+        let spec = validate::service_spec(request.spec)?;
+        // A client that repeats a request after a lost answer is answered with what it made.
+        self.0.store.read().await?;
+        let now = self.0.environment.now();
+        let service = Service {
+            id: ServiceId::generate(&*self.0.environment),
+            version: 0,
+            created_at: now,
+            updated_at: now,
+            generation: 1,
+            spec,
+        };
+        let name = service.spec.name.clone();
+        let change = Change::PutService { service: Box::new(service), expected: Expected::Absent };
+        self.write(request.request_id, change).await?;
+        self.shown(&name)
+    }
+
+    async fn update(&self, request: v1::UpdateServiceRequest) -> Result<v1::Service, Error> {
+        let spec = validate::service_spec(request.spec)?;
+        let state = self.0.store.read().await?;
+        let known = lookup::service(&state, &request.service)?;
+        let service = Service {
+            updated_at: self.0.environment.now(),
+            generation: known.generation + u64::from(runs_something_else(&known.spec, &spec)),
+            spec,
+            ..Service::clone(&known)
+        };
+        // Without a version of the caller's, what this read saw still must not be overwritten unseen.
+        let expected = if request.version == 0 { known.version } else { request.version };
+        let change = Change::PutService { service: Box::new(service), expected: Expected::Version(expected) };
+        self.write(request.request_id, change).await?;
+        self.shown(known.id.as_str())
+    }
+
+    async fn delete(&self, request: v1::DeleteServiceRequest) -> Result<(), Error> {
+        let state = self.0.store.read().await?;
+        let known = lookup::service(&state, &request.service)?;
+        let change = Change::DeleteService { id: known.id.clone(), expected: Expected::Any };
+        self.write(request.request_id, change).await
+    }
+}
+
+/// Whether containers of the old spec must be replaced. How many there are, and what happens when one ends, they need not
+/// know.
+fn runs_something_else(old: &ServiceSpec, new: &ServiceSpec) -> bool {
+    (&old.container, &old.resources, &old.name) != (&new.container, &new.resources, &new.name)
+}
+
+#[tonic::async_trait]
+impl services_server::Services for Services {
+    async fn create_service(
+        &self,
+        request: Request<v1::CreateServiceRequest>,
+    ) -> Result<Response<v1::CreateServiceResponse>, Status> {
+        let began = Instant::now();
+        let service = self.create(request.into_inner()).await?;
+        self.0.metrics.service_create.record(began.elapsed().as_secs_f64(), &[]);
+        Ok(Response::new(v1::CreateServiceResponse { service: Some(service) }))
+    }
+
+    async fn update_service(
+        &self,
+        request: Request<v1::UpdateServiceRequest>,
+    ) -> Result<Response<v1::UpdateServiceResponse>, Status> {
+        let began = Instant::now();
+        let service = self.update(request.into_inner()).await?;
+        self.0.metrics.service_update.record(began.elapsed().as_secs_f64(), &[]);
+        Ok(Response::new(v1::UpdateServiceResponse { service: Some(service) }))
+    }
+
+    async fn delete_service(
+        &self,
+        request: Request<v1::DeleteServiceRequest>,
+    ) -> Result<Response<v1::DeleteServiceResponse>, Status> {
+        let began = Instant::now();
+        self.delete(request.into_inner()).await?;
+        self.0.metrics.service_delete.record(began.elapsed().as_secs_f64(), &[]);
+        Ok(Response::new(v1::DeleteServiceResponse {}))
+    }
+
+    async fn get_service(
+        &self,
+        request: Request<v1::GetServiceRequest>,
+    ) -> Result<Response<v1::GetServiceResponse>, Status> {
+        self.0.store.read().await.map_err(super::status)?;
+        let service = self.shown(&request.into_inner().service)?;
+        Ok(Response::new(v1::GetServiceResponse { service: Some(service) }))
+    }
+
+    async fn list_services(
+        &self,
+        request: Request<v1::ListServicesRequest>,
+    ) -> Result<Response<v1::ListServicesResponse>, Status> {
+        let request = request.into_inner();
+        let state = self.0.store.read().await.map_err(super::status)?;
+        let mut services: Vec<_> = state.services().map(Arc::clone).collect();
+        services.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
+        let key = |service: &Arc<Service>| service.spec.name.clone();
+        let (services, next_page_token) = page(services, key, request.page_size, &request.page_token)?;
+        let services = services.iter().map(|service| convert::service(service, &state)).collect();
+        Ok(Response::new(v1::ListServicesResponse { services, next_page_token }))
+    }
+}

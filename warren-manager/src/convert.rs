@@ -1,0 +1,274 @@
+//! Between the wire's messages and the state's types.
+
+use std::time::Duration;
+
+use warren_proto::v1;
+
+use crate::{
+    clock::Timestamp,
+    liveness::Health,
+    state::{
+        Amounts, Container, ContainerSpec, ContainerState, Description, Desired, Mode, Node, Probes, Resources,
+        RestartCondition, RestartPolicy, Service, ServiceSpec, State, Status, Timing,
+    },
+};
+
+/// Durations on the wire are not negative, or they are zero.
+#[must_use]
+pub(crate) fn duration(wire: &pbjson_types::Duration) -> Duration {
+    let seconds = u64::try_from(wire.seconds).unwrap_or(0);
+    Duration::new(seconds, u32::try_from(wire.nanos).unwrap_or(0).min(999_999_999))
+}
+
+fn wire_duration(duration: Duration) -> pbjson_types::Duration {
+    pbjson_types::Duration {
+        seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        nanos: duration.subsec_nanos() as i32,
+    }
+}
+
+fn wire_amounts(amounts: Amounts) -> v1::ResourceAmounts {
+    v1::ResourceAmounts {
+        cpu_millis: i64::try_from(amounts.cpu_millis).unwrap_or(i64::MAX),
+        memory_bytes: i64::try_from(amounts.memory_bytes).unwrap_or(i64::MAX),
+    }
+}
+
+fn amounts(wire: &v1::ResourceAmounts) -> Amounts {
+    Amounts {
+        cpu_millis: u64::try_from(wire.cpu_millis).unwrap_or(0),
+        memory_bytes: u64::try_from(wire.memory_bytes).unwrap_or(0),
+    }
+}
+
+fn wire_resources(resources: &Resources) -> v1::Resources {
+    v1::Resources {
+        reservations: Some(wire_amounts(resources.reservations)),
+        limits: Some(wire_amounts(resources.limits)),
+    }
+}
+
+fn wire_container_spec(spec: &ContainerSpec) -> v1::ContainerSpec {
+    v1::ContainerSpec {
+        image: spec.image.clone(),
+        command: spec.command.clone(),
+        args: spec.args.clone(),
+        env: spec.env.clone(),
+        stop_signal: spec.stop_signal.clone(),
+        stop_timeout: spec.stop_timeout.map(wire_duration),
+    }
+}
+
+fn wire_spec(spec: &ServiceSpec) -> v1::ServiceSpec {
+    let condition = match spec.restart.condition {
+        RestartCondition::Any => v1::RestartCondition::Any,
+        RestartCondition::OnFailure => v1::RestartCondition::OnFailure,
+        RestartCondition::Never => v1::RestartCondition::Never,
+    };
+    v1::ServiceSpec {
+        name: spec.name.clone(),
+        labels: spec.labels.clone(),
+        mode: Some(match spec.mode {
+            Mode::Replicated(replicas) => {
+                v1::service_spec::Mode::Replicated(v1::Replicated { replicas: replicas.into() })
+            }
+            Mode::Global => v1::service_spec::Mode::Global(v1::Global {}),
+        }),
+        container: Some(wire_container_spec(&spec.container)),
+        resources: Some(wire_resources(&spec.resources)),
+        restart: Some(v1::RestartPolicy {
+            condition: condition.into(),
+            delay: Some(wire_duration(spec.restart.delay)),
+            max_attempts: spec.restart.max_attempts,
+        }),
+    }
+}
+
+/// A service with its containers counted.
+#[must_use]
+pub(crate) fn service(service: &Service, state: &State) -> v1::Service {
+    let desired = match service.spec.mode {
+        Mode::Replicated(replicas) => replicas,
+        Mode::Global => u32::try_from(state.nodes().count()).unwrap_or(u32::MAX),
+    };
+    let running = state
+        .containers_of(&service.id)
+        .filter(|container| container.status.state == ContainerState::Running && container.desired == Desired::Running)
+        .count();
+    v1::Service {
+        id: service.id.to_string(),
+        version: service.version,
+        created_at: Some(service.created_at.to_proto()),
+        updated_at: Some(service.updated_at.to_proto()),
+        spec: Some(wire_spec(&service.spec)),
+        status: Some(v1::ServiceStatus { desired, running: u32::try_from(running).unwrap_or(u32::MAX) }),
+    }
+}
+
+fn wire_state(state: ContainerState) -> v1::ContainerState {
+    match state {
+        ContainerState::New => v1::ContainerState::New,
+        ContainerState::Pending => v1::ContainerState::Pending,
+        ContainerState::Assigned => v1::ContainerState::Assigned,
+        ContainerState::Accepted => v1::ContainerState::Accepted,
+        ContainerState::Preparing => v1::ContainerState::Preparing,
+        ContainerState::Starting => v1::ContainerState::Starting,
+        ContainerState::Running => v1::ContainerState::Running,
+        ContainerState::Complete => v1::ContainerState::Complete,
+        ContainerState::Shutdown => v1::ContainerState::Shutdown,
+        ContainerState::Failed => v1::ContainerState::Failed,
+        ContainerState::Rejected => v1::ContainerState::Rejected,
+    }
+}
+
+fn timing(wire: Option<v1::Timing>) -> Timing {
+    wire.map_or_else(Timing::default, |wire| Timing {
+        create_ns: wire.create_nanos,
+        start_ns: wire.start_nanos,
+        stop_ns: wire.stop_nanos,
+    })
+}
+
+fn wire_timing(timing: Timing) -> v1::Timing {
+    v1::Timing { create_nanos: timing.create_ns, start_nanos: timing.start_ns, stop_nanos: timing.stop_ns }
+}
+
+/// A status that an agent may report; `None` for states that are the manager's to set.
+#[must_use]
+pub(crate) fn observed_status(wire: v1::ContainerStatus) -> Option<Status> {
+    let state = match wire.state() {
+        v1::ContainerState::Accepted => ContainerState::Accepted,
+        v1::ContainerState::Preparing => ContainerState::Preparing,
+        v1::ContainerState::Starting => ContainerState::Starting,
+        v1::ContainerState::Running => ContainerState::Running,
+        v1::ContainerState::Complete => ContainerState::Complete,
+        v1::ContainerState::Shutdown => ContainerState::Shutdown,
+        v1::ContainerState::Failed => ContainerState::Failed,
+        v1::ContainerState::Rejected => ContainerState::Rejected,
+        _ => return None,
+    };
+    let time = |wire: Option<pbjson_types::Timestamp>| wire.as_ref().map(Timestamp::from_proto);
+    Some(Status {
+        state,
+        message: wire.message,
+        changed_at: time(wire.changed_at).unwrap_or_default(),
+        exit_code: wire.exit_code,
+        started_at: time(wire.started_at),
+        finished_at: time(wire.finished_at),
+        pid: wire.pid,
+        kernel: timing(wire.kernel),
+        runtime: timing(wire.runtime),
+        oom_killed: wire.oom_killed,
+        signal_ignored: wire.signal_ignored,
+    })
+}
+
+fn wire_status(status: &Status) -> v1::ContainerStatus {
+    v1::ContainerStatus {
+        state: wire_state(status.state).into(),
+        message: status.message.clone(),
+        changed_at: Some(status.changed_at.to_proto()),
+        exit_code: status.exit_code,
+        started_at: status.started_at.map(Timestamp::to_proto),
+        finished_at: status.finished_at.map(Timestamp::to_proto),
+        pid: status.pid,
+        kernel: Some(wire_timing(status.kernel)),
+        runtime: Some(wire_timing(status.runtime)),
+        oom_killed: status.oom_killed,
+        signal_ignored: status.signal_ignored,
+    }
+}
+
+/// A container.
+#[must_use]
+pub(crate) fn container(container: &Container) -> v1::Container {
+    let desired = match container.desired {
+        Desired::Running => v1::ContainerState::Running,
+        Desired::Removed => v1::ContainerState::Removed,
+    };
+    v1::Container {
+        id: container.id.to_string(),
+        version: container.version,
+        service_id: container.service.to_string(),
+        service_name: container.service_name.clone(),
+        slot: container.slot,
+        node_id: container.node.as_ref().map(ToString::to_string).unwrap_or_default(),
+        created_at: Some(container.created_at.to_proto()),
+        desired_state: desired.into(),
+        status: Some(wire_status(&container.status)),
+        spec: Some(wire_container_spec(&container.spec)),
+        resources: Some(wire_resources(&container.resources)),
+    }
+}
+
+/// A container as its agent gets it.
+#[must_use]
+pub(crate) fn assignment(container: &Container) -> v1::Assignment {
+    v1::Assignment {
+        container_id: container.id.to_string(),
+        service_id: container.service.to_string(),
+        service_name: container.service_name.clone(),
+        slot: container.slot,
+        spec: Some(wire_container_spec(&container.spec)),
+        resources: Some(wire_resources(&container.resources)),
+        desired_state: v1::ContainerState::Running.into(),
+    }
+}
+
+/// What an agent says of its node.
+#[must_use]
+pub(crate) fn description(wire: v1::NodeDescription) -> Description {
+    let probes = wire.probes.unwrap_or_default();
+    Description {
+        hostname: wire.hostname,
+        labels: wire.labels,
+        resources: wire.resources.as_ref().map(amounts).unwrap_or_default(),
+        agent_version: wire.agent_version,
+        architecture: wire.architecture,
+        kernel: wire.kernel,
+        probes: Probes { lifecycle: probes.lifecycle, dns: probes.dns, message: probes.message },
+    }
+}
+
+/// A node with what is reserved on it.
+#[must_use]
+pub(crate) fn node(node: &Node, state: &State, health: Health) -> v1::Node {
+    let (mut reserved, mut containers) = (Amounts::default(), 0);
+    for container in state.containers_on(&node.id).filter(|container| container.holds_resources()) {
+        reserved.cpu_millis += container.resources.reservations.cpu_millis;
+        reserved.memory_bytes += container.resources.reservations.memory_bytes;
+        containers += 1;
+    }
+    let (status, status_message) = match health {
+        Health::Unknown => (v1::NodeStatus::Unspecified, "not heard of since the leader changed"),
+        Health::Ready => (v1::NodeStatus::Ready, ""),
+        Health::Down => (v1::NodeStatus::Down, "its agent is silent"),
+    };
+    let description = &node.description;
+    v1::Node {
+        id: node.id.to_string(),
+        version: node.version,
+        created_at: Some(node.created_at.to_proto()),
+        description: Some(v1::NodeDescription {
+            hostname: description.hostname.clone(),
+            labels: description.labels.clone(),
+            resources: Some(wire_amounts(description.resources)),
+            agent_version: description.agent_version.clone(),
+            architecture: description.architecture.clone(),
+            kernel: description.kernel.clone(),
+            probes: Some(v1::ProbeReport {
+                lifecycle: description.probes.lifecycle,
+                dns: description.probes.dns,
+                message: description.probes.message.clone(),
+            }),
+        }),
+        status: status.into(),
+        status_message: status_message.to_owned(),
+        reserved: Some(wire_amounts(reserved)),
+        containers,
+    }
+}
+
+/// The restart policy of a service that says nothing about it.
+pub(crate) const DEFAULT_RESTART: RestartPolicy =
+    RestartPolicy { condition: RestartCondition::Any, delay: Duration::from_secs(1), max_attempts: 0 };

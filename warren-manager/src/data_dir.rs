@@ -1,0 +1,120 @@
+//! The manager's data directory: whose it is and of which layout, in one small file beside what consensus keeps.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// The layout that this version reads and writes.
+const FORMAT: u32 = 1;
+const FILE: &str = "manager.json";
+
+/// Why the directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It was written by another version.
+    #[error(
+        "the data directory {} has format {found}, this version reads format {FORMAT}: use the version that wrote it",
+        directory.display()
+    )]
+    Format {
+        /// Which.
+        directory: PathBuf,
+        /// What it says.
+        found: u32,
+    },
+    /// Its file says nothing.
+    #[error("{} is damaged: {why}", path.display())]
+    Damaged {
+        /// Which.
+        path: PathBuf,
+        /// How.
+        why: String,
+    },
+    /// It cannot be read or written.
+    #[error("the data directory {} cannot be used: {source}", directory.display())]
+    Io {
+        /// Which.
+        directory: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What the file says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    format: u32,
+    /// This manager's id in consensus.
+    pub id: u64,
+}
+
+/// Just the format: all that versions must agree on.
+#[derive(Deserialize)]
+struct Format {
+    format: u32,
+}
+
+/// Reads whose directory it is, or makes it manager `new_id`'s if it is nobody's.
+///
+/// # Errors
+///
+/// When another version wrote it, or it cannot be read or written.
+pub(crate) fn open(directory: &Path, new_id: u64) -> Result<Identity, Error> {
+    let io_error = |source| Error::Io { directory: directory.to_owned(), source };
+    let path = directory.join(FILE);
+    match fs::read(&path) {
+        Ok(bytes) => {
+            let damaged = |error: serde_json::Error| Error::Damaged { path: path.clone(), why: error.to_string() };
+            let Format { format } = serde_json::from_slice(&bytes).map_err(damaged)?;
+            if format != FORMAT {
+                return Err(Error::Format { directory: directory.to_owned(), found: format });
+            }
+            serde_json::from_slice(&bytes).map_err(damaged)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let identity = Identity { format: FORMAT, id: new_id };
+            create(directory, &path, &identity).map_err(io_error)?;
+            Ok(identity)
+        }
+        Err(error) => Err(io_error(error)),
+    }
+}
+
+fn create(directory: &Path, path: &Path, identity: &Identity) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    let temporary = path.with_extension("new");
+    let mut file = File::create(&temporary)?;
+    file.write_all(&serde_json::to_vec_pretty(identity)?)?;
+    file.sync_all()?;
+    fs::rename(temporary, path)?;
+    File::open(directory)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_keeps_its_identity() {
+        let directory = tempfile::tempdir().expect("a directory");
+        assert_eq!(open(directory.path(), 7).expect("opens").id, 7);
+        assert_eq!(open(directory.path(), 8).expect("opens again").id, 7);
+    }
+
+    #[test]
+    fn other_versions_and_damage_are_named() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join(FILE);
+        fs::write(&path, r#"{"format": 99, "new": {}}"#).expect("writable");
+        assert!(matches!(open(directory.path(), 1), Err(Error::Format { found: 99, .. })));
+        fs::write(&path, "{").expect("writable");
+        assert!(matches!(open(directory.path(), 1), Err(Error::Damaged { .. })));
+    }
+}

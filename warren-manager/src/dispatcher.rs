@@ -1,0 +1,143 @@
+//! Agents' sessions: assignments down; heartbeats, status and telemetry up.
+
+mod assignments;
+mod reports;
+
+use std::{collections::HashSet, sync::Arc};
+
+use opentelemetry::KeyValue;
+use tokio::sync::{Mutex, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use warren_proto::v1::{self, agent_message, dispatcher_server, manager_message};
+
+use crate::{ids::NodeId, liveness::Liveness, metrics::ManagerMetrics, store::Store, telemetry::Collected};
+use assignments::Assigned;
+use reports::Reports;
+
+/// Messages to an agent that wait to be sent.
+const QUEUE: usize = 16;
+
+/// Serves agents.
+#[derive(Clone, Debug)]
+pub struct Dispatcher {
+    store: Store,
+    liveness: Liveness,
+    collected: Collected,
+    metrics: Arc<ManagerMetrics>,
+    reports: Reports,
+    seen: Arc<Mutex<HashSet<NodeId>>>,
+}
+
+impl Dispatcher {
+    /// A dispatcher of this manager's store.
+    #[must_use]
+    pub fn new(store: Store, liveness: Liveness, collected: Collected, metrics: Arc<ManagerMetrics>) -> Self {
+        let reports = Reports::start(store.clone());
+        Self { store, liveness, collected, metrics, reports, seen: Arc::default() }
+    }
+
+    async fn opened(&self, node: &NodeId, hostname: &str) {
+        if !self.seen.lock().await.insert(node.clone()) {
+            self.metrics.session_reconnects.add(1, &[KeyValue::new("node", hostname.to_owned())]);
+        }
+    }
+
+    /// Sends assignments as the state changes, until the agent or the leadership is gone.
+    async fn send(self, node: NodeId, to: mpsc::Sender<Result<v1::ManagerMessage, Status>>) {
+        let mut state = self.store.watch();
+        let mut assigned = Assigned::default();
+        let mut period = self.liveness.period();
+        loop {
+            let view = state.borrow_and_update().clone();
+            if let Some(message) = assigned.next(&view, &node)
+                && to.send(Ok(wrap(manager_message::Message::Assignments(message)))).await.is_err()
+            {
+                return;
+            }
+            if self.liveness.period() != period {
+                period = self.liveness.period();
+                let message = v1::HeartbeatPeriod { period: Some(period.into()) };
+                if to.send(Ok(wrap(manager_message::Message::HeartbeatPeriod(message)))).await.is_err() {
+                    return;
+                }
+            }
+            tokio::select! {
+                changed = state.changed() => if changed.is_err() { return },
+                () = to.closed() => return,
+            }
+            if !self.store.raft().status().is_leader {
+                // The agent looks for the new leader.
+                let _ = to.send(Err(Status::unavailable("this manager no longer leads"))).await;
+                return;
+            }
+        }
+    }
+
+    async fn receive(self, node: NodeId, hostname: String, mut from: Streaming<v1::AgentMessage>) {
+        loop {
+            let message = match from.message().await {
+                Ok(Some(message)) => message.message,
+                Ok(None) => break,
+                Err(status) => {
+                    tracing::info!(node = hostname, message = status.message(), "an agent's session broke");
+                    break;
+                }
+            };
+            self.liveness.heard(&node);
+            match message {
+                Some(agent_message::Message::Status(report)) => self.reports.add(&node, report),
+                Some(agent_message::Message::Telemetry(snapshot)) => {
+                    let known = self.collected.accept(&node, &hostname, snapshot);
+                    let result = if known { "accepted" } else { "rejected" };
+                    let labels = [KeyValue::new("node", hostname.clone()), KeyValue::new("result", result)];
+                    self.metrics.telemetry_snapshots.add(1, &labels);
+                }
+                Some(agent_message::Message::Heartbeat(_)) | Some(agent_message::Message::Hello(_)) | None => {}
+            }
+        }
+        self.collected.closed(&node);
+        tracing::info!(node = hostname, "an agent's session ended");
+    }
+}
+
+fn wrap(message: manager_message::Message) -> v1::ManagerMessage {
+    v1::ManagerMessage { message: Some(message) }
+}
+
+#[tonic::async_trait]
+impl dispatcher_server::Dispatcher for Dispatcher {
+    type SessionStream = ReceiverStream<Result<v1::ManagerMessage, Status>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::AgentMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let mut from = request.into_inner();
+        let first = from.message().await?.and_then(|message| message.message);
+        let Some(agent_message::Message::Hello(hello)) = first else {
+            return Err(Status::invalid_argument("a session begins with a hello"));
+        };
+        let node = NodeId::from(hello.node_id);
+        let state = self.store.read().await.map_err(crate::api::status)?;
+        let Some(known) = state.node(&node) else {
+            return Err(Status::not_found(format!("node {node} is not registered")));
+        };
+        let hostname = known.description.hostname.clone();
+        self.liveness.heard(&node);
+        self.opened(&node, &hostname).await;
+        self.collected.opened(&node);
+        tracing::info!(node = hostname, "an agent's session began");
+
+        let (to, outgoing) = mpsc::channel(QUEUE);
+        let welcome = v1::Welcome {
+            term: self.store.raft().status().term,
+            heartbeat_period: Some(self.liveness.period().into()),
+        };
+        // The queue is empty: this cannot wait.
+        let _ = to.send(Ok(wrap(manager_message::Message::Welcome(welcome)))).await;
+        tokio::spawn(self.clone().send(node.clone(), to));
+        tokio::spawn(self.clone().receive(node, hostname, from));
+        Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+}

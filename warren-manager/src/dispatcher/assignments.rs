@@ -1,0 +1,48 @@
+//! What a node is to run, as a complete set and then as differences.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use warren_proto::v1::{self, AssignmentKind};
+
+use crate::{
+    convert,
+    ids::{ContainerId, NodeId},
+    state::{Container, Desired, State},
+};
+
+/// What was sent to an agent so far.
+#[derive(Debug, Default)]
+pub(super) struct Assigned {
+    sent: Option<BTreeMap<ContainerId, Arc<Container>>>,
+    sequence: u64,
+}
+
+/// Whether an agent is to have this container: it is to run and has not ended. Containers are one-shot, so one that ended
+/// is of no more use on its node.
+fn is_assigned(container: &Container) -> bool {
+    container.desired == Desired::Running && !container.status.state.is_terminal()
+}
+
+impl Assigned {
+    /// The message that brings the agent from what it has to what the state wants; `None` when it has it.
+    pub(super) fn next(&mut self, state: &State, node: &NodeId) -> Option<v1::Assignments> {
+        let wanted: BTreeMap<_, _> = state
+            .containers_on(node)
+            .filter(|container| is_assigned(container))
+            .map(|container| (container.id.clone(), Arc::clone(container)))
+            .collect();
+        let empty = BTreeMap::new();
+        let known = self.sent.as_ref().unwrap_or(&empty);
+        let changed: Vec<_> =
+            wanted.iter().filter(|(id, _)| !known.contains_key(*id)).map(|(_, c)| convert::assignment(c)).collect();
+        let removed: Vec<_> = known.keys().filter(|id| !wanted.contains_key(*id)).map(ToString::to_string).collect();
+        let kind = if self.sent.is_none() { AssignmentKind::Complete } else { AssignmentKind::Incremental };
+        if kind == AssignmentKind::Incremental && changed.is_empty() && removed.is_empty() {
+            return None;
+        }
+        let applies_to = self.sequence;
+        self.sequence += 1;
+        self.sent = Some(wanted);
+        Some(v1::Assignments { kind: kind.into(), applies_to, results_in: self.sequence, changed, removed })
+    }
+}

@@ -1,0 +1,86 @@
+//! Status reports, put together so that many containers' news is one log entry.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::Notify;
+use warren_proto::v1;
+
+use crate::{
+    convert,
+    ids::{ContainerId, NodeId},
+    state::{Change, Status},
+    store::Store,
+};
+
+/// News waits this long for more of it.
+const QUIET: Duration = Duration::from_millis(50);
+/// Before trying again what consensus would not take.
+const RETRY: Duration = Duration::from_millis(500);
+
+type Pending = HashMap<ContainerId, (NodeId, Status)>;
+
+/// Collects reports, the latest of each container, and writes them.
+#[derive(Clone, Debug)]
+pub(super) struct Reports {
+    pending: Arc<Mutex<Pending>>,
+    news: Arc<Notify>,
+}
+
+impl Reports {
+    /// Begins to write what is added; ends when the last clone is gone.
+    pub(super) fn start(store: Store) -> Self {
+        let reports = Self { pending: Arc::default(), news: Arc::default() };
+        let (pending, news) = (Arc::downgrade(&reports.pending), Arc::clone(&reports.news));
+        tokio::spawn(async move {
+            loop {
+                news.notified().await;
+                tokio::time::sleep(QUIET).await;
+                let Some(pending) = pending.upgrade() else { return };
+                let taken = std::mem::take(&mut *pending.lock().unwrap_or_else(PoisonError::into_inner));
+                if taken.is_empty() || !store.raft().status().is_leader {
+                    // The agent reports anew to whoever leads.
+                    continue;
+                }
+                if let Err(error) = store.transact_each(changes(&store, &taken)).await {
+                    tracing::warn!(%error, "agents' reports could not be written; trying again");
+                    tokio::time::sleep(RETRY).await;
+                    let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
+                    for (id, report) in taken {
+                        pending.entry(id).or_insert(report);
+                    }
+                    news.notify_one();
+                }
+            }
+        });
+        reports
+    }
+
+    pub(super) fn add(&self, node: &NodeId, report: v1::StatusReport) {
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        for reported in report.statuses {
+            if let Some(status) = reported.status.and_then(convert::observed_status) {
+                pending.insert(ContainerId::from(reported.container_id), (node.clone(), status));
+            }
+        }
+        self.news.notify_one();
+    }
+}
+
+/// What of the reports is news: repeating the known costs no log entry.
+fn changes(store: &Store, pending: &Pending) -> Vec<Change> {
+    let state = store.view();
+    let is_news = |id: &ContainerId, status: &Status| {
+        state.container(id).is_some_and(|known| known.status != *status && status.state >= known.status.state)
+    };
+    let news = pending.iter().filter(|(id, (_, status))| is_news(id, status));
+    news.map(|(id, (node, status))| Change::Observe {
+        id: id.clone(),
+        node: node.clone(),
+        status: Box::new(status.clone()),
+    })
+    .collect()
+}

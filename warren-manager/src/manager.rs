@@ -1,0 +1,276 @@
+//! The manager, put together.
+
+use std::{
+    fs, io,
+    net::{IpAddr, SocketAddr},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::net::{TcpListener, UnixListener};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::transport::{Server, server::UdsConnectInfo};
+use warren_raft::{Disconnected, Node, Profile};
+use warren_telemetry::{
+    Checks, Meters, ProcessSource,
+    endpoint::{self, Endpoint},
+    table::Emitter,
+};
+
+use crate::{
+    api::{self, Context, MetricsLayer},
+    clock::{Environment, System},
+    controller::Controller,
+    data_dir,
+    dispatcher::Dispatcher,
+    liveness::{self, Liveness},
+    metrics::ManagerMetrics,
+    state::{Change, Cluster, Machine, Transaction},
+    store::Store,
+    telemetry::{self, Collected},
+};
+
+/// How a manager works.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Holds the cluster's state.
+    pub data_dir: PathBuf,
+    /// Where the API is served to this machine; a loopback address until there is mutual TLS.
+    pub listen_addr: SocketAddr,
+    /// Where the API is served to root on this machine.
+    pub socket: PathBuf,
+    /// Where `/metrics` and the health checks are served.
+    pub metrics_addr: SocketAddr,
+    /// Log entries between snapshots.
+    pub snapshot_after: u64,
+    /// Heartbeats of agents.
+    pub liveness: liveness::Timing,
+}
+
+/// The first manager of a cluster.
+const FIRST_MANAGER: u64 = 1;
+/// How long open calls may take once the manager is told to stop.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why a manager could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The API would be open to the network, unprotected.
+    #[error("{0} is not a loopback address: without mutual TLS the API is served to this machine only")]
+    NotLoopback(IpAddr),
+    /// The data directory.
+    #[error(transparent)]
+    DataDir(#[from] data_dir::Error),
+    /// Consensus.
+    #[error(transparent)]
+    Raft(#[from] warren_raft::Error),
+    /// The state.
+    #[error(transparent)]
+    Store(#[from] crate::store::Error),
+    /// The API's address.
+    #[error("cannot serve the API on {address}: {why}")]
+    Listen {
+        /// Which.
+        address: String,
+        /// Why not.
+        why: String,
+    },
+    /// The metrics' address.
+    #[error(transparent)]
+    Metrics(#[from] endpoint::BindError),
+}
+
+fn listen_error(address: impl ToString) -> impl FnOnce(io::Error) -> Error {
+    move |error| {
+        let why = match error.kind() {
+            io::ErrorKind::AddrInUse => "another process uses this address".to_owned(),
+            _ => error.to_string(),
+        };
+        Error::Listen { address: address.to_string(), why }
+    }
+}
+
+/// Runs a manager until `shutdown` is cancelled; `started` is called once it serves.
+///
+/// # Errors
+///
+/// When it cannot start. What fails later is logged and shown by `/ready`.
+pub async fn run(options: Options, shutdown: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
+    run_in(options, Arc::new(System), shutdown, started).await
+}
+
+/// Like [`run`], with time and chance from elsewhere.
+///
+/// # Errors
+///
+/// When it cannot start.
+pub async fn run_in(
+    options: Options,
+    environment: Arc<dyn Environment>,
+    shutdown: CancellationToken,
+    started: impl FnOnce(),
+) -> Result<(), Error> {
+    if !options.listen_addr.ip().is_loopback() {
+        return Err(Error::NotLoopback(options.listen_addr.ip()));
+    }
+    // Addresses first: they are what a second manager on this machine would trip over, before it touches anything.
+    let metrics_listener = endpoint::bind(options.metrics_addr).await?;
+    let tcp = TcpListener::bind(options.listen_addr).await.map_err(listen_error(options.listen_addr))?;
+    let unix = bind_socket(&options.socket).await?;
+
+    let identity = data_dir::open(&options.data_dir, FIRST_MANAGER)?;
+    let meters = Meters::new(
+        "warren-manager",
+        &identity.id.to_string(),
+        &[Emitter::Manager, Emitter::Agent, Emitter::Both],
+    );
+    let metrics = Arc::new(ManagerMetrics::new(&meters));
+    let raft_options = warren_raft::Options {
+        id: identity.id,
+        address: options.listen_addr.to_string(),
+        directory: options.data_dir.join("raft"),
+        profile: Profile::Lan,
+        snapshot_after: options.snapshot_after,
+    };
+    let (machine, view) = Machine::new();
+    let observer: Arc<dyn warren_raft::Observer> = metrics.clone();
+    let raft = Node::start(&raft_options, Box::new(machine), Arc::new(Disconnected), observer).await?;
+    let store = Store::new(raft.clone(), view, Arc::clone(&metrics));
+    raft.recovered().await?;
+    found_cluster(&store, &*environment).await?;
+
+    let liveness = Liveness::new(options.liveness);
+    let collected = Collected::default();
+    meters.add_source(Arc::new(ProcessSource));
+    telemetry::export(&meters, &store, &collected, &liveness, &metrics);
+
+    let context = Context {
+        store: store.clone(),
+        liveness: liveness.clone(),
+        metrics: Arc::clone(&metrics),
+        environment: Arc::clone(&environment),
+    };
+    let dispatcher = Dispatcher::new(store.clone(), liveness.clone(), collected, Arc::clone(&metrics));
+    let routes = api::router(&context, dispatcher);
+    let tasks = TaskTracker::new();
+    let controller = Controller::new(store.clone(), liveness, Arc::clone(&metrics), environment);
+    tasks.spawn(controller.run(shutdown.clone()));
+    tasks.spawn(count_leader_changes(raft.clone(), Arc::clone(&metrics), shutdown.clone()));
+
+    let endpoint = Endpoint { meters, health: health(&raft), ready: ready(&store, &options.data_dir) };
+    tasks.spawn(log_failure("metrics", endpoint.serve(metrics_listener, shutdown.clone().cancelled_owned())));
+    let server = || Server::builder().layer(MetricsLayer::new(Arc::clone(&metrics)));
+    tasks.spawn(log_failure(
+        "the API on TCP",
+        server()
+            .add_routes(routes.clone())
+            .serve_with_incoming_shutdown(TcpListenerStream::new(tcp), shutdown.clone().cancelled_owned()),
+    ));
+    tasks.spawn(log_failure(
+        "the API on the socket",
+        server()
+            .layer(tonic::service::InterceptorLayer::new(root_only))
+            .add_routes(routes)
+            .serve_with_incoming_shutdown(UnixListenerStream::new(unix), shutdown.clone().cancelled_owned()),
+    ));
+    tracing::info!(api = %options.listen_addr, metrics = %options.metrics_addr, "the manager serves");
+    started();
+
+    shutdown.cancelled().await;
+    tasks.close();
+    // Streams like agents' sessions do not end by themselves.
+    let _ = tokio::time::timeout(SHUTDOWN_PATIENCE, tasks.wait()).await;
+    raft.shutdown().await;
+    // Whoever comes next removes it if this fails.
+    let _ = fs::remove_file(&options.socket);
+    Ok(())
+}
+
+async fn log_failure<E: std::fmt::Display>(what: &'static str, serve: impl Future<Output = Result<(), E>>) {
+    if let Err(error) = serve.await {
+        tracing::error!(%error, "{what} is no longer served");
+    }
+}
+
+/// Takes the socket, which only root may use; one that a manager left behind is replaced.
+async fn bind_socket(path: &Path) -> Result<UnixListener, Error> {
+    let failed = || listen_error(path.display());
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory).map_err(failed())?;
+    }
+    if tokio::net::UnixStream::connect(path).await.is_ok() {
+        return Err(failed()(io::ErrorKind::AddrInUse.into()));
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed()(error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).map_err(failed())?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed())?;
+    Ok(listener)
+}
+
+/// Lets root's calls through. The socket's permissions say the same, but root may have given them away.
+fn root_only(request: tonic::Request<()>) -> Result<tonic::Request<()>, tonic::Status> {
+    let credentials = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
+    match credentials {
+        Some(credentials) if credentials.uid() == 0 => Ok(request),
+        _ => Err(tonic::Status::permission_denied("only root may use this socket")),
+    }
+}
+
+/// Gives a new cluster its identity.
+async fn found_cluster(store: &Store, environment: &dyn Environment) -> Result<(), Error> {
+    if store.view().cluster().is_none() {
+        let id = crate::ids::NodeId::generate(environment).to_string();
+        let cluster = Cluster { id, created_at: environment.now() };
+        let changes = vec![Change::FoundCluster(cluster)];
+        store.transact(&Transaction { changes, ..Transaction::default() }).await?;
+    }
+    Ok(())
+}
+
+async fn count_leader_changes(raft: Node, metrics: Arc<ManagerMetrics>, shutdown: CancellationToken) {
+    let mut known = None;
+    let count = raft.watch(|status| {
+        if status.leader.is_some() && status.leader != known {
+            known = status.leader;
+            metrics.leader_changes.add(1, &[]);
+        }
+    });
+    shutdown.run_until_cancelled(count).await;
+}
+
+fn health(raft: &Node) -> Checks {
+    let mut checks = Checks::default();
+    let raft = raft.clone();
+    checks.add("raft", move || raft.status().failure.map_or(Ok(()), Err));
+    checks
+}
+
+fn ready(store: &Store, data_dir: &Path) -> Checks {
+    let mut checks = Checks::default();
+    let raft = store.raft().clone();
+    checks.add("raft", move || {
+        let status = raft.status();
+        if let Some(failure) = status.failure {
+            return Err(failure);
+        }
+        if !telemetry::quorum_ok(&status) {
+            return Err("no leader with a majority is known".to_owned());
+        }
+        match status.last_log_index.saturating_sub(status.applied_index) {
+            0..1000 => Ok(()),
+            behind => Err(format!("{behind} log entries are not applied yet")),
+        }
+    });
+    let probe = data_dir.join("writable");
+    checks.add("storage", move || {
+        let written = fs::write(&probe, b"").and_then(|()| fs::remove_file(&probe));
+        written.map_err(|error| format!("the data directory cannot be written: {error}"))
+    });
+    checks
+}

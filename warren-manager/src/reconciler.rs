@@ -1,0 +1,220 @@
+//! Reconciliation: what must change so that the containers are those that the services ask for. A pure function of the
+//! state, of who is alive, and of the time; killing and repeating it at any point does no harm.
+//!
+//! Containers are one-shot: one that ended is never started again, another takes its slot. At no time are there more
+//! containers of a service, on nodes that can be reached, than it asks for.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use crate::{
+    clock::Timestamp,
+    ids::NodeId,
+    liveness::Health,
+    state::{Change, Container, ContainerState, Desired, Mode, RestartCondition, Service, State},
+};
+
+#[cfg(test)]
+mod tests;
+
+/// Longest wait before a container that keeps failing is replaced.
+const MAX_DELAY: Duration = Duration::from_secs(300);
+/// A container that ran this long was well: its failure begins a new row.
+const WELL_AFTER: Duration = Duration::from_secs(30);
+/// Ended containers kept in each slot, for people to look at.
+const KEPT_PER_SLOT: usize = 2;
+
+/// A container to make.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Creation {
+    /// Whose it is.
+    pub service: Arc<Service>,
+    /// In which slot.
+    pub slot: u32,
+    /// The only node that will do, for a global service.
+    pub pinned: Option<NodeId>,
+    /// Whether it takes the place of one that ended by itself.
+    pub replaces: bool,
+    /// Failures in a row before it.
+    pub failures: u32,
+}
+
+/// What reconciliation wants.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Containers to make.
+    pub create: Vec<Creation>,
+    /// Other changes.
+    pub changes: Vec<Change>,
+    /// When to look again, if nothing else happens before.
+    pub wake_at: Option<Timestamp>,
+}
+
+impl Plan {
+    fn wake(&mut self, at: Timestamp) {
+        self.wake_at = Some(self.wake_at.map_or(at, |known| known.min(at)));
+    }
+
+    fn remove(&mut self, container: &Container) {
+        if container.desired == Desired::Running {
+            self.changes.push(Change::Remove { id: container.id.clone() });
+        }
+    }
+}
+
+/// The containers that a slot has had, newest first.
+type Slot = Vec<Arc<Container>>;
+
+/// Decides what must change.
+#[must_use]
+pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health, now: Timestamp) -> Plan {
+    let mut plan = Plan::default();
+    let some_node_is_ready = state.nodes().any(|node| health(&node.id) == Health::Ready);
+    // A container on a node that is down is given up if another node could run its replacement. On the only node it is
+    // better left alone: the node may be back before anyone misses it.
+    let lost = |container: &Container| {
+        let down = container.node.as_ref().is_some_and(|node| health(node) == Health::Down);
+        down && some_node_is_ready && container.pinned.is_none()
+    };
+    for service in state.services() {
+        let mut slots = BTreeMap::<(u32, Option<NodeId>), Slot>::new();
+        for container in state.containers_of(&service.id) {
+            let key = (container.slot, container.pinned.clone());
+            slots.entry(key).or_default().push(Arc::clone(container));
+        }
+        for slot in slots.values_mut() {
+            slot.sort_by(|a, b| (b.created_at, &b.id).cmp(&(a.created_at, &a.id)));
+        }
+        let wanted: Vec<(u32, Option<NodeId>)> = match service.spec.mode {
+            Mode::Replicated(replicas) => (1..=replicas).map(|slot| (slot, None)).collect(),
+            Mode::Global => state.nodes().map(|node| (0, Some(node.id.clone()))).collect(),
+        };
+        service_slots(&mut plan, service, &slots, &wanted, &lost, now);
+    }
+    orphans(&mut plan, state);
+    plan
+}
+
+fn service_slots(
+    plan: &mut Plan,
+    service: &Arc<Service>,
+    slots: &BTreeMap<(u32, Option<NodeId>), Slot>,
+    wanted: &[(u32, Option<NodeId>)],
+    lost: &impl Fn(&Container) -> bool,
+    now: Timestamp,
+) {
+    let empty = Slot::new();
+    let runs = |container: &&Arc<Container>| {
+        container.desired == Desired::Running && !container.status.state.is_terminal() && !lost(container)
+    };
+    // Whether every container of the service is up: then one of an earlier generation may be replaced.
+    let mut all_up = true;
+    let mut outdated = None;
+    for key in wanted {
+        let slot = slots.get(key).unwrap_or(&empty);
+        for container in slot.iter().filter(|container| lost(container)) {
+            plan.remove(container);
+        }
+        match slot.iter().find(runs) {
+            Some(container) => {
+                if container.generation != service.generation && outdated.is_none() {
+                    outdated = Some(Arc::clone(container));
+                } else if container.status.state != ContainerState::Running {
+                    all_up = false;
+                }
+            }
+            None => {
+                all_up = false;
+                vacant(plan, service, key, slot, lost, now);
+            }
+        }
+        tidy(plan, slot, KEPT_PER_SLOT);
+    }
+    if let Some(container) = outdated {
+        // One at a time, and one that is not up need not be waited for.
+        if all_up || container.status.state != ContainerState::Running {
+            plan.remove(&container);
+        }
+    }
+    for slot in slots.iter().filter(|(key, _)| !wanted.contains(key)).map(|(_, slot)| slot) {
+        for container in slot {
+            plan.remove(container);
+        }
+        tidy(plan, slot, 0);
+    }
+}
+
+/// Decides whether a slot without a container gets one, and when.
+fn vacant(
+    plan: &mut Plan,
+    service: &Arc<Service>,
+    key: &(u32, Option<NodeId>),
+    slot: &Slot,
+    lost: &impl Fn(&Container) -> bool,
+    now: Timestamp,
+) {
+    // The one before must be gone first, unless nobody can tell.
+    if slot.iter().any(|container| !container.status.state.is_terminal() && container.node.is_some() && !lost(container))
+    {
+        return;
+    }
+    // What was removed on purpose or lost with its node did not end by itself: its slot is filled at once.
+    let ended_by_itself =
+        slot.first().filter(|last| last.desired == Desired::Running && last.generation == service.generation);
+    let mut failures = 0;
+    if let Some(last) = ended_by_itself {
+        let policy = service.spec.restart;
+        let wanted = match policy.condition {
+            RestartCondition::Any => true,
+            RestartCondition::OnFailure => last.status.state.is_failure(),
+            RestartCondition::Never => false,
+        };
+        failures = failures_in_a_row(last);
+        if !wanted || (policy.max_attempts > 0 && failures >= policy.max_attempts) {
+            return;
+        }
+        let doublings = failures.saturating_sub(1).min(16);
+        let delay = policy.delay.saturating_mul(1 << doublings).min(MAX_DELAY.max(policy.delay));
+        let due = last.status.finished_at.unwrap_or(last.status.changed_at).after(delay);
+        if due > now {
+            plan.wake(due);
+            return;
+        }
+    }
+    plan.create.push(Creation {
+        service: Arc::clone(service),
+        slot: key.0,
+        pinned: key.1.clone(),
+        replaces: ended_by_itself.is_some(),
+        failures,
+    });
+}
+
+/// Failures in a row, counting the one that just ended. One that ran well first begins a new row.
+fn failures_in_a_row(last: &Container) -> u32 {
+    if !last.status.state.is_failure() {
+        return 0;
+    }
+    let ran = last.status.started_at.zip(last.status.finished_at);
+    if ran.is_some_and(|(from, to)| to.since(from) >= WELL_AFTER) { 1 } else { last.failures + 1 }
+}
+
+/// Deletes the records of all but the newest `keep` ended containers of a slot.
+fn tidy(plan: &mut Plan, slot: &Slot, keep: usize) {
+    let ended = slot.iter().filter(|container| {
+        container.status.state.is_terminal() || (container.desired == Desired::Removed && container.node.is_none())
+    });
+    for container in ended.skip(keep) {
+        plan.changes.push(Change::DeleteContainer { id: container.id.clone() });
+    }
+}
+
+/// Containers of services that are gone.
+fn orphans(plan: &mut Plan, state: &State) {
+    for container in state.containers().filter(|container| state.service(&container.service).is_none()) {
+        if container.status.state.is_terminal() || container.node.is_none() {
+            plan.changes.push(Change::DeleteContainer { id: container.id.clone() });
+        } else {
+            plan.remove(container);
+        }
+    }
+}

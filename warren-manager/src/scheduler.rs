@@ -1,0 +1,177 @@
+//! Placement: which node a waiting container goes to. A pure function of the state and of who is alive.
+//!
+//! Nodes that cannot take a container are filtered out, each with its reason; of the others the one with the fewest
+//! containers of the same service wins, then the one with the smallest share of its resources reserved, then the one with
+//! the fewest containers. Equals are taken in the order of their ids, so that the same state always gives the same plan.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    ids::{ContainerId, NodeId, ServiceId},
+    liveness::Health,
+    state::{Amounts, Container, ContainerState, Desired, State},
+};
+
+#[cfg(test)]
+mod tests;
+
+/// Why a node does not take a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Refusal {
+    /// It is not heard of.
+    Down,
+    /// Too little CPU is left.
+    Cpu,
+    /// Too little memory is left.
+    Memory,
+    /// The container is for another node.
+    Pinned,
+}
+
+impl Refusal {
+    /// As a label shows it.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Down => "down",
+            Self::Cpu => "cpu",
+            Self::Memory => "memory",
+            Self::Pinned => "pinned",
+        }
+    }
+
+    fn words(self) -> &'static str {
+        match self {
+            Self::Down => "not heard of",
+            Self::Cpu => "not enough CPU left",
+            Self::Memory => "not enough memory left",
+            Self::Pinned => "meant for another",
+        }
+    }
+}
+
+/// What a round of scheduling decided.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Which container goes to which node.
+    pub assignments: Vec<(ContainerId, NodeId)>,
+    /// Which container nobody takes, why in words, and the commonest reason if there are nodes at all.
+    pub refusals: Vec<(ContainerId, String, Option<Refusal>)>,
+}
+
+/// A node as the round fills it.
+#[derive(Debug)]
+struct Candidate {
+    id: NodeId,
+    alive: bool,
+    capacity: Amounts,
+    reserved: Amounts,
+    containers: u32,
+    by_service: BTreeMap<ServiceId, u32>,
+}
+
+impl Candidate {
+    fn refuses(&self, container: &Container) -> Option<Refusal> {
+        let wanted = container.resources.reservations;
+        if container.pinned.as_ref().is_some_and(|pinned| *pinned != self.id) {
+            Some(Refusal::Pinned)
+        } else if !self.alive {
+            Some(Refusal::Down)
+        } else if self.reserved.memory_bytes + wanted.memory_bytes > self.capacity.memory_bytes {
+            Some(Refusal::Memory)
+        } else if self.reserved.cpu_millis + wanted.cpu_millis > self.capacity.cpu_millis {
+            Some(Refusal::Cpu)
+        } else {
+            None
+        }
+    }
+
+    /// Lower is better. Load is the larger of the two shares reserved, in thousandths.
+    fn rank(&self, service: &ServiceId) -> (u32, u64, u32) {
+        let share = |used: u64, of: u64| used.saturating_mul(1000).checked_div(of).unwrap_or(0);
+        let load = share(self.reserved.cpu_millis, self.capacity.cpu_millis)
+            .max(share(self.reserved.memory_bytes, self.capacity.memory_bytes));
+        (self.by_service.get(service).copied().unwrap_or(0), load, self.containers)
+    }
+
+    fn take(&mut self, container: &Container) {
+        self.reserved.cpu_millis += container.resources.reservations.cpu_millis;
+        self.reserved.memory_bytes += container.resources.reservations.memory_bytes;
+        self.containers += 1;
+        *self.by_service.entry(container.service.clone()).or_default() += 1;
+    }
+}
+
+/// Whether a container waits for a node.
+#[must_use]
+pub fn waits(container: &Container) -> bool {
+    container.status.state < ContainerState::Assigned && container.desired == Desired::Running
+}
+
+/// Decides where waiting containers go.
+#[must_use]
+pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health) -> Plan {
+    let mut waiting: Vec<_> = state.containers().filter(|container| waits(container)).collect();
+    if waiting.is_empty() {
+        return Plan::default();
+    }
+    waiting.sort_by(|a, b| {
+        (a.created_at, &a.service, a.slot, &a.id).cmp(&(b.created_at, &b.service, b.slot, &b.id))
+    });
+    let mut candidates = candidates(state, health);
+    let mut plan = Plan::default();
+    for container in waiting {
+        let mut refusals = BTreeMap::<Refusal, u32>::new();
+        let mut best: Option<(_, usize)> = None;
+        for (i, candidate) in candidates.iter().enumerate() {
+            if let Some(refusal) = candidate.refuses(container) {
+                *refusals.entry(refusal).or_default() += 1;
+                continue;
+            }
+            let rank = candidate.rank(&container.service);
+            if best.as_ref().is_none_or(|(known, _)| rank < *known) {
+                best = Some((rank, i));
+            }
+        }
+        match best {
+            Some((_, i)) => {
+                candidates[i].take(container);
+                plan.assignments.push((container.id.clone(), candidates[i].id.clone()));
+            }
+            None => {
+                let (message, reason) = explain(candidates.len(), &refusals);
+                plan.refusals.push((container.id.clone(), message, reason));
+            }
+        }
+    }
+    plan
+}
+
+fn candidates(state: &State, health: impl Fn(&NodeId) -> Health) -> Vec<Candidate> {
+    let candidate = |node: &std::sync::Arc<crate::state::Node>| {
+        let mut candidate = Candidate {
+            id: node.id.clone(),
+            alive: health(&node.id) == Health::Ready,
+            capacity: node.description.resources,
+            reserved: Amounts::default(),
+            containers: 0,
+            by_service: BTreeMap::new(),
+        };
+        for container in state.containers_on(&node.id).filter(|container| container.holds_resources()) {
+            candidate.take(container);
+        }
+        candidate
+    };
+    state.nodes().map(candidate).collect()
+}
+
+/// Why nobody takes a container, in words: "3 nodes: 2 not heard of; 1 not enough memory left".
+fn explain(nodes: usize, refusals: &BTreeMap<Refusal, u32>) -> (String, Option<Refusal>) {
+    let commonest = refusals.iter().max_by_key(|(_, count)| **count).map(|(refusal, _)| *refusal);
+    if nodes == 0 {
+        return ("no node has joined the cluster".to_owned(), None);
+    }
+    let words: Vec<_> = refusals.iter().map(|(refusal, count)| format!("{count} {}", refusal.words())).collect();
+    let plural = if nodes == 1 { "" } else { "s" };
+    (format!("no suitable node ({nodes} node{plural}: {})", words.join("; ")), commonest)
+}

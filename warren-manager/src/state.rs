@@ -1,0 +1,241 @@
+//! The cluster's state: typed tables, and transactions that change them.
+//!
+//! A pure function of the log: no clock, no randomness, no effects. Ids and times come in the transactions. The tables are
+//! persistent maps, so a copy of the whole state costs a few pointers: readers and planners work on copies while newer
+//! transactions are applied.
+
+mod machine;
+mod objects;
+mod transaction;
+
+#[cfg(test)]
+mod tests;
+
+pub use machine::Machine;
+pub use objects::{
+    Amounts, Cluster, Container, ContainerSpec, ContainerState, Description, Desired, Mode, Node, Probes, Resources,
+    RestartCondition, RestartPolicy, Service, ServiceSpec, Status, Timing,
+};
+pub use transaction::{Change, Expected, Rejection, Reply, Transaction};
+
+use std::{io, sync::Arc};
+
+use imbl::{OrdMap, OrdSet, Vector};
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{ContainerId, NodeId, ServiceId};
+
+/// Changes remembered for watchers; who is further behind lists anew.
+const HISTORY: usize = 10_000;
+/// Requests remembered, so that repeating one does nothing.
+const REQUESTS: usize = 10_000;
+
+/// A change of a container's record.
+#[derive(Clone, Debug)]
+pub enum ContainerChange {
+    /// It is new or different.
+    Changed(Arc<Container>),
+    /// Its record is gone.
+    Deleted(ContainerId, ServiceId),
+}
+
+/// Everything the cluster agrees on.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    revision: u64,
+    cluster: Option<Arc<Cluster>>,
+    services: OrdMap<ServiceId, Arc<Service>>,
+    nodes: OrdMap<NodeId, Arc<Node>>,
+    containers: OrdMap<ContainerId, Arc<Container>>,
+    /// Request ids by the revision of their reply, and their replies.
+    requests: OrdMap<u64, String>,
+    replies: OrdMap<String, Reply>,
+    // What follows is derived, or forgotten at a restart.
+    names: OrdMap<String, ServiceId>,
+    by_service: OrdSet<(ServiceId, ContainerId)>,
+    by_node: OrdSet<(NodeId, ContainerId)>,
+    history: Vector<(u64, ContainerChange)>,
+    /// Changes up to here are not in the history.
+    forgotten: u64,
+}
+
+/// The state as a snapshot holds it.
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    /// Of this layout.
+    schema: u32,
+    revision: u64,
+    cluster: Option<Arc<Cluster>>,
+    services: Vec<Arc<Service>>,
+    nodes: Vec<Arc<Node>>,
+    containers: Vec<Arc<Container>>,
+    requests: OrdMap<u64, String>,
+    replies: OrdMap<String, Reply>,
+}
+
+const SCHEMA: u32 = 1;
+
+impl State {
+    /// The revision of the last change: its place in the log.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// The cluster's identity, once it has one.
+    #[must_use]
+    pub fn cluster(&self) -> Option<&Cluster> {
+        self.cluster.as_deref()
+    }
+
+    /// All services, by id.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+
+    /// A service by id.
+    #[must_use]
+    pub fn service(&self, id: &ServiceId) -> Option<&Arc<Service>> {
+        self.services.get(id)
+    }
+
+    /// A service by name.
+    #[must_use]
+    pub fn service_named(&self, name: &str) -> Option<&Arc<Service>> {
+        self.services.get(self.names.get(name)?)
+    }
+
+    /// All nodes, by id.
+    pub fn nodes(&self) -> impl Iterator<Item = &Arc<Node>> {
+        self.nodes.values()
+    }
+
+    /// A node by id.
+    #[must_use]
+    pub fn node(&self, id: &NodeId) -> Option<&Arc<Node>> {
+        self.nodes.get(id)
+    }
+
+    /// All containers, by id.
+    pub fn containers(&self) -> impl Iterator<Item = &Arc<Container>> {
+        self.containers.values()
+    }
+
+    /// A container by id.
+    #[must_use]
+    pub fn container(&self, id: &ContainerId) -> Option<&Arc<Container>> {
+        self.containers.get(id)
+    }
+
+    /// A service's containers.
+    pub fn containers_of<'a>(&'a self, service: &'a ServiceId) -> impl Iterator<Item = &'a Arc<Container>> {
+        let first = (service.clone(), ContainerId::from(""));
+        let ids = self.by_service.range(first..).take_while(move |(owner, _)| owner == service);
+        ids.filter_map(|(_, id)| self.containers.get(id))
+    }
+
+    /// A node's containers.
+    pub fn containers_on<'a>(&'a self, node: &'a NodeId) -> impl Iterator<Item = &'a Arc<Container>> {
+        let first = (node.clone(), ContainerId::from(""));
+        let ids = self.by_node.range(first..).take_while(move |(owner, _)| owner == node);
+        ids.filter_map(|(_, id)| self.containers.get(id))
+    }
+
+    /// Changes of containers after `revision`; `None` when some of them are forgotten.
+    #[must_use]
+    pub fn changes_since(&self, revision: u64) -> Option<impl Iterator<Item = &(u64, ContainerChange)>> {
+        if revision < self.forgotten {
+            return None;
+        }
+        // Watchers are close behind: look from the end.
+        let newer = self.history.iter().rev().take_while(|(at, _)| *at > revision).count();
+        Some(self.history.iter().skip(self.history.len() - newer))
+    }
+
+    fn remember(&mut self, change: ContainerChange) {
+        self.history.push_back((self.revision, change));
+        while self.history.len() > HISTORY {
+            if let Some((revision, _)) = self.history.pop_front() {
+                self.forgotten = revision;
+            }
+        }
+    }
+
+    fn put_container(&mut self, container: Container) {
+        let id = container.id.clone();
+        if let Some(old) = self.containers.get(&id)
+            && let Some(node) = &old.node
+            && container.node.as_ref() != Some(node)
+        {
+            self.by_node.remove(&(node.clone(), id.clone()));
+        }
+        if let Some(node) = &container.node {
+            self.by_node.insert((node.clone(), id.clone()));
+        }
+        self.by_service.insert((container.service.clone(), id.clone()));
+        let container = Arc::new(container);
+        self.containers.insert(id, Arc::clone(&container));
+        self.remember(ContainerChange::Changed(container));
+    }
+
+    fn delete_container(&mut self, id: &ContainerId) {
+        let Some(container) = self.containers.remove(id) else { return };
+        if let Some(node) = &container.node {
+            self.by_node.remove(&(node.clone(), id.clone()));
+        }
+        self.by_service.remove(&(container.service.clone(), id.clone()));
+        self.remember(ContainerChange::Deleted(id.clone(), container.service.clone()));
+    }
+
+    /// The state as bytes: the same bytes for the same state, on every manager.
+    ///
+    /// # Errors
+    ///
+    /// Never for a state that transactions made.
+    pub fn to_bytes(&self) -> io::Result<Vec<u8>> {
+        let stored = Stored {
+            schema: SCHEMA,
+            revision: self.revision,
+            cluster: self.cluster.clone(),
+            services: self.services.values().cloned().collect(),
+            nodes: self.nodes.values().cloned().collect(),
+            containers: self.containers.values().cloned().collect(),
+            requests: self.requests.clone(),
+            replies: self.replies.clone(),
+        };
+        serde_json::to_vec(&stored).map_err(io::Error::other)
+    }
+
+    /// The state of these bytes.
+    ///
+    /// # Errors
+    ///
+    /// When they are of another schema or damaged.
+    pub fn from_bytes(bytes: &[u8]) -> io::Result<Self> {
+        let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
+        let stored: Stored = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
+        if stored.schema != SCHEMA {
+            return Err(invalid(format!("the state is of schema {}, this manager knows {SCHEMA}", stored.schema)));
+        }
+        let mut state = Self {
+            revision: stored.revision,
+            cluster: stored.cluster,
+            requests: stored.requests,
+            replies: stored.replies,
+            ..Self::default()
+        };
+        for service in stored.services {
+            state.names.insert(service.spec.name.clone(), service.id.clone());
+            state.services.insert(service.id.clone(), service);
+        }
+        for node in stored.nodes {
+            state.nodes.insert(node.id.clone(), node);
+        }
+        for container in stored.containers {
+            state.put_container(Arc::unwrap_or_clone(container));
+        }
+        state.history.clear();
+        state.forgotten = state.revision;
+        Ok(state)
+    }
+}

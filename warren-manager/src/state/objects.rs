@@ -1,0 +1,344 @@
+//! What the tables hold.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    clock::Timestamp,
+    ids::{ContainerId, NodeId, ServiceId},
+};
+
+/// The cluster's identity.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cluster {
+    /// Random; told apart from other clusters.
+    pub id: String,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// A service: what should run, and how many of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// Its id.
+    pub id: ServiceId,
+    /// The revision of its last write.
+    pub version: u64,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// When its spec was last replaced.
+    pub updated_at: Timestamp,
+    /// What the user wants.
+    pub spec: ServiceSpec,
+    /// Counts changes of what its containers run: those of an earlier number are replaced.
+    pub generation: u64,
+}
+
+/// What a user wants of a service; validated.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceSpec {
+    /// Unique; a DNS label.
+    pub name: String,
+    /// The user's own.
+    pub labels: BTreeMap<String, String>,
+    /// How many containers.
+    pub mode: Mode,
+    /// What runs in each.
+    pub container: ContainerSpec,
+    /// What each may use.
+    pub resources: Resources,
+    /// What happens when one ends.
+    pub restart: RestartPolicy,
+}
+
+/// How many containers a service has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mode {
+    /// This many, spread over the nodes.
+    Replicated(u32),
+    /// One on every node.
+    Global,
+}
+
+/// What runs in a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerSpec {
+    /// The image, as the user named it.
+    pub image: String,
+    /// Replaces the image's entrypoint.
+    pub command: Vec<String>,
+    /// Replaces the image's command.
+    pub args: Vec<String>,
+    /// Added to the image's environment.
+    pub env: BTreeMap<String, String>,
+    /// By name or number; empty for the image's.
+    pub stop_signal: String,
+    /// From the stop signal to SIGKILL.
+    pub stop_timeout: Option<Duration>,
+}
+
+/// What a container may use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resources {
+    /// What is set aside for it.
+    pub reservations: Amounts,
+    /// What it is held to; zero is no limit.
+    pub limits: Amounts,
+}
+
+/// CPU and memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Amounts {
+    /// Thousandths of a core.
+    pub cpu_millis: u64,
+    /// Bytes.
+    pub memory_bytes: u64,
+}
+
+/// When an ended container is replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RestartCondition {
+    /// Always.
+    Any,
+    /// When it failed.
+    OnFailure,
+    /// Never.
+    Never,
+}
+
+/// What happens when a container ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestartPolicy {
+    /// When it is replaced.
+    pub condition: RestartCondition,
+    /// Before the first replacement; doubles with each failure in a row.
+    pub delay: Duration,
+    /// Failures in a row after which the slot is given up; 0 is never.
+    pub max_attempts: u32,
+}
+
+/// A machine with an agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// Its id.
+    pub id: NodeId,
+    /// The revision of its last write.
+    pub version: u64,
+    /// When it first registered.
+    pub created_at: Timestamp,
+    /// What its agent says of it.
+    pub description: Description,
+}
+
+/// What an agent says of its node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// The machine's name.
+    pub hostname: String,
+    /// The operator's own.
+    pub labels: BTreeMap<String, String>,
+    /// What it has.
+    pub resources: Amounts,
+    /// The agent's version and commit.
+    pub agent_version: String,
+    /// Like `x86_64`.
+    pub architecture: String,
+    /// The kernel's release.
+    pub kernel: String,
+    /// Whether its kernel probes work.
+    pub probes: Probes,
+}
+
+/// Whether a node's kernel probes work.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probes {
+    /// Containers are timed in the kernel.
+    pub lifecycle: bool,
+    /// DNS queries are.
+    pub dns: bool,
+    /// Why not, if not.
+    pub message: String,
+}
+
+/// What the manager wants of a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Desired {
+    /// To run until it ends by itself.
+    Running,
+    /// To be stopped and removed.
+    Removed,
+}
+
+/// Where a container is in its life; only ever rises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum ContainerState {
+    /// Made.
+    New,
+    /// No node takes it yet; the message says why.
+    Pending,
+    /// Given to a node.
+    Assigned,
+    /// Its agent has it.
+    Accepted,
+    /// Image and snapshot are being made ready.
+    Preparing,
+    /// The runtime creates and starts it.
+    Starting,
+    /// It runs.
+    Running,
+    /// It exited with 0.
+    Complete,
+    /// It was stopped.
+    Shutdown,
+    /// It exited otherwise.
+    Failed,
+    /// It could not be run at all.
+    Rejected,
+}
+
+impl ContainerState {
+    /// All of them, in order.
+    pub const ALL: [Self; 11] = [
+        Self::New,
+        Self::Pending,
+        Self::Assigned,
+        Self::Accepted,
+        Self::Preparing,
+        Self::Starting,
+        Self::Running,
+        Self::Complete,
+        Self::Shutdown,
+        Self::Failed,
+        Self::Rejected,
+    ];
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn is_terminal(self) -> bool {
+        self >= Self::Complete
+    }
+
+    /// Whether it ended otherwise than it should.
+    #[must_use]
+    pub fn is_failure(self) -> bool {
+        matches!(self, Self::Failed | Self::Rejected)
+    }
+
+    /// As labels and tables show it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Pending => "pending",
+            Self::Assigned => "assigned",
+            Self::Accepted => "accepted",
+            Self::Preparing => "preparing",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Complete => "complete",
+            Self::Shutdown => "shutdown",
+            Self::Failed => "failed",
+            Self::Rejected => "rejected",
+        }
+    }
+}
+
+/// Durations of a container's operations, in nanoseconds; 0 is unknown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timing {
+    /// Its create.
+    pub create_ns: u64,
+    /// Its start.
+    pub start_ns: u64,
+    /// Its stop.
+    pub stop_ns: u64,
+}
+
+/// What is observed of a container. Until it is assigned the manager writes it, from then on the node's agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Where it is.
+    pub state: ContainerState,
+    /// Why, in words.
+    pub message: String,
+    /// Since when.
+    pub changed_at: Timestamp,
+    /// 128 + signal for a signal.
+    pub exit_code: Option<i32>,
+    /// When its process began.
+    pub started_at: Option<Timestamp>,
+    /// When it ended.
+    pub finished_at: Option<Timestamp>,
+    /// In the node's initial PID namespace; 0 is unknown.
+    pub pid: u32,
+    /// As timed in the kernel.
+    pub kernel: Timing,
+    /// As timed around the runtime's calls.
+    pub runtime: Timing,
+    /// The OOM killer took it.
+    pub oom_killed: bool,
+    /// Its first process had no handler for the stop signal.
+    pub signal_ignored: bool,
+}
+
+impl Status {
+    /// A status that says no more than this.
+    #[must_use]
+    pub fn new(state: ContainerState, message: impl Into<String>, at: Timestamp) -> Self {
+        Self {
+            state,
+            message: message.into(),
+            changed_at: at,
+            exit_code: None,
+            started_at: None,
+            finished_at: None,
+            pid: 0,
+            kernel: Timing::default(),
+            runtime: Timing::default(),
+            oom_killed: false,
+            signal_ignored: false,
+        }
+    }
+}
+
+/// One run of a service's spec. A replacement is another container in the same slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Container {
+    /// Its id.
+    pub id: ContainerId,
+    /// The revision of its last write.
+    pub version: u64,
+    /// Whose it is.
+    pub service: ServiceId,
+    /// The service's name, which outlives the service's record here.
+    pub service_name: String,
+    /// Which replica, from 1; 0 for a global service.
+    pub slot: u32,
+    /// The only node that may run it, for a global service.
+    pub pinned: Option<NodeId>,
+    /// Where it is, once assigned.
+    pub node: Option<NodeId>,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// What the manager wants of it.
+    pub desired: Desired,
+    /// What is observed of it.
+    pub status: Status,
+    /// What runs in it.
+    pub spec: ContainerSpec,
+    /// What it may use.
+    pub resources: Resources,
+    /// The service's generation that it was made from.
+    pub generation: u64,
+    /// Failures in a row in its slot before it.
+    pub failures: u32,
+}
+
+impl Container {
+    /// Whether it holds its reservations: it is on a node and has not ended.
+    #[must_use]
+    pub fn holds_resources(&self) -> bool {
+        self.node.is_some() && !self.status.state.is_terminal()
+    }
+}

@@ -1,0 +1,261 @@
+//! Transactions: changes that are made all or not at all.
+
+use std::{fmt, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Cluster, Container, ContainerState, Desired, Node, REQUESTS, Service, State, Status};
+use crate::{
+    clock::Timestamp,
+    ids::{ContainerId, NodeId, ServiceId},
+};
+
+/// What the writer saw of an object; if it is otherwise, nothing is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Expected {
+    /// Whatever is there.
+    Any,
+    /// Nothing is there.
+    Absent,
+    /// The object's version is this.
+    Version(u64),
+}
+
+/// One change. What has several writers has changes of its own, so that they do not overwrite one another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Change {
+    /// Gives the cluster its identity, unless it has one.
+    FoundCluster(Cluster),
+    /// Writes a service.
+    PutService {
+        /// The service; its version is set by the write.
+        service: Box<Service>,
+        /// What was seen of it.
+        expected: Expected,
+    },
+    /// Deletes a service's record; its containers follow by reconciliation.
+    DeleteService {
+        /// Which.
+        id: ServiceId,
+        /// What was seen of it.
+        expected: Expected,
+    },
+    /// Writes a node.
+    PutNode(Box<Node>),
+    /// Deletes a node's record and those of its containers.
+    DeleteNode {
+        /// Which.
+        id: NodeId,
+    },
+    /// Makes a container.
+    CreateContainer(Box<Container>),
+    /// Gives a container to a node, if it still waits for one.
+    Assign {
+        /// Which.
+        id: ContainerId,
+        /// To whom.
+        node: NodeId,
+        /// When.
+        at: Timestamp,
+    },
+    /// Says why a container waits.
+    Refuse {
+        /// Which.
+        id: ContainerId,
+        /// Why.
+        message: String,
+        /// When.
+        at: Timestamp,
+    },
+    /// Wants a container stopped and removed. There is no way back.
+    Remove {
+        /// Which.
+        id: ContainerId,
+    },
+    /// Takes note of what an agent reports. A state that is behind the known one is old news and ignored.
+    Observe {
+        /// Which.
+        id: ContainerId,
+        /// Who reports.
+        node: NodeId,
+        /// What.
+        status: Box<Status>,
+    },
+    /// Deletes a container's record.
+    DeleteContainer {
+        /// Which.
+        id: ContainerId,
+    },
+}
+
+/// A list of changes, as the log holds it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transaction {
+    /// Chosen by a client: the same twice does its work once.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub request_id: String,
+    /// The changes, in order.
+    pub changes: Vec<Change>,
+}
+
+/// Why a transaction changed nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Rejection {
+    /// Another service has this name.
+    NameTaken(String),
+    /// The object has been changed, or is gone, since the writer saw it.
+    Conflict(String),
+    /// There is no such object.
+    NotFound(String),
+    /// The command cannot be read: a newer manager wrote it.
+    Unreadable(String),
+}
+
+impl fmt::Display for Rejection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NameTaken(name) => write!(f, "a service named {name:?} exists already"),
+            Self::Conflict(what) => write!(f, "{what} was changed by someone else; look again and repeat"),
+            Self::NotFound(what) => write!(f, "there is no {what}"),
+            Self::Unreadable(why) => write!(f, "the log holds a command that this version cannot read: {why}"),
+        }
+    }
+}
+
+/// The revision that a transaction made, or why it made none.
+pub type Reply = Result<u64, Rejection>;
+
+fn matches(expected: Expected, version: Option<u64>) -> bool {
+    match expected {
+        Expected::Any => true,
+        Expected::Absent => version.is_none(),
+        Expected::Version(seen) => version == Some(seen),
+    }
+}
+
+impl State {
+    /// Applies a transaction at `index` of the log.
+    pub fn apply(&mut self, index: u64, transaction: &Transaction) -> Reply {
+        if let Some(reply) = self.replies.get(&transaction.request_id) {
+            return reply.clone();
+        }
+        // Work on a copy, which is cheap, so that a transaction that fails half-way leaves nothing.
+        let mut next = self.clone();
+        next.revision = index;
+        let reply = transaction.changes.iter().try_for_each(|change| next.change(change)).map(|()| index);
+        if reply.is_ok() {
+            *self = next;
+        }
+        if !transaction.request_id.is_empty() {
+            self.revision = index;
+            self.replies.insert(transaction.request_id.clone(), reply.clone());
+            self.requests.insert(index, transaction.request_id.clone());
+            while self.requests.len() > REQUESTS {
+                if let Some((oldest, request)) = self.requests.get_min().cloned() {
+                    self.requests.remove(&oldest);
+                    self.replies.remove(&request);
+                }
+            }
+        }
+        reply
+    }
+
+    fn change(&mut self, change: &Change) -> Result<(), Rejection> {
+        match change {
+            Change::FoundCluster(cluster) => {
+                self.cluster.get_or_insert_with(|| Arc::new(cluster.clone()));
+            }
+            Change::PutService { service, expected } => self.put_service(service, *expected)?,
+            Change::DeleteService { id, expected } => {
+                let known = self.services.get(id).ok_or_else(|| Rejection::NotFound(format!("service {id}")))?;
+                if !matches(*expected, Some(known.version)) {
+                    return Err(Rejection::Conflict(format!("service {:?}", known.spec.name)));
+                }
+                let name = known.spec.name.clone();
+                self.names.remove(&name);
+                self.services.remove(id);
+            }
+            Change::PutNode(node) => {
+                let mut node = (**node).clone();
+                node.version = self.revision;
+                self.nodes.insert(node.id.clone(), Arc::new(node));
+            }
+            Change::DeleteNode { id } => {
+                self.nodes.remove(id).ok_or_else(|| Rejection::NotFound(format!("node {id}")))?;
+                let containers: Vec<_> = self.containers_on(id).map(|container| container.id.clone()).collect();
+                for container in containers {
+                    self.delete_container(&container);
+                }
+            }
+            Change::CreateContainer(container) => {
+                // Made from a service that may be gone or changed by now: then it is not needed.
+                let current = self.services.get(&container.service).is_some_and(|s| s.generation == container.generation);
+                if !current || self.containers.contains_key(&container.id) {
+                    return Err(Rejection::Conflict(format!("service {:?}", container.service_name)));
+                }
+                let mut container = (**container).clone();
+                container.version = self.revision;
+                self.put_container(container);
+            }
+            Change::Assign { id, node, at } => self.assign(id, node, *at),
+            Change::Refuse { id, message, at } => self.update(id, |container| {
+                if container.node.is_none() && !container.status.state.is_terminal() {
+                    container.status = Status::new(ContainerState::Pending, message, *at);
+                }
+            }),
+            Change::Remove { id } => self.update(id, |container| container.desired = Desired::Removed),
+            Change::Observe { id, node, status } => self.update(id, |container| {
+                let newer = status.state >= container.status.state && !container.status.state.is_terminal();
+                // After its end only what the kernel measured may still be added.
+                let adds = status.state == container.status.state;
+                if container.node.as_ref() == Some(node) && (newer || adds) {
+                    container.status = (**status).clone();
+                }
+            }),
+            Change::DeleteContainer { id } => self.delete_container(id),
+        }
+        Ok(())
+    }
+
+    fn put_service(&mut self, service: &Service, expected: Expected) -> Result<(), Rejection> {
+        let known = self.services.get(&service.id);
+        let name = &service.spec.name;
+        if !matches(expected, known.map(|known| known.version)) {
+            return Err(Rejection::Conflict(format!("service {name:?}")));
+        }
+        if self.names.get(name).is_some_and(|owner| *owner != service.id) {
+            return Err(Rejection::NameTaken(name.clone()));
+        }
+        if let Some(old) = known.map(|known| known.spec.name.clone()) {
+            self.names.remove(&old);
+        }
+        let mut service = service.clone();
+        service.version = self.revision;
+        self.names.insert(service.spec.name.clone(), service.id.clone());
+        self.services.insert(service.id.clone(), Arc::new(service));
+        Ok(())
+    }
+
+    /// A container that no longer waits, or a node that is gone, makes an assignment moot, not wrong.
+    fn assign(&mut self, id: &ContainerId, node: &NodeId, at: Timestamp) {
+        if !self.nodes.contains_key(node) {
+            return;
+        }
+        self.update(id, |container| {
+            if container.status.state < ContainerState::Assigned && container.desired == Desired::Running {
+                container.node = Some(node.clone());
+                container.status = Status::new(ContainerState::Assigned, "", at);
+            }
+        });
+    }
+
+    fn update(&mut self, id: &ContainerId, change: impl FnOnce(&mut Container)) {
+        let Some(known) = self.containers.get(id) else { return };
+        let mut container = (**known).clone();
+        change(&mut container);
+        if container != **known {
+            container.version = self.revision;
+            self.put_container(container);
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! The way to the state: views to read, transactions to write.
+
+use std::{fmt, sync::Arc, time::Instant};
+
+use tokio::sync::watch;
+use warren_raft::Node;
+
+use crate::{
+    metrics::ManagerMetrics,
+    state::{Change, Rejection, Reply, State, Transaction},
+};
+
+/// Changes in one log entry; more are split.
+const MAX_CHANGES: usize = 200;
+
+/// Why nothing was read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Consensus was not to be had.
+    #[error(transparent)]
+    Raft(#[from] warren_raft::Error),
+    /// The state did not allow it.
+    #[error("{0}")]
+    Rejected(Rejection),
+    /// The command or its reply could not be encoded.
+    #[error("a transaction could not be encoded: {0}")]
+    Encoding(#[from] serde_json::Error),
+}
+
+/// Reads and writes the cluster's state. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    node: Node,
+    view: watch::Receiver<State>,
+    metrics: Arc<ManagerMetrics>,
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// A store of this manager's copy of the state.
+    #[must_use]
+    pub fn new(node: Node, view: watch::Receiver<State>, metrics: Arc<ManagerMetrics>) -> Self {
+        Self { node, view, metrics }
+    }
+
+    /// This manager's part in consensus.
+    #[must_use]
+    pub fn raft(&self) -> &Node {
+        &self.node
+    }
+
+    /// The state as this manager has it now, which may be behind the leader's.
+    #[must_use]
+    pub fn view(&self) -> State {
+        self.view.borrow().clone()
+    }
+
+    /// The state with every write that was acknowledged before this call.
+    ///
+    /// # Errors
+    ///
+    /// When this manager does not lead or no majority answers.
+    pub async fn read(&self) -> Result<State, Error> {
+        self.node.linearize().await?;
+        Ok(self.view())
+    }
+
+    /// Follows the state.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<State> {
+        self.view.clone()
+    }
+
+    /// Makes a transaction durable, and returns the revision it made. It is all done or nothing.
+    ///
+    /// # Errors
+    ///
+    /// When it was rejected, or consensus was not to be had.
+    pub async fn transact(&self, transaction: &Transaction) -> Result<u64, Error> {
+        let command = serde_json::to_string(transaction)?;
+        let began = Instant::now();
+        let reply = self.node.propose(command).await?;
+        self.metrics.commit_duration.record(began.elapsed().as_secs_f64(), &[]);
+        serde_json::from_str::<Reply>(&reply)?.map_err(Error::Rejected)
+    }
+
+    /// Makes changes that do not depend on one another: each succeeds or is moot by itself.
+    ///
+    /// # Errors
+    ///
+    /// When consensus was not to be had. Rejected changes are logged and left: whoever planned them plans again.
+    pub async fn transact_each(&self, changes: Vec<Change>) -> Result<(), Error> {
+        let mut batches = changes.chunks(MAX_CHANGES).map(<[Change]>::to_vec).collect::<Vec<_>>();
+        batches.reverse();
+        while let Some(changes) = batches.pop() {
+            match self.transact(&Transaction { changes: changes.clone(), ..Transaction::default() }).await {
+                Ok(_) => {}
+                // One of them stands in the way: find it by halves.
+                Err(Error::Rejected(_)) if changes.len() > 1 => {
+                    let (left, right) = changes.split_at(changes.len() / 2);
+                    batches.push(right.to_vec());
+                    batches.push(left.to_vec());
+                }
+                Err(Error::Rejected(rejection)) => {
+                    tracing::debug!(%rejection, "a planned change is no longer wanted");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,222 @@
+//! Checking what users send. A refusal names the field and says what would be right.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use warren_proto::v1;
+
+use crate::{
+    convert::{self, DEFAULT_RESTART},
+    state::{Amounts, ContainerSpec, Mode, Resources, RestartCondition, RestartPolicy, ServiceSpec},
+};
+
+/// What is wrong with a request.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {why}")]
+pub struct Invalid {
+    /// The field's path.
+    pub field: &'static str,
+    /// What is wrong with it.
+    pub why: String,
+}
+
+fn invalid<T>(field: &'static str, why: impl Into<String>) -> Result<T, Invalid> {
+    Err(Invalid { field, why: why.into() })
+}
+
+const MAX_NAME: usize = 63;
+const MAX_REPLICAS: i64 = 100_000;
+const MAX_IMAGE: usize = 255;
+/// Arguments, variables and labels together must fit into a process's arguments and a log entry.
+const MAX_TEXT: usize = 128 << 10;
+const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+/// The kernel refuses containers with less.
+const MIN_MEMORY: i64 = 4 << 20;
+
+/// A service's spec, checked and completed.
+///
+/// # Errors
+///
+/// When a field is missing or out of its range.
+pub(crate) fn service_spec(spec: Option<v1::ServiceSpec>) -> Result<ServiceSpec, Invalid> {
+    let Some(spec) = spec else { return invalid("spec", "is missing") };
+    name(&spec.name)?;
+    let mode = match spec.mode {
+        None => Mode::Replicated(1),
+        Some(v1::service_spec::Mode::Global(_)) => Mode::Global,
+        Some(v1::service_spec::Mode::Replicated(v1::Replicated { replicas })) => match u32::try_from(replicas) {
+            Ok(count) if replicas <= MAX_REPLICAS => Mode::Replicated(count),
+            _ => return invalid("spec.replicated.replicas", format!("{replicas} is not between 0 and {MAX_REPLICAS}")),
+        },
+    };
+    if text(&spec.labels) > MAX_TEXT {
+        return invalid("spec.labels", format!("are longer than {MAX_TEXT} bytes together"));
+    }
+    Ok(ServiceSpec {
+        name: spec.name,
+        labels: spec.labels,
+        mode,
+        container: container(spec.container)?,
+        resources: resources(spec.resources.unwrap_or_default())?,
+        restart: restart(spec.restart)?,
+    })
+}
+
+fn name(name: &str) -> Result<(), Invalid> {
+    const FIELD: &str = "spec.name";
+    if name.is_empty() {
+        return invalid(FIELD, "is missing");
+    }
+    let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    if name.len() > MAX_NAME || !name.bytes().all(allowed) || name.starts_with('-') || name.ends_with('-') {
+        return invalid(
+            FIELD,
+            format!(
+                "{name:?} is no DNS label: 1 to {MAX_NAME} of a-z, 0-9 and '-', with a letter or digit at both ends"
+            ),
+        );
+    }
+    Ok(())
+}
+
+fn text(map: &BTreeMap<String, String>) -> usize {
+    map.iter().map(|(key, value)| key.len() + value.len()).sum()
+}
+
+fn container(spec: Option<v1::ContainerSpec>) -> Result<ContainerSpec, Invalid> {
+    let spec = spec.unwrap_or_default();
+    if spec.image.is_empty() {
+        return invalid("spec.container.image", "is missing");
+    }
+    if spec.image.len() > MAX_IMAGE || spec.image.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        return invalid("spec.container.image", format!("{:?} is not an image's name", spec.image));
+    }
+    for key in spec.env.keys() {
+        if key.is_empty() || key.contains(['=', '\0']) {
+            return invalid("spec.container.env", format!("{key:?} is not a variable's name"));
+        }
+    }
+    let words = spec.command.iter().chain(&spec.args);
+    if words.map(String::len).sum::<usize>() + text(&spec.env) > MAX_TEXT {
+        return invalid("spec.container", format!("command, args and env are longer than {MAX_TEXT} bytes together"));
+    }
+    if spec.command.iter().chain(&spec.args).chain(spec.env.values()).any(|word| word.contains('\0')) {
+        return invalid("spec.container", "command, args and env cannot hold NUL bytes");
+    }
+    let stop_timeout = spec.stop_timeout.as_ref().map(convert::duration);
+    if stop_timeout.is_some_and(|timeout| timeout > MAX_TIMEOUT) {
+        return invalid("spec.container.stop_timeout", "is longer than a day");
+    }
+    let signal = &spec.stop_signal;
+    if signal.len() > 16 || !signal.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'+') {
+        return invalid("spec.container.stop_signal", format!("{signal:?} is not a signal"));
+    }
+    Ok(ContainerSpec {
+        image: spec.image,
+        command: spec.command,
+        args: spec.args,
+        env: spec.env,
+        stop_signal: spec.stop_signal,
+        stop_timeout,
+    })
+}
+
+fn resources(wire: v1::Resources) -> Result<Resources, Invalid> {
+    let reservations = wire.reservations.unwrap_or_default();
+    let limits = wire.limits.unwrap_or_default();
+    for (field, amount) in [
+        ("spec.resources.reservations.cpu_millis", reservations.cpu_millis),
+        ("spec.resources.reservations.memory_bytes", reservations.memory_bytes),
+        ("spec.resources.limits.cpu_millis", limits.cpu_millis),
+        ("spec.resources.limits.memory_bytes", limits.memory_bytes),
+    ] {
+        if amount < 0 {
+            return invalid(field, format!("{amount} is negative"));
+        }
+    }
+    if limits.memory_bytes != 0 && limits.memory_bytes < MIN_MEMORY {
+        return invalid("spec.resources.limits.memory_bytes", format!("is less than {MIN_MEMORY}"));
+    }
+    if limits.cpu_millis != 0 && limits.cpu_millis < 10 {
+        return invalid("spec.resources.limits.cpu_millis", "is less than 10");
+    }
+    if limits.memory_bytes != 0 && reservations.memory_bytes > limits.memory_bytes {
+        return invalid("spec.resources.reservations.memory_bytes", "is more than the limit");
+    }
+    if limits.cpu_millis != 0 && reservations.cpu_millis > limits.cpu_millis {
+        return invalid("spec.resources.reservations.cpu_millis", "is more than the limit");
+    }
+    let amounts = |wire: v1::ResourceAmounts| Amounts {
+        cpu_millis: wire.cpu_millis.unsigned_abs(),
+        memory_bytes: wire.memory_bytes.unsigned_abs(),
+    };
+    Ok(Resources { reservations: amounts(reservations), limits: amounts(limits) })
+}
+
+fn restart(wire: Option<v1::RestartPolicy>) -> Result<RestartPolicy, Invalid> {
+    let Some(wire) = wire else { return Ok(DEFAULT_RESTART) };
+    let Ok(condition) = v1::RestartCondition::try_from(wire.condition) else {
+        return invalid("spec.restart.condition", format!("{} is not known", wire.condition));
+    };
+    let condition = match condition {
+        v1::RestartCondition::Unspecified | v1::RestartCondition::Any => RestartCondition::Any,
+        v1::RestartCondition::OnFailure => RestartCondition::OnFailure,
+        v1::RestartCondition::Never => RestartCondition::Never,
+    };
+    let delay = wire.delay.as_ref().map_or(DEFAULT_RESTART.delay, convert::duration);
+    if delay > MAX_TIMEOUT {
+        return invalid("spec.restart.delay", "is longer than a day");
+    }
+    Ok(RestartPolicy { condition, delay, max_attempts: wire.max_attempts })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> v1::ServiceSpec {
+        v1::ServiceSpec {
+            name: "web".to_owned(),
+            container: Some(v1::ContainerSpec { image: "nginx".to_owned(), ..Default::default() }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_has_defaults() {
+        let spec = service_spec(Some(spec())).expect("valid");
+        assert_eq!(spec.mode, Mode::Replicated(1));
+        assert_eq!(spec.restart, DEFAULT_RESTART);
+    }
+
+    #[test]
+    fn refusals_name_the_field() {
+        let with = |change: fn(&mut v1::ServiceSpec)| {
+            let mut spec = spec();
+            change(&mut spec);
+            service_spec(Some(spec)).expect_err("invalid").field
+        };
+        let container = |spec: &mut v1::ServiceSpec, change: fn(&mut v1::ContainerSpec)| {
+            change(spec.container.get_or_insert_default());
+        };
+        assert_eq!(service_spec(None).expect_err("invalid").field, "spec");
+        for name in ["", "Web", "a_b", "-a", "a-", "a.b", "über"] {
+            let spec = v1::ServiceSpec { name: name.to_owned(), ..spec() };
+            assert_eq!(service_spec(Some(spec)).expect_err(name).field, "spec.name");
+        }
+        assert_eq!(with(|spec| spec.name = "a".repeat(64)), "spec.name");
+        assert_eq!(with(|spec| spec.container = None), "spec.container.image");
+        let negative = v1::Replicated { replicas: -1 };
+        let spec_with = v1::ServiceSpec { mode: Some(v1::service_spec::Mode::Replicated(negative)), ..spec() };
+        assert_eq!(service_spec(Some(spec_with)).expect_err("negative").field, "spec.replicated.replicas");
+        let mut bad_env = spec();
+        container(&mut bad_env, |container| drop(container.env.insert("A=B".to_owned(), String::new())));
+        assert_eq!(service_spec(Some(bad_env)).expect_err("env").field, "spec.container.env");
+        let mut bad_limit = spec();
+        bad_limit.resources = Some(v1::Resources {
+            reservations: Some(v1::ResourceAmounts { cpu_millis: -1, memory_bytes: 0 }),
+            limits: None,
+        });
+        let field = service_spec(Some(bad_limit)).expect_err("limit").field;
+        assert_eq!(field, "spec.resources.reservations.cpu_millis");
+    }
+}
