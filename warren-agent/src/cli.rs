@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 use warren_telemetry::logs::{self, Style};
 
-use crate::{node, observe, probes};
+use crate::{agent, node, observe, probes};
 
 /// Warren's node agent: runs containers, times them and their DNS queries in the kernel.
 #[derive(Debug, Parser)]
@@ -20,6 +20,8 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Runs what a manager assigns to this node.
+    Run(AgentArguments),
     /// Times every container and DNS query of this host, whoever runs them, and serves /metrics. Needs no manager.
     Observe(ObserveArguments),
 }
@@ -79,6 +81,83 @@ impl ProbeArguments {
     }
 }
 
+/// How an agent works.
+#[derive(Args, Clone, Debug)]
+pub struct AgentArguments {
+    /// Holds the node's id and what it was told to run.
+    #[arg(long, env = "WARREN_AGENT_DATA_DIR", default_value = "/var/lib/warren/agent")]
+    pub data_dir: PathBuf,
+    /// Where the manager is.
+    #[arg(long, env = "WARREN_MANAGER", default_value = "unix:///run/warren/warren.sock")]
+    pub manager: String,
+    /// The node's name; the machine's unless given.
+    #[arg(long, env = "WARREN_HOSTNAME")]
+    pub hostname: Option<String>,
+    /// A label of the node, as name=value; may be repeated.
+    #[arg(long = "label", value_parser = parse_label)]
+    pub labels: Vec<(String, String)>,
+    /// Where to serve /metrics, /health, /ready and /live.
+    #[arg(long, env = "WARREN_AGENT_METRICS_ADDR", default_value = "0.0.0.0:9465")]
+    pub metrics_addr: SocketAddr,
+    #[command(flatten)]
+    /// What it uses on its node.
+    pub node: NodeArguments,
+}
+
+/// What the agent uses on its node.
+#[derive(Args, Clone, Debug)]
+pub struct NodeArguments {
+    /// containerd's socket.
+    #[arg(long, env = "WARREN_CONTAINERD_SOCKET", default_value = "/run/containerd/containerd.sock")]
+    pub containerd_socket: PathBuf,
+    /// containerd's namespace. Everything in it is the agent's: what nobody assigned is removed.
+    #[arg(long, env = "WARREN_CONTAINERD_NAMESPACE", default_value = "warren")]
+    pub containerd_namespace: String,
+    /// The parent of containers' cgroups.
+    #[arg(long, env = "WARREN_CGROUP_PARENT", default_value = "/warren")]
+    pub cgroup_parent: PathBuf,
+    /// Time containers around the runtime's calls instead of in the kernel.
+    #[arg(long)]
+    pub no_probes: bool,
+    /// Seconds between telemetry snapshots.
+    #[arg(long, env = "WARREN_TELEMETRY_INTERVAL_S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
+    pub telemetry_interval_s: u64,
+    #[command(flatten)]
+    /// The probes.
+    pub probes: ProbeArguments,
+}
+
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("a label is name=value")?;
+    if name.is_empty() {
+        return Err("a label has a name".to_owned());
+    }
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+impl AgentArguments {
+    /// As the agent wants them.
+    #[must_use]
+    pub fn options(&self) -> agent::Options {
+        let node = &self.node;
+        // The containers' queries, not the host's: those would pay for nothing.
+        let probes = node.probes.options(node.cgroup_parent.clone(), true);
+        agent::Options {
+            data_dir: self.data_dir.clone(),
+            manager: self.manager.clone(),
+            hostname: self.hostname.clone().unwrap_or_else(node::hostname),
+            labels: self.labels.iter().cloned().collect(),
+            metrics_addr: self.metrics_addr,
+            containerd_socket: node.containerd_socket.clone(),
+            containerd_namespace: node.containerd_namespace.clone(),
+            cgroup_parent: node.cgroup_parent.clone(),
+            probes: (!node.no_probes).then_some(probes),
+            dns_timeout: node.probes.dns_timeout(),
+            telemetry_interval: Duration::from_secs(node.telemetry_interval_s),
+        }
+    }
+}
+
 #[derive(Args, Debug)]
 struct ObserveArguments {
     /// Where to serve /metrics, /health, /ready and /live.
@@ -100,7 +179,7 @@ struct ObserveArguments {
     probes: ProbeArguments,
 }
 
-/// Runs a command; what goes wrong is one line on stderr.
+/// Runs a command; what goes wrong is one line on stderr. Exit codes are those of [`agent::Error::exit_code`].
 #[must_use]
 pub fn main(arguments: Arguments) -> ExitCode {
     arguments.logs.init();
@@ -116,12 +195,13 @@ pub fn main(arguments: Arguments) -> ExitCode {
 
 fn fail(error: &anyhow::Error) -> ExitCode {
     eprintln!("error: {}", probes::describe(error.as_ref()));
-    ExitCode::FAILURE
+    error.downcast_ref::<agent::Error>().map_or(ExitCode::FAILURE, |error| error.exit_code().into())
 }
 
 async fn run(command: Command) -> anyhow::Result<()> {
     let shutdown = cancelled_by_signals()?;
     match command {
+        Command::Run(arguments) => agent::run(arguments.options(), shutdown, || ()).await?,
         Command::Observe(arguments) => {
             let detach = arguments.detach.then(|| arguments.probes.bpf_pin_dir.clone());
             let options = observe::Options {

@@ -3,8 +3,11 @@
 //! It times containers and DNS in the kernel ([`probes`]), runs what a manager assigns to its node, and streams status and
 //! telemetry back. [`observe`] is the probes alone, beside any container engine.
 
+pub mod agent;
 pub mod cli;
 pub mod node;
 pub mod observe;
 pub mod probes;
 pub mod runtime;
+pub mod session;
+pub mod tasks;

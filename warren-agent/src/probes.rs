@@ -19,10 +19,11 @@ pub use groups::Groups;
 pub use loader::{Options, PROGRAMS};
 pub use maps::{DnsStatistics, Maps};
 pub use object::OBJECT;
+pub(crate) use source::exponential;
 pub use source::ProbeSource;
 pub use sweep::{Sweep, monotonic_now};
 
-use std::{io, path::PathBuf};
+use std::{fs, io, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
@@ -98,4 +99,13 @@ pub fn describe(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+/// The id of a process's cgroup in the v2 hierarchy: its directory's inode number.
+#[must_use]
+pub fn cgroup_of(pid: u32) -> Option<u64> {
+    let membership = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = membership.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let directory = loader::cgroup2_mount()?.join(path);
+    fs::metadata(directory).ok().map(|metadata| std::os::unix::fs::MetadataExt::ino(&metadata))
 }

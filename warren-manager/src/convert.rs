@@ -179,13 +179,16 @@ fn wire_status(status: &Status) -> v1::ContainerStatus {
     }
 }
 
+fn wire_desired(desired: Desired) -> v1::ContainerState {
+    match desired {
+        Desired::Running => v1::ContainerState::Running,
+        Desired::Removed => v1::ContainerState::Removed,
+    }
+}
+
 /// A container.
 #[must_use]
 pub(crate) fn container(container: &Container) -> v1::Container {
-    let desired = match container.desired {
-        Desired::Running => v1::ContainerState::Running,
-        Desired::Removed => v1::ContainerState::Removed,
-    };
     v1::Container {
         id: container.id.to_string(),
         version: container.version,
@@ -194,7 +197,7 @@ pub(crate) fn container(container: &Container) -> v1::Container {
         slot: container.slot,
         node_id: container.node.as_ref().map(ToString::to_string).unwrap_or_default(),
         created_at: Some(container.created_at.to_proto()),
-        desired_state: desired.into(),
+        desired_state: wire_desired(container.desired).into(),
         status: Some(wire_status(&container.status)),
         spec: Some(wire_container_spec(&container.spec)),
         resources: Some(wire_resources(&container.resources)),
@@ -211,7 +214,7 @@ pub(crate) fn assignment(container: &Container) -> v1::Assignment {
         slot: container.slot,
         spec: Some(wire_container_spec(&container.spec)),
         resources: Some(wire_resources(&container.resources)),
-        desired_state: v1::ContainerState::Running.into(),
+        desired_state: wire_desired(container.desired).into(),
     }
 }
 

@@ -83,6 +83,20 @@ pub enum Error {
     Metrics(#[from] endpoint::BindError),
 }
 
+impl Error {
+    /// The process's exit code: 2 for an address that is not allowed, 7 for one in use, 8 for a data directory that cannot be
+    /// used.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::NotLoopback(_) => 2,
+            Self::DataDir(_) | Self::Raft(warren_raft::Error::Storage { .. }) => 8,
+            Self::Listen { .. } | Self::Metrics(_) => 7,
+            Self::Raft(_) | Self::Store(_) => 1,
+        }
+    }
+}
+
 fn listen_error(address: impl ToString) -> impl FnOnce(io::Error) -> Error {
     move |error| {
         let why = match error.kind() {

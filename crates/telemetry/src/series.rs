@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use warren_proto::v1;
 
 use crate::table::{self, Kind, Metric};
@@ -124,6 +126,12 @@ impl Series {
 pub trait Source: Send + Sync {
     /// The series as they are now.
     fn collect(&self) -> Vec<Series>;
+}
+
+impl<S: Source + ?Sized> Source for Arc<S> {
+    fn collect(&self) -> Vec<Series> {
+        (**self).collect()
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use warren_proto::v1::{self, AssignmentKind};
 use crate::{
     convert,
     ids::{ContainerId, NodeId},
-    state::{Container, Desired, State},
+    state::{Container, State},
 };
 
 /// What was sent to an agent so far.
@@ -17,10 +17,11 @@ pub(super) struct Assigned {
     sequence: u64,
 }
 
-/// Whether an agent is to have this container: it is to run and has not ended. Containers are one-shot, so one that ended
-/// is of no more use on its node.
+/// Whether an agent is told of this container: until it has ended, be it to run or to be removed. An agent answers for each
+/// of them, also for one it knows nothing of, so no container waits for news for ever. Containers are one-shot: one that
+/// ended is of no more use on its node.
 fn is_assigned(container: &Container) -> bool {
-    container.desired == Desired::Running && !container.status.state.is_terminal()
+    !container.status.state.is_terminal()
 }
 
 impl Assigned {
@@ -33,8 +34,11 @@ impl Assigned {
             .collect();
         let empty = BTreeMap::new();
         let known = self.sent.as_ref().unwrap_or(&empty);
+        let is_news = |container: &Arc<Container>| {
+            known.get(&container.id).is_none_or(|known| known.desired != container.desired)
+        };
         let changed: Vec<_> =
-            wanted.iter().filter(|(id, _)| !known.contains_key(*id)).map(|(_, c)| convert::assignment(c)).collect();
+            wanted.values().filter(|container| is_news(container)).map(|c| convert::assignment(c)).collect();
         let removed: Vec<_> = known.keys().filter(|id| !wanted.contains_key(*id)).map(ToString::to_string).collect();
         let kind = if self.sent.is_none() { AssignmentKind::Complete } else { AssignmentKind::Incremental };
         if kind == AssignmentKind::Incremental && changed.is_empty() && removed.is_empty() {

@@ -1,0 +1,47 @@
+//! Reaching a manager.
+
+use std::time::Duration;
+
+use clap::Args;
+use tonic::transport::{Channel, Endpoint};
+use warren_proto::v1::{
+    cluster_client::ClusterClient, containers_client::ContainersClient, nodes_client::NodesClient,
+    services_client::ServicesClient,
+};
+
+use crate::error::Error;
+
+/// Which manager.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ClientArguments {
+    /// Where the manager is: unix:///path or http://host:port.
+    #[arg(long, env = "WARREN_MANAGER", default_value = "unix:///run/warren/warren.sock", global = true)]
+    manager: String,
+}
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+impl ClientArguments {
+    async fn channel(&self) -> Result<Channel, Error> {
+        let endpoint = Endpoint::from_shared(self.manager.clone());
+        let endpoint = endpoint.map_err(|_| Error::BadAddress(self.manager.clone()))?;
+        let connected = endpoint.connect_timeout(CONNECT_TIMEOUT).connect().await;
+        connected.map_err(|_| Error::NoManager { address: self.manager.clone() })
+    }
+
+    pub(crate) async fn services(&self) -> Result<ServicesClient<Channel>, Error> {
+        Ok(ServicesClient::new(self.channel().await?))
+    }
+
+    pub(crate) async fn containers(&self) -> Result<ContainersClient<Channel>, Error> {
+        Ok(ContainersClient::new(self.channel().await?))
+    }
+
+    pub(crate) async fn nodes(&self) -> Result<NodesClient<Channel>, Error> {
+        Ok(NodesClient::new(self.channel().await?))
+    }
+
+    pub(crate) async fn cluster(&self) -> Result<ClusterClient<Channel>, Error> {
+        Ok(ClusterClient::new(self.channel().await?))
+    }
+}

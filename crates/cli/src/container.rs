@@ -1,0 +1,168 @@
+//! `warren container ...`
+
+use clap::Subcommand;
+use warren_proto::v1;
+
+use crate::{
+    client::ClientArguments,
+    error::Error,
+    output::{self, Format, FormatArguments},
+};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Lists containers.
+    #[command(alias = "list")]
+    Ls {
+        /// Only this service's: name, id, or unique beginning of an id.
+        #[arg(long)]
+        service: Option<String>,
+        /// Only this node's: hostname, id, or unique beginning of an id.
+        #[arg(long)]
+        node: Option<String>,
+        /// Also those that have ended.
+        #[arg(long, short)]
+        all: bool,
+        #[command(flatten)]
+        format: FormatArguments,
+    },
+    /// Shows one container.
+    Inspect {
+        /// Id, or unique beginning of it.
+        container: String,
+        #[command(flatten)]
+        format: FormatArguments,
+    },
+}
+
+pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {
+    match command {
+        Command::Ls { service, node, all, format } => {
+            let mut containers = list(client, service.unwrap_or_default(), node.unwrap_or_default()).await?;
+            containers.retain(|container| all || !has_ended(container));
+            show(client, &containers, format.format).await
+        }
+        Command::Inspect { container, format } => {
+            let request = v1::GetContainerRequest { container };
+            let container = client.containers().await?.get_container(request).await?.into_inner().container;
+            let container = container.unwrap_or_default();
+            match format.format {
+                Format::Json => output::json(&container),
+                Format::Table => {
+                    inspect(&container);
+                    Ok(())
+                }
+            }
+        }
+    }
+}
+
+pub(crate) fn has_ended(container: &v1::Container) -> bool {
+    status(container).state() >= v1::ContainerState::Complete
+}
+
+pub(crate) fn status(container: &v1::Container) -> v1::ContainerStatus {
+    container.status.clone().unwrap_or_default()
+}
+
+/// All containers, page by page.
+pub(crate) async fn list(
+    client: &ClientArguments,
+    service: String,
+    node: String,
+) -> Result<Vec<v1::Container>, Error> {
+    let mut client = client.containers().await?;
+    let (mut containers, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let (service, node) = (service.clone(), node.clone());
+        let request = v1::ListContainersRequest { service, node, page_size: 0, page_token };
+        let page = client.list_containers(request).await?.into_inner();
+        containers.extend(page.containers);
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            return Ok(containers);
+        }
+    }
+}
+
+/// A state's name without the enumeration's.
+pub(crate) fn state_name(state: v1::ContainerState) -> String {
+    state.as_str_name().trim_start_matches("CONTAINER_STATE_").to_ascii_lowercase()
+}
+
+/// A container's name: its service and slot.
+pub(crate) fn name(container: &v1::Container) -> String {
+    match container.slot {
+        0 => container.service_name.clone(),
+        slot => format!("{}-{slot}", container.service_name),
+    }
+}
+
+/// Shows containers with their kernel timings.
+pub(crate) async fn show(
+    client: &ClientArguments,
+    containers: &[v1::Container],
+    format: Format,
+) -> Result<(), Error> {
+    if let Format::Json = format {
+        return output::json(&containers);
+    }
+    let nodes = crate::node::list(client).await?;
+    let hostname = |id: &str| {
+        let node = nodes.iter().find(|node| node.id == id).and_then(|node| node.description.as_ref());
+        node.map_or_else(|| "-".to_owned(), |node| node.hostname.clone())
+    };
+    let row = |container: &v1::Container| {
+        let status = status(container);
+        let kernel = status.kernel.clone().unwrap_or_default();
+        let mut state = state_name(status.state());
+        if container.desired_state() == v1::ContainerState::Removed && !has_ended(container) {
+            state.push_str(" (stopping)");
+        }
+        [
+            output::short(&container.id),
+            name(container),
+            hostname(&container.node_id),
+            state,
+            output::ago(status.changed_at.as_ref()),
+            output::ms(kernel.create_nanos),
+            output::ms(kernel.start_nanos),
+            output::ms(kernel.stop_nanos),
+            status.message,
+        ]
+    };
+    let header = ["ID", "NAME", "NODE", "STATE", "SINCE", "CREATE", "START", "STOP", "MESSAGE"];
+    output::table(header, containers.iter().map(row));
+    Ok(())
+}
+
+fn inspect(container: &v1::Container) {
+    let status = status(container);
+    let (kernel, runtime) = (status.kernel.unwrap_or_default(), status.runtime.unwrap_or_default());
+    let spec = container.spec.clone().unwrap_or_default();
+    let timing = |timing: &v1::Timing| {
+        let v1::Timing { create_nanos, start_nanos, stop_nanos } = timing;
+        format!(
+            "create {}, start {}, stop {}",
+            output::ms(*create_nanos),
+            output::ms(*start_nanos),
+            output::ms(*stop_nanos)
+        )
+    };
+    output::fields(&[
+        ("id", container.id.clone()),
+        ("name", name(container)),
+        ("node", container.node_id.clone()),
+        ("image", spec.image),
+        ("state", state_name(status.state.try_into().unwrap_or_default())),
+        ("wanted", state_name(container.desired_state())),
+        ("message", status.message),
+        ("created", output::ago(container.created_at.as_ref())),
+        ("exit code", status.exit_code.map_or_else(|| "-".to_owned(), |code| code.to_string())),
+        ("pid", status.pid.to_string()),
+        ("oom killed", status.oom_killed.to_string()),
+        ("signal ignored", status.signal_ignored.to_string()),
+        ("kernel", timing(&kernel)),
+        ("runtime", timing(&runtime)),
+    ]);
+}

@@ -1,0 +1,73 @@
+//! What goes wrong, in words, and the exit code that programs see.
+
+use std::time::Duration;
+
+use tonic::{Code, Status};
+
+/// Why a command failed.
+///
+/// | exit code | meaning |
+/// |---|---|
+/// | 0 | done |
+/// | 1 | failed |
+/// | 2 | wrong usage, or a field that the manager refuses |
+/// | 3 | no such object |
+/// | 4 | the manager or containerd does not answer |
+/// | 5 | it exists already, or someone else changed it |
+/// | 6 | not permitted |
+/// | 7 | the address is in use |
+/// | 8 | the data directory cannot be used |
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("no manager answers on {address}; is `warren up` or `warren-manager` running?")]
+    NoManager { address: String },
+    #[error("{0:?} is not an address of a manager: use unix:///path or http://host:port")]
+    BadAddress(String),
+    #[error("{}", .0.message())]
+    Refused(#[from] Box<Status>),
+    #[error("{0}")]
+    Usage(String),
+    #[error("service {service} has {running} of {desired} containers running after {} s{why}", timeout.as_secs())]
+    NotReady { service: String, running: u32, desired: u32, timeout: Duration, why: String },
+    #[error("containers of {service} are still there after {} s", timeout.as_secs())]
+    NotGone { service: String, timeout: Duration },
+    #[error(transparent)]
+    Runtime(#[from] warren_agent::runtime::Error),
+    #[error(transparent)]
+    Manager(#[from] warren_manager::Error),
+    #[error(transparent)]
+    Agent(#[from] warren_agent::agent::Error),
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    #[error("an answer cannot be written as JSON: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+impl From<Status> for Error {
+    fn from(status: Status) -> Self {
+        Self::Refused(Box::new(status))
+    }
+}
+
+impl Error {
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            Self::NoManager { .. } => 4,
+            Self::BadAddress(_) | Self::Usage(_) => 2,
+            Self::Refused(status) => match status.code() {
+                Code::InvalidArgument => 2,
+                Code::NotFound => 3,
+                Code::Unavailable => 4,
+                Code::AlreadyExists | Code::Aborted => 5,
+                Code::PermissionDenied => 6,
+                _ => 1,
+            },
+            Self::NotReady { .. } | Self::NotGone { .. } | Self::Io(_) | Self::Json(_) => 1,
+            Self::Runtime(error) if error.is_transient() => 4,
+            Self::Runtime(warren_agent::runtime::Error::NoSuchImage(_)) => 3,
+            Self::Runtime(_) => 1,
+            Self::Manager(error) => error.exit_code(),
+            Self::Agent(error) => error.exit_code(),
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! The command `warren`: client verbs, and manager and agent in one process.
+//!
+//! Lists are tables for people and JSON for programs; errors are one sentence on stderr. Exit codes are in [`error`].
+
+mod client;
+mod container;
+mod error;
+mod image;
+mod node;
+mod output;
+mod service;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use crate::{client::ClientArguments, error::Error};
+
+/// Warren runs containers on small and edge clusters, and times them in the kernel.
+#[derive(Debug, Parser)]
+#[command(name = "warren", version = VERSION)]
+struct Arguments {
+    #[command(flatten)]
+    client: ClientArguments,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("WARREN_REVISION"), ")");
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs a manager and an agent in one process.
+    Up(Box<up::Arguments>),
+    /// Works with services.
+    #[command(subcommand)]
+    Service(service::Command),
+    /// Works with containers.
+    #[command(subcommand)]
+    Container(container::Command),
+    /// Works with nodes.
+    #[command(subcommand)]
+    Node(node::Command),
+    /// Works with this node's images.
+    #[command(subcommand)]
+    Image(image::Command),
+    /// Shows the versions of this command and of the manager.
+    Version,
+    /// Writes a shell's completion script.
+    Completion {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    // Writing to a pipe that is closed ends the process quietly, as other commands do.
+    reset_sigpipe();
+    let arguments = Arguments::parse();
+    match run(arguments).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            error.exit_code().into()
+        }
+    }
+}
+
+fn reset_sigpipe() {
+    use tokio::signal::unix::{SignalKind, signal};
+
+    // Rust ignores SIGPIPE and `println!` panics on a closed pipe; end as soon as the signal comes instead.
+    if let Ok(mut pipe) = signal(SignalKind::pipe()) {
+        tokio::spawn(async move {
+            pipe.recv().await;
+            std::process::exit(0);
+        });
+    }
+}
+
+async fn run(arguments: Arguments) -> Result<(), Error> {
+    let client = arguments.client;
+    match arguments.command {
+        Command::Up(up) => up::run(*up).await,
+        Command::Service(command) => service::run(command, &client).await,
+        Command::Container(command) => container::run(command, &client).await,
+        Command::Node(command) => node::run(command, &client).await,
+        Command::Image(command) => image::run(command).await,
+        Command::Version => version(&client).await,
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Arguments::command(), "warren", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+async fn version(client: &ClientArguments) -> Result<(), Error> {
+    println!("warren   {VERSION}");
+    let manager = match client.cluster().await {
+        Ok(mut cluster) => cluster.get_cluster_info(warren_proto::v1::GetClusterInfoRequest {}).await.ok(),
+        Err(_) => None,
+    };
+    let manager = manager.map_or_else(|| "does not answer".to_owned(), |info| info.into_inner().version);
+    println!("manager  {manager}");
+    Ok(())
+}

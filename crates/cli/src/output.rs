@@ -1,0 +1,86 @@
+//! Tables for people, JSON for programs.
+
+use std::time::{Duration, SystemTime};
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use tabled::{
+    builder::Builder,
+    settings::{Padding, Style},
+};
+
+use crate::error::Error;
+
+/// How to show something.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(crate) enum Format {
+    /// For people.
+    #[default]
+    Table,
+    /// For programs.
+    Json,
+}
+
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct FormatArguments {
+    /// How to show it.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
+}
+
+/// Characters of an id in a table: enough to tell objects of one cluster apart.
+const SHORT_ID: usize = 12;
+
+pub(crate) fn short(id: &str) -> String {
+    id.chars().take(SHORT_ID).collect()
+}
+
+pub(crate) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) {
+    let mut builder = Builder::default();
+    builder.push_record(header);
+    for row in rows {
+        builder.push_record(row);
+    }
+    let mut table = builder.build();
+    table.with(Style::empty()).with(Padding::new(0, 3, 0, 0));
+    for line in table.to_string().lines() {
+        println!("{}", line.trim_end());
+    }
+}
+
+/// Lines of a name and a value each.
+pub(crate) fn fields(fields: &[(&str, String)]) {
+    let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    for (name, value) in fields {
+        println!("{name:width$}  {value}");
+    }
+}
+
+pub(crate) fn json(value: &impl Serialize) -> Result<(), Error> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// How long ago something was, in its largest unit.
+pub(crate) fn ago(time: Option<&pbjson_types::Timestamp>) -> String {
+    let Some(time) = time else { return "-".to_owned() };
+    let then = SystemTime::UNIX_EPOCH + Duration::new(time.seconds.unsigned_abs(), time.nanos.unsigned_abs());
+    let seconds = SystemTime::now().duration_since(then).unwrap_or_default().as_secs();
+    match seconds {
+        0..120 => format!("{seconds}s ago"),
+        120..7200 => format!("{}m ago", seconds / 60),
+        7200..172_800 => format!("{}h ago", seconds / 3600),
+        _ => format!("{}d ago", seconds / 86_400),
+    }
+}
+
+/// A duration in nanoseconds, 0 being unknown.
+pub(crate) fn ms(nanos: u64) -> String {
+    if nanos == 0 { "-".to_owned() } else { format!("{:.1} ms", nanos as f64 / 1e6) }
+}
+
+pub(crate) fn bytes(bytes: i64) -> String {
+    const MIB: f64 = 1024.0 * 1024.0;
+    let mib = bytes as f64 / MIB;
+    if mib >= 1024.0 { format!("{:.1} GiB", mib / 1024.0) } else { format!("{mib:.0} MiB") }
+}

@@ -1,0 +1,400 @@
+//! `warren service ...`
+
+use std::time::{Duration, Instant};
+
+use clap::{Args, Subcommand, ValueEnum};
+use warren_proto::v1::{self, service_spec::Mode};
+
+use crate::{
+    client::ClientArguments,
+    container,
+    error::Error,
+    output::{self, Format, FormatArguments},
+};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Creates a service.
+    Create(Box<CreateArguments>),
+    /// Lists services.
+    #[command(alias = "list")]
+    Ls {
+        #[command(flatten)]
+        format: FormatArguments,
+    },
+    /// Shows one service.
+    Inspect {
+        /// Name, id, or unique beginning of an id.
+        service: String,
+        #[command(flatten)]
+        format: FormatArguments,
+    },
+    /// Lists a service's containers, ended ones included.
+    Ps {
+        /// Name, id, or unique beginning of an id.
+        service: String,
+        #[command(flatten)]
+        format: FormatArguments,
+    },
+    /// Changes the number of a service's containers.
+    Scale {
+        /// Name, id, or unique beginning of an id.
+        service: String,
+        /// How many.
+        #[arg(allow_negative_numbers = true)]
+        replicas: i64,
+        #[command(flatten)]
+        wait: WaitArguments,
+    },
+    /// Removes services and their containers.
+    Rm {
+        /// Names, ids, or unique beginnings of ids.
+        #[arg(required = true)]
+        services: Vec<String>,
+        #[command(flatten)]
+        wait: WaitArguments,
+    },
+}
+
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct WaitArguments {
+    /// Wait until it is so.
+    #[arg(long)]
+    wait: bool,
+    /// Seconds to wait at most.
+    #[arg(long, default_value_t = 60, requires = "wait")]
+    timeout: u64,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Restart {
+    /// Whenever it ends.
+    Any,
+    /// When it fails.
+    OnFailure,
+    /// Never.
+    Never,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct CreateArguments {
+    /// The service's name: a DNS label.
+    name: String,
+    /// What to run.
+    #[arg(long)]
+    image: String,
+    /// How many containers.
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, conflicts_with = "global")]
+    replicas: i64,
+    /// One container on every node.
+    #[arg(long)]
+    global: bool,
+    /// Replaces the image's entrypoint; repeat for each word.
+    #[arg(long)]
+    command: Vec<String>,
+    /// A variable, as NAME=value; may be repeated.
+    #[arg(long, short, value_parser = pair)]
+    env: Vec<(String, String)>,
+    /// A label, as name=value; may be repeated.
+    #[arg(long, value_parser = pair)]
+    label: Vec<(String, String)>,
+    /// Cores that a container may use at most.
+    #[arg(long, value_parser = millis)]
+    limit_cpu: Option<i64>,
+    /// Memory that a container may use at most, like 64M or 1G.
+    #[arg(long, value_parser = memory)]
+    limit_memory: Option<i64>,
+    /// Cores set aside for each container.
+    #[arg(long, value_parser = millis)]
+    reserve_cpu: Option<i64>,
+    /// Memory set aside for each container, like 64M or 1G.
+    #[arg(long, value_parser = memory)]
+    reserve_memory: Option<i64>,
+    /// When a container that ended is replaced.
+    #[arg(long, value_enum, default_value = "any")]
+    restart: Restart,
+    /// Milliseconds before the first replacement; doubles with each failure in a row.
+    #[arg(long)]
+    restart_delay_ms: Option<u64>,
+    /// Failures in a row after which a container is no longer replaced; 0 is never.
+    #[arg(long, default_value_t = 0)]
+    restart_max_attempts: u32,
+    /// The signal that stops a container; the image's, or SIGTERM, unless given.
+    #[arg(long, default_value = "")]
+    stop_signal: String,
+    /// Seconds from that signal to SIGKILL; 10 unless given.
+    #[arg(long)]
+    stop_timeout: Option<u64>,
+    #[command(flatten)]
+    wait: WaitArguments,
+    /// Replaces the image's command.
+    #[arg(last = true)]
+    args: Vec<String>,
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?} is not name=value"))?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+/// Cores as thousandths.
+fn millis(text: &str) -> Result<i64, String> {
+    let cores: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of cores"))?;
+    if !cores.is_finite() || cores < 0.0 {
+        return Err(format!("{text:?} is not a number of cores"));
+    }
+    Ok((cores * 1000.0).round() as i64)
+}
+
+/// Bytes, in powers of 1024.
+fn memory(text: &str) -> Result<i64, String> {
+    let wrong = || format!("{text:?} is not an amount of memory: use a number with K, M, G or nothing behind it");
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor: i64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kb" | "kib" => 1 << 10,
+        "m" | "mb" | "mib" => 1 << 20,
+        "g" | "gb" | "gib" => 1 << 30,
+        _ => return Err(wrong()),
+    };
+    let amount: i64 = digits.parse().map_err(|_| wrong())?;
+    amount.checked_mul(factor).ok_or_else(wrong)
+}
+
+pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {
+    match command {
+        Command::Create(arguments) => create(*arguments, client).await,
+        Command::Ls { format } => ls(client, format.format).await,
+        Command::Inspect { service, format } => inspect(client, service, format.format).await,
+        Command::Ps { service, format } => {
+            let containers = container::list(client, service, String::new()).await?;
+            container::show(client, &containers, format.format).await
+        }
+        Command::Scale { service, replicas, wait } => scale(client, service, replicas, wait).await,
+        Command::Rm { services, wait } => {
+            for service in services {
+                remove(client, service, wait).await?;
+            }
+            Ok(())
+        }
+    }
+}
+
+fn spec(arguments: &CreateArguments) -> v1::ServiceSpec {
+    let seconds = |seconds: u64| pbjson_types::Duration { seconds: seconds as i64, nanos: 0 };
+    let amounts = |cpu: Option<i64>, memory: Option<i64>| {
+        Some(v1::ResourceAmounts { cpu_millis: cpu.unwrap_or(0), memory_bytes: memory.unwrap_or(0) })
+    };
+    let condition = match arguments.restart {
+        Restart::Any => v1::RestartCondition::Any,
+        Restart::OnFailure => v1::RestartCondition::OnFailure,
+        Restart::Never => v1::RestartCondition::Never,
+    };
+    let delay = arguments.restart_delay_ms.map(|ms| pbjson_types::Duration {
+        seconds: (ms / 1000) as i64,
+        nanos: (ms % 1000) as i32 * 1_000_000,
+    });
+    v1::ServiceSpec {
+        name: arguments.name.clone(),
+        labels: arguments.label.iter().cloned().collect(),
+        mode: Some(if arguments.global {
+            Mode::Global(v1::Global {})
+        } else {
+            Mode::Replicated(v1::Replicated { replicas: arguments.replicas })
+        }),
+        container: Some(v1::ContainerSpec {
+            image: arguments.image.clone(),
+            command: arguments.command.clone(),
+            args: arguments.args.clone(),
+            env: arguments.env.iter().cloned().collect(),
+            stop_signal: arguments.stop_signal.clone(),
+            stop_timeout: arguments.stop_timeout.map(seconds),
+        }),
+        resources: Some(v1::Resources {
+            reservations: amounts(arguments.reserve_cpu, arguments.reserve_memory),
+            limits: amounts(arguments.limit_cpu, arguments.limit_memory),
+        }),
+        restart: Some(v1::RestartPolicy {
+            condition: condition.into(),
+            delay,
+            max_attempts: arguments.restart_max_attempts,
+        }),
+    }
+}
+
+fn request_id() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
+async fn create(arguments: CreateArguments, client: &ClientArguments) -> Result<(), Error> {
+    if !arguments.stop_signal.is_empty() && warren_agent::runtime::parse_signal(&arguments.stop_signal).is_none() {
+        return Err(Error::Usage(format!("--stop-signal: {:?} is not a signal", arguments.stop_signal)));
+    }
+    arguments.image.parse::<warren_agent::runtime::ImageName>().map_err(|error| Error::Usage(error.to_string()))?;
+    let request = v1::CreateServiceRequest { spec: Some(spec(&arguments)), request_id: request_id() };
+    let service = client.services().await?.create_service(request).await?.into_inner().service.unwrap_or_default();
+    println!("{}", service.id);
+    wait_running(client, &arguments.name, arguments.wait).await
+}
+
+async fn get(client: &ClientArguments, service: &str) -> Result<v1::Service, Error> {
+    let request = v1::GetServiceRequest { service: service.to_owned() };
+    Ok(client.services().await?.get_service(request).await?.into_inner().service.unwrap_or_default())
+}
+
+async fn wait_running(client: &ClientArguments, name: &str, wait: WaitArguments) -> Result<(), Error> {
+    if !wait.wait {
+        return Ok(());
+    }
+    let timeout = Duration::from_secs(wait.timeout);
+    let deadline = Instant::now() + timeout;
+    loop {
+        let service = get(client, name).await?;
+        let status = service.status.unwrap_or_default();
+        let containers = container::list(client, service.id, String::new()).await?;
+        let live = containers.iter().filter(|container| !container::has_ended(container)).count();
+        if status.running == status.desired && live == status.desired as usize {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            let messages = containers.iter().map(|container| container::status(container).message);
+            let why = messages.filter(|message| !message.is_empty()).next_back();
+            return Err(Error::NotReady {
+                service: name.to_owned(),
+                running: status.running,
+                desired: status.desired,
+                timeout,
+                why: why.map(|why| format!(": {why}")).unwrap_or_default(),
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn ls(client: &ClientArguments, format: Format) -> Result<(), Error> {
+    let mut api = client.services().await?;
+    let (mut services, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let page = api.list_services(v1::ListServicesRequest { page_size: 0, page_token }).await?.into_inner();
+        services.extend(page.services);
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    if let Format::Json = format {
+        return output::json(&services);
+    }
+    let row = |service: &v1::Service| {
+        let spec = service.spec.clone().unwrap_or_default();
+        let status = service.status.unwrap_or_default();
+        [
+            output::short(&service.id),
+            spec.name,
+            mode(spec.mode.as_ref()),
+            format!("{}/{}", status.running, status.desired),
+            spec.container.unwrap_or_default().image,
+            output::ago(service.created_at.as_ref()),
+        ]
+    };
+    output::table(["ID", "NAME", "MODE", "RUNNING", "IMAGE", "CREATED"], services.iter().map(row));
+    Ok(())
+}
+
+fn mode(mode: Option<&Mode>) -> String {
+    match mode {
+        Some(Mode::Global(_)) => "global".to_owned(),
+        _ => "replicated".to_owned(),
+    }
+}
+
+async fn inspect(client: &ClientArguments, service: String, format: Format) -> Result<(), Error> {
+    let service = get(client, &service).await?;
+    if let Format::Json = format {
+        return output::json(&service);
+    }
+    let spec = service.spec.unwrap_or_default();
+    let status = service.status.unwrap_or_default();
+    let container = spec.container.unwrap_or_default();
+    let resources = spec.resources.unwrap_or_default();
+    let amounts = |amounts: Option<v1::ResourceAmounts>| {
+        let amounts = amounts.unwrap_or_default();
+        format!("{} millicores, {}", amounts.cpu_millis, output::bytes(amounts.memory_bytes))
+    };
+    let pairs = |map: &std::collections::BTreeMap<String, String>| {
+        map.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(", ")
+    };
+    output::fields(&[
+        ("id", service.id),
+        ("name", spec.name),
+        ("mode", mode(spec.mode.as_ref())),
+        ("running", format!("{} of {}", status.running, status.desired)),
+        ("image", container.image),
+        ("command", container.command.join(" ")),
+        ("args", container.args.join(" ")),
+        ("env", pairs(&container.env)),
+        ("labels", pairs(&spec.labels)),
+        ("reserved", amounts(resources.reservations)),
+        ("limits", amounts(resources.limits)),
+        ("created", output::ago(service.created_at.as_ref())),
+        ("updated", output::ago(service.updated_at.as_ref())),
+        ("version", service.version.to_string()),
+    ]);
+    Ok(())
+}
+
+async fn scale(client: &ClientArguments, service: String, replicas: i64, wait: WaitArguments) -> Result<(), Error> {
+    let known = get(client, &service).await?;
+    let mut spec = known.spec.unwrap_or_default();
+    if let Some(Mode::Global(_)) = spec.mode {
+        return Err(Error::Usage(format!("{} is a global service: it has one container on every node", spec.name)));
+    }
+    spec.mode = Some(Mode::Replicated(v1::Replicated { replicas }));
+    let name = spec.name.clone();
+    let request = v1::UpdateServiceRequest {
+        service: known.id,
+        spec: Some(spec),
+        version: known.version,
+        request_id: request_id(),
+    };
+    client.services().await?.update_service(request).await?;
+    wait_running(client, &name, wait).await
+}
+
+async fn remove(client: &ClientArguments, service: String, wait: WaitArguments) -> Result<(), Error> {
+    let known = get(client, &service).await?;
+    let request = v1::DeleteServiceRequest { service: known.id.clone(), request_id: request_id() };
+    client.services().await?.delete_service(request).await?;
+    let name = known.spec.unwrap_or_default().name;
+    println!("{name}");
+    if !wait.wait {
+        return Ok(());
+    }
+    let timeout = Duration::from_secs(wait.timeout);
+    let deadline = Instant::now() + timeout;
+    while container::list(client, String::new(), String::new()).await?.iter().any(|c| c.service_id == known.id) {
+        if Instant::now() > deadline {
+            return Err(Error::NotGone { service: name, timeout });
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_are_parsed() {
+        assert_eq!(memory("64M"), Ok(64 << 20));
+        assert_eq!(memory("1GiB"), Ok(1 << 30));
+        assert_eq!(memory("512"), Ok(512));
+        assert!(memory("lots").is_err());
+        assert!(memory("1T").is_err());
+        assert!(memory("99999999999999G").is_err());
+        assert_eq!(millis("0.5"), Ok(500));
+        assert!(millis("-1").is_err());
+        assert!(millis("NaN").is_err());
+    }
+}

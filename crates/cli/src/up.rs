@@ -1,0 +1,82 @@
+//! `warren up`: a manager and an agent in one process.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::Args;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+use warren_agent::cli::{AgentArguments, LogOptions, NodeArguments, cancelled_by_signals};
+use warren_manager::cli::ManagerArguments;
+use warren_telemetry::logs::{self, Style};
+
+use crate::error::Error;
+
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// Holds the cluster's state and the node's.
+    #[arg(long, env = "WARREN_DATA_DIR", default_value = "/var/lib/warren")]
+    data_dir: PathBuf,
+    /// Where the API is served to this machine; loopback only.
+    #[arg(long, env = "WARREN_LISTEN_ADDR", default_value = "127.0.0.1:7443")]
+    listen_addr: SocketAddr,
+    /// Where the API is served to root.
+    #[arg(long, env = "WARREN_SOCKET", default_value = "/run/warren/warren.sock")]
+    socket: PathBuf,
+    /// Where the manager's /metrics, /health, /ready and /live are served.
+    #[arg(long, env = "WARREN_METRICS_ADDR", default_value = "0.0.0.0:9464")]
+    metrics_addr: SocketAddr,
+    /// Where the agent's are.
+    #[arg(long, env = "WARREN_AGENT_METRICS_ADDR", default_value = "0.0.0.0:9465")]
+    agent_metrics_addr: SocketAddr,
+    /// The node's name; the machine's unless given.
+    #[arg(long, env = "WARREN_HOSTNAME")]
+    hostname: Option<String>,
+    #[command(flatten)]
+    node: NodeArguments,
+    #[command(flatten)]
+    logs: LogOptions,
+}
+
+pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
+    let style = if arguments.logs.log_json { Style::Json } else { Style::Text };
+    logs::init(&logs::quiet(&arguments.logs.log), style);
+    let manager = ManagerArguments {
+        data_dir: arguments.data_dir.join("manager"),
+        listen_addr: arguments.listen_addr,
+        socket: arguments.socket.clone(),
+        metrics_addr: arguments.metrics_addr,
+        snapshot_after: 5000,
+    };
+    let agent = AgentArguments {
+        data_dir: arguments.data_dir.join("agent"),
+        manager: format!("unix://{}", arguments.socket.display()),
+        hostname: arguments.hostname,
+        labels: Vec::new(),
+        metrics_addr: arguments.agent_metrics_addr,
+        node: arguments.node,
+    };
+    let shutdown = cancelled_by_signals()?;
+    // The agent goes first, so that its session is over when the manager ends.
+    let manager_shutdown = CancellationToken::new();
+    let (started, manager_started) = oneshot::channel();
+    let manager_runs = warren_manager::run(manager.options(), manager_shutdown.clone(), || {
+        // The agent waits for it, or is gone.
+        let _ = started.send(());
+    });
+    let agent_runs = async {
+        let outcome = match manager_started.await {
+            Ok(()) => warren_agent::agent::run(agent.options(), shutdown.clone(), || {
+                tracing::info!("Warren is up");
+            })
+            .await
+            .map_err(Error::from),
+            // The manager could not start and says why itself.
+            Err(_) => Ok(()),
+        };
+        manager_shutdown.cancel();
+        outcome
+    };
+    let (manager_outcome, agent_outcome) = tokio::join!(manager_runs, agent_runs);
+    manager_outcome?;
+    agent_outcome
+}

@@ -1,0 +1,300 @@
+//! The agent, put together.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::mpsc;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use warren_proto::v1;
+use warren_telemetry::{
+    Checks, Measurement, Meters, ProcessSource, Series, Source,
+    endpoint::{self, Endpoint},
+    table::Emitter,
+};
+
+use crate::{
+    node,
+    observe::{Labelled, log_dns, sweep},
+    probes::{self, Groups, Maps, ProbeSource, drain_dns, drain_lifecycle},
+    runtime::{self, Containerd},
+    session::{self, Link},
+    tasks::{self, Board, Cache, Supervisor, Timings, handle_kernel_event},
+};
+
+/// How an agent works.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Holds the node's id and what it was told to run.
+    pub data_dir: PathBuf,
+    /// Where the manager is: `unix:///run/warren/warren.sock` or `http://127.0.0.1:7443`.
+    pub manager: String,
+    /// The node's name; unique in the cluster.
+    pub hostname: String,
+    /// The operator's own labels.
+    pub labels: BTreeMap<String, String>,
+    /// Where `/metrics` and the health checks are served.
+    pub metrics_addr: SocketAddr,
+    /// containerd's socket.
+    pub containerd_socket: PathBuf,
+    /// containerd's namespace; everything in it is the agent's.
+    pub containerd_namespace: String,
+    /// The parent of containers' cgroups.
+    pub cgroup_parent: PathBuf,
+    /// The probes'; `None` leaves them out.
+    pub probes: Option<probes::Options>,
+    /// How long a DNS query may wait before it counts as unanswered.
+    pub dns_timeout: Duration,
+    /// Between telemetry snapshots.
+    pub telemetry_interval: Duration,
+}
+
+/// Why an agent could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot do its work.
+    #[error("the agent must run as root: it runs containers and loads BPF programs")]
+    NotRoot,
+    /// No containers without it.
+    #[error(transparent)]
+    Runtime(#[from] runtime::Error),
+    /// The data directory.
+    #[error("the data directory {} cannot be used: {source}", path.display())]
+    DataDir {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The metrics' address.
+    #[error(transparent)]
+    Metrics(#[from] endpoint::BindError),
+}
+
+impl Error {
+    /// The process's exit code: 4 when containerd is away, 6 without the rights, 7 for an address in use, 8 for a data
+    /// directory that cannot be used.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::NotRoot => 6,
+            Self::Runtime(error) if error.is_transient() => 4,
+            Self::Runtime(_) => 1,
+            Self::DataDir { .. } => 8,
+            Self::Metrics(_) => 7,
+        }
+    }
+}
+
+/// The probes in use, or why there are none.
+enum Probing {
+    Kernel(Arc<Maps>, Arc<Mutex<Groups>>),
+    Absent(String),
+}
+
+impl Probing {
+    async fn start(options: Option<probes::Options>) -> Self {
+        let Some(options) = options else { return Self::Absent("they are switched off".to_owned()) };
+        let opened = tokio::task::spawn_blocking(move || Maps::open(&options)).await;
+        match opened.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic())) {
+            Ok(maps) => {
+                let groups = Groups::load(&maps);
+                Self::Kernel(Arc::new(maps), Arc::new(Mutex::new(groups)))
+            }
+            Err(error) => {
+                let why = probes::describe(&error);
+                tracing::warn!(why, "no kernel probes: containers are timed around the runtime's calls instead");
+                Self::Absent(why)
+            }
+        }
+    }
+
+    fn report(&self) -> v1::ProbeReport {
+        match self {
+            Self::Kernel(..) => v1::ProbeReport { lifecycle: true, dns: true, message: String::new() },
+            Self::Absent(why) => v1::ProbeReport { lifecycle: false, dns: false, message: why.clone() },
+        }
+    }
+
+    fn epoch(&self) -> String {
+        match self {
+            Self::Kernel(maps, _) => format!("{:016x}", maps.epoch()),
+            Self::Absent(_) => format!("{:016x}", rand::random::<u64>()),
+        }
+    }
+}
+
+/// Says that the probes are not there, where there are none.
+struct ProbesAbsent;
+
+impl Source for ProbesAbsent {
+    fn collect(&self) -> Vec<Series> {
+        let down = |probe| Series::new("warren_probe_up", &[("probe", probe)], Measurement::Gauge(0.0));
+        vec![down("lifecycle"), down("dns")]
+    }
+}
+
+/// Runs an agent until `shutdown` is cancelled; `started` is called once it serves. Containers and probes stay.
+///
+/// # Errors
+///
+/// When it cannot start. What fails later is logged and shown by `/ready`.
+pub async fn run(options: Options, shutdown: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(Error::NotRoot);
+    }
+    let listener = endpoint::bind(options.metrics_addr).await?;
+    let data_dir_error = |source| Error::DataDir { path: options.data_dir.clone(), source };
+    let node_id = node_id(&options.data_dir).map_err(data_dir_error)?;
+    let cache = Cache::open(&options.data_dir.join("containers")).map_err(data_dir_error)?;
+    let containerd = runtime::connect(&options.containerd_socket, &options.containerd_namespace).await?;
+    let probing = Probing::start(options.probes.clone()).await;
+
+    let timings = Arc::new(Timings::new(matches!(probing, Probing::Absent(_))));
+    let mut sources: Vec<Arc<dyn Source>> = vec![Arc::clone(&timings) as Arc<dyn Source>];
+    let tasks = TaskTracker::new();
+    let board = Board::default();
+    let probes = match &probing {
+        Probing::Kernel(maps, groups) => {
+            sources.push(Arc::new(ProbeSource::new(Arc::clone(maps), Arc::clone(groups))));
+            tasks.spawn(sweep(Arc::clone(maps), options.dns_timeout, shutdown.clone()));
+            follow_kernel(maps, &board, &tasks, &shutdown);
+            Some((Arc::clone(maps), Arc::clone(groups)))
+        }
+        Probing::Absent(_) => {
+            sources.push(Arc::new(ProbesAbsent));
+            None
+        }
+    };
+    let supervisor = Supervisor::start(
+        tasks::Options {
+            containerd: containerd.clone(),
+            cache,
+            timings,
+            cgroup_parent: options.cgroup_parent.clone(),
+            probes,
+        },
+        board.clone(),
+    )
+    .await?;
+
+    let meters = Meters::new("warren-agent", &node_id, &[Emitter::Agent, Emitter::Both]);
+    meters.add_source(Arc::new(ProcessSource));
+    node::export_build_info(&meters);
+    for source in &sources {
+        meters.add_source(Arc::new(Labelled { hostname: options.hostname.clone(), source: Arc::clone(source) }));
+    }
+    let link = Link::new();
+    let pulse = Pulse::default();
+    tasks.spawn(pulse.clone().run(containerd, shutdown.clone()));
+    let endpoint =
+        Endpoint { meters, health: Checks::default(), ready: ready(&probing, &pulse, &link) };
+    let session = session::Options {
+        manager: options.manager.clone(),
+        node_id,
+        description: node::describe(&options.hostname, options.labels.clone(), probing.report()),
+        telemetry_interval: options.telemetry_interval,
+        sources,
+        epoch: probing.epoch(),
+    };
+    tasks.spawn(session::run(session, supervisor, board, link, shutdown.clone()));
+    tracing::info!(metrics = %options.metrics_addr, hostname = options.hostname, "the agent runs");
+    started();
+    if let Err(error) = endpoint.serve(listener, shutdown.clone().cancelled_owned()).await {
+        tracing::error!(%error, "metrics are no longer served");
+        shutdown.cancelled().await;
+    }
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}
+
+/// Follows what the probes report one by one.
+fn follow_kernel(maps: &Arc<Maps>, board: &Board, tasks: &TaskTracker, shutdown: &CancellationToken) {
+    let (lifecycle_ring, dns_ring) = match maps.rings() {
+        Ok(rings) => rings,
+        Err(error) => {
+            // Counts and histograms do not need them.
+            tracing::error!(error = probes::describe(&error), "single events of the probes cannot be read");
+            return;
+        }
+    };
+    let (lifecycle_sender, mut lifecycle) = mpsc::unbounded_channel();
+    let (dns_sender, mut dns) = mpsc::unbounded_channel();
+    tasks.spawn(drain_lifecycle(lifecycle_ring, lifecycle_sender));
+    tasks.spawn(drain_dns(dns_ring, dns_sender));
+    let (board, shutdown) = (board.clone(), shutdown.clone());
+    tasks.spawn(async move {
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                Some(event) = lifecycle.recv() => {
+                    tracing::debug!(container = event.id, phase = ?event.phase, took_ns = event.duration_ns, "kernel");
+                    handle_kernel_event(&board, &event);
+                }
+                Some(event) = dns.recv() => log_dns(&event),
+                else => return,
+            }
+        }
+    });
+}
+
+/// The node's id: random, made once and kept.
+fn node_id(data_dir: &Path) -> io::Result<String> {
+    use std::os::unix::fs::DirBuilderExt as _;
+
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(data_dir)?;
+    let path = data_dir.join("node-id");
+    match fs::read_to_string(&path) {
+        Ok(id) if !id.trim().is_empty() => Ok(id.trim().to_owned()),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} is empty", path.display()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let id = format!("{:032x}", rand::random::<u128>());
+            let temporary = path.with_extension("new");
+            fs::write(&temporary, &id)?;
+            fs::rename(temporary, path)?;
+            Ok(id)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether containerd answers; asked from time to time. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+struct Pulse {
+    problem: Arc<Mutex<Option<String>>>,
+}
+
+impl Pulse {
+    async fn run(self, containerd: Containerd, shutdown: CancellationToken) {
+        let mut tick = tokio::time::interval(Duration::from_secs(2));
+        while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
+            let problem = containerd.version().await.err().map(|error| error.to_string());
+            *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
+        }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone().map_or(Ok(()), Err)
+    }
+}
+
+fn ready(probing: &Probing, pulse: &Pulse, link: &Link) -> Checks {
+    let mut checks = Checks::default();
+    let probes = match probing {
+        Probing::Kernel(..) => Ok(()),
+        Probing::Absent(why) => Err(why.clone()),
+    };
+    checks.add("probes", move || probes.clone());
+    let pulse = pulse.clone();
+    checks.add("containerd", move || pulse.check());
+    let link = link.clone();
+    checks.add("manager", move || link.check());
+    checks
+}

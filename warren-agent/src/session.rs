@@ -1,0 +1,231 @@
+//! The session with a manager: registers the node, follows assignments, reports status and telemetry. It comes back by
+//! itself, and nothing is lost while it is away: statuses wait on the board, telemetry is cumulative.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, Streaming, transport::Endpoint};
+use warren_proto::v1::{
+    self, agent_message, dispatcher_client::DispatcherClient, manager_message, nodes_client::NodesClient,
+};
+use warren_telemetry::Source;
+
+use crate::tasks::{Board, Supervisor};
+
+/// How to reach the manager, and what to tell it.
+pub struct Options {
+    /// `unix:///run/warren/warren.sock` or `http://127.0.0.1:7443`.
+    pub manager: String,
+    /// The node's id.
+    pub node_id: String,
+    /// The node.
+    pub description: v1::NodeDescription,
+    /// Between telemetry snapshots.
+    pub telemetry_interval: Duration,
+    /// What they hold.
+    pub sources: Vec<Arc<dyn Source>>,
+    /// Names the counts' beginning.
+    pub epoch: String,
+}
+
+impl std::fmt::Debug for Options {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Options").field("manager", &self.manager).field("node_id", &self.node_id).finish_non_exhaustive()
+    }
+}
+
+/// Whether there is a session, for the readiness check. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Link {
+    problem: Arc<Mutex<Option<String>>>,
+}
+
+impl Link {
+    /// A link that is not up yet.
+    #[must_use]
+    pub fn new() -> Self {
+        let link = Self::default();
+        link.down("no session yet");
+        link
+    }
+
+    fn set(&self, problem: Option<String>) {
+        *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
+    }
+
+    fn up(&self) {
+        self.set(None);
+    }
+
+    fn down(&self, why: impl ToString) {
+        self.set(Some(why.to_string()));
+    }
+
+    /// Nothing wrong, or what is.
+    ///
+    /// # Errors
+    ///
+    /// What keeps the session from being up.
+    pub fn check(&self) -> Result<(), String> {
+        self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone().map_or(Ok(()), Err)
+    }
+}
+
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// News of containers waits this long for more.
+const QUIET: Duration = Duration::from_millis(10);
+/// A manager answers a hello within this time, or is as good as away.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error("the manager's address: {0}")]
+    Address(tonic::transport::Error),
+    #[error("the manager does not answer")]
+    Connect(#[source] tonic::transport::Error),
+    #[error("{}", .0.message())]
+    Refused(Box<Status>),
+    #[error("the manager closed the session")]
+    Closed,
+    #[error("the manager did not say welcome in time")]
+    NoWelcome,
+    #[error(transparent)]
+    OutOfSequence(#[from] crate::tasks::OutOfSequence),
+}
+
+impl From<Status> for Ended {
+    fn from(status: Status) -> Self {
+        Self::Refused(Box::new(status))
+    }
+}
+
+/// Keeps a session until `shutdown`.
+pub async fn run(options: Options, mut supervisor: Supervisor, board: Board, link: Link, shutdown: CancellationToken) {
+    let mut backoff = FIRST_BACKOFF;
+    loop {
+        let session = Session { options: &options, board: &board, link: &link };
+        let Some(ended) = shutdown.run_until_cancelled(session.run(&mut supervisor, &mut backoff)).await else {
+            return;
+        };
+        supervisor.disconnected();
+        let why = crate::probes::describe(&ended);
+        if link.check().is_ok() {
+            tracing::warn!(why, "the session with the manager ended; containers go on");
+        } else {
+            tracing::debug!(why, "no session with the manager");
+        }
+        link.down(&why);
+        // Jitter keeps a cluster's agents from coming back all at once.
+        let pause = backoff.mul_f64(rand::random_range(0.5..1.0));
+        backoff = (backoff * 2).min(MAX_BACKOFF);
+        if shutdown.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+            return;
+        }
+    }
+}
+
+struct Session<'a> {
+    options: &'a Options,
+    board: &'a Board,
+    link: &'a Link,
+}
+
+impl Session<'_> {
+    async fn run(&self, supervisor: &mut Supervisor, backoff: &mut Duration) -> Ended {
+        match self.try_run(supervisor, backoff).await {
+            Ok(never) => match never {},
+            Err(ended) => ended,
+        }
+    }
+
+    async fn try_run(
+        &self,
+        supervisor: &mut Supervisor,
+        backoff: &mut Duration,
+    ) -> Result<std::convert::Infallible, Ended> {
+        let endpoint = Endpoint::from_shared(self.options.manager.clone()).map_err(Ended::Address)?;
+        let channel = endpoint.connect_timeout(CONNECT_TIMEOUT).connect().await.map_err(Ended::Connect)?;
+        NodesClient::new(channel.clone())
+            .register_node(v1::RegisterNodeRequest {
+                node_id: self.options.node_id.clone(),
+                description: Some(self.options.description.clone()),
+            })
+            .await?;
+
+        let (sender, outgoing) = mpsc::channel(16);
+        let hello = v1::Hello { node_id: self.options.node_id.clone(), boot_id: self.options.epoch.clone() };
+        send(&sender, agent_message::Message::Hello(hello)).await?;
+        let incoming = DispatcherClient::new(channel).session(ReceiverStream::new(outgoing)).await?;
+        let mut incoming = incoming.into_inner();
+        let mut period = tokio::time::timeout(WELCOME_TIMEOUT, welcome(&mut incoming)).await.unwrap_or(Err(Ended::NoWelcome))?;
+
+        self.link.up();
+        *backoff = FIRST_BACKOFF;
+        tracing::info!(manager = self.options.manager, "in session with the manager");
+        self.board.resend();
+        let mut heartbeat = tokio::time::interval(period);
+        let mut telemetry = tokio::time::interval(self.options.telemetry_interval);
+        let mut reap = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            tokio::select! {
+                message = incoming.message() => {
+                    match message?.ok_or(Ended::Closed)?.message {
+                        Some(manager_message::Message::Assignments(message)) => supervisor.assign(message)?,
+                        Some(manager_message::Message::HeartbeatPeriod(message)) => {
+                            period = positive(message.period, period);
+                            heartbeat = tokio::time::interval(period);
+                        }
+                        Some(manager_message::Message::Welcome(_)) | None => {}
+                    }
+                }
+                () = self.board.changed() => {
+                    tokio::time::sleep(QUIET).await;
+                    let statuses = self.board.take_unsent();
+                    if !statuses.is_empty() {
+                        send(&sender, agent_message::Message::Status(v1::StatusReport { statuses })).await?;
+                    }
+                }
+                _ = heartbeat.tick() => send(&sender, agent_message::Message::Heartbeat(v1::Heartbeat {})).await?,
+                _ = telemetry.tick() => send(&sender, agent_message::Message::Telemetry(self.snapshot().await)).await?,
+                _ = reap.tick() => supervisor.reap(),
+            }
+        }
+    }
+
+    async fn snapshot(&self) -> v1::TelemetrySnapshot {
+        let sources = self.options.sources.clone();
+        // Reading maps takes system calls: not on a thread that serves others.
+        let read = move || sources.iter().flat_map(|source| source.collect()).map(|series| series.to_proto()).collect();
+        let series = tokio::task::spawn_blocking(read).await.unwrap_or_default();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let taken_at =
+            pbjson_types::Timestamp { seconds: now.as_secs() as i64, nanos: now.subsec_nanos() as i32 };
+        v1::TelemetrySnapshot { epoch: self.options.epoch.clone(), taken_at: Some(taken_at), series }
+    }
+}
+
+async fn send(to: &mpsc::Sender<v1::AgentMessage>, message: agent_message::Message) -> Result<(), Ended> {
+    to.send(v1::AgentMessage { message: Some(message) }).await.map_err(|_| Ended::Closed)
+}
+
+async fn welcome(from: &mut Streaming<v1::ManagerMessage>) -> Result<Duration, Ended> {
+    const DEFAULT: Duration = Duration::from_secs(2);
+    match from.message().await?.and_then(|message| message.message) {
+        Some(manager_message::Message::Welcome(welcome)) => Ok(positive(welcome.heartbeat_period, DEFAULT)),
+        _ => Err(Ended::NoWelcome),
+    }
+}
+
+/// A period that a timer can have.
+fn positive(wire: Option<pbjson_types::Duration>, otherwise: Duration) -> Duration {
+    let period = wire.and_then(|wire| Duration::try_from(wire).ok());
+    period.filter(|period| !period.is_zero()).unwrap_or(otherwise)
+}

@@ -1,0 +1,87 @@
+//! The latest status of every container here, and which of them the manager has not heard yet.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::Notify;
+use warren_proto::v1;
+
+#[derive(Debug, Default)]
+struct Entries {
+    statuses: BTreeMap<String, v1::ContainerStatus>,
+    unsent: BTreeSet<String>,
+}
+
+/// Where workers post statuses and the session picks them up. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Board {
+    entries: Arc<Mutex<Entries>>,
+    news: Arc<Notify>,
+}
+
+impl Board {
+    fn entries(&self) -> MutexGuard<'_, Entries> {
+        // Every change is one insertion or removal: a panic leaves the board whole.
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes a container's status; one that has none begins with an empty one. Returns it.
+    pub fn update(&self, id: &str, change: impl FnOnce(&mut v1::ContainerStatus)) -> v1::ContainerStatus {
+        let mut entries = self.entries();
+        let status = entries.statuses.entry(id.to_owned()).or_default();
+        change(status);
+        let status = status.clone();
+        entries.unsent.insert(id.to_owned());
+        drop(entries);
+        self.news.notify_one();
+        status
+    }
+
+    /// Changes a container's status if it has one.
+    pub fn amend(&self, id: &str, change: impl FnOnce(&mut v1::ContainerStatus)) {
+        let known = self.entries().statuses.contains_key(id);
+        if known {
+            self.update(id, change);
+        }
+    }
+
+    /// Forgets a container.
+    pub fn forget(&self, id: &str) {
+        let mut entries = self.entries();
+        entries.statuses.remove(id);
+        entries.unsent.remove(id);
+    }
+
+    /// A container's status.
+    #[must_use]
+    pub fn get(&self, id: &str) -> Option<v1::ContainerStatus> {
+        self.entries().statuses.get(id).cloned()
+    }
+
+    /// Everything is to be sent again: there is a new session.
+    pub fn resend(&self) {
+        let mut entries = self.entries();
+        entries.unsent = entries.statuses.keys().cloned().collect();
+        drop(entries);
+        self.news.notify_one();
+    }
+
+    /// Takes what was not sent yet.
+    #[must_use]
+    pub fn take_unsent(&self) -> Vec<v1::ReportedStatus> {
+        let mut entries = self.entries();
+        let unsent = std::mem::take(&mut entries.unsent);
+        let report = |id: String| {
+            let status = entries.statuses.get(&id).cloned()?;
+            Some(v1::ReportedStatus { container_id: id, status: Some(status) })
+        };
+        unsent.into_iter().filter_map(report).collect()
+    }
+
+    /// Waits until there may be something to send.
+    pub async fn changed(&self) {
+        self.news.notified().await;
+    }
+}

@@ -1,0 +1,390 @@
+//! One container's worker: carries out what its state machine says, and tells it what came of it.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::sync::mpsc;
+use warren_proto::v1::{self, ContainerState};
+
+use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Phase, RuntimePhase, Timings};
+use crate::runtime::{self, Containerd, ContainerOptions, DEFAULT_STOP_TIMEOUT, ImageName, parse_signal};
+
+/// How long SIGKILL may take before it is sent again.
+const KILL_PATIENCE: Duration = Duration::from_secs(5);
+/// Before asking a daemon again that did not answer.
+const RETRY: Duration = Duration::from_millis(500);
+const SIGKILL: u32 = 9;
+const SIGTERM: u32 = 15;
+
+/// Labels that a container carries on containerd: what an agent that knows nothing else needs to stop it.
+pub(super) mod label {
+    pub(crate) const SERVICE: &str = "warren.service";
+    pub(crate) const STOP_SIGNAL: &str = "warren.stop-signal";
+    pub(crate) const STOP_TIMEOUT_MS: &str = "warren.stop-timeout-ms";
+}
+
+/// How to stop a container.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StopOptions {
+    pub(super) signal: u32,
+    pub(super) timeout: Duration,
+}
+
+impl StopOptions {
+    pub(super) fn from_labels(labels: &HashMap<String, String>) -> Self {
+        let signal = labels.get(label::STOP_SIGNAL).and_then(|signal| parse_signal(signal)).unwrap_or(SIGTERM);
+        let timeout = labels.get(label::STOP_TIMEOUT_MS).and_then(|ms| ms.parse().ok()).map(Duration::from_millis);
+        Self { signal, timeout: timeout.unwrap_or(DEFAULT_STOP_TIMEOUT) }
+    }
+
+    fn labels(self) -> HashMap<String, String> {
+        HashMap::from([
+            (label::STOP_SIGNAL.to_owned(), self.signal.to_string()),
+            (label::STOP_TIMEOUT_MS.to_owned(), self.timeout.as_millis().to_string()),
+        ])
+    }
+}
+
+/// Announces a container to the probes before it is created, and forgets it when it is gone.
+pub(super) trait Registrar: Send + Sync {
+    fn register(&self, id: &str, service: &str, stop_signal: u32);
+    fn unregister(&self, id: &str);
+}
+
+/// What all workers share.
+pub(super) struct Shared {
+    pub(super) containerd: Containerd,
+    pub(super) board: Board,
+    pub(super) cache: Cache,
+    pub(super) timings: Arc<Timings>,
+    pub(super) registrar: Arc<dyn Registrar>,
+    pub(super) cgroup_parent: PathBuf,
+}
+
+/// A container that was found on containerd, or was not.
+pub(super) enum Beginning {
+    /// It is new.
+    New,
+    /// Its task runs.
+    Running { pid: u32 },
+    /// Its task ended, or its end was reported before.
+    Ended(Ending),
+}
+
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    id: String,
+    /// `None` for a container that nobody assigned: it is only removed.
+    assignment: Option<v1::Assignment>,
+    stop: StopOptions,
+    lifecycle: Lifecycle,
+    sender: mpsc::UnboundedSender<Event>,
+    events: mpsc::UnboundedReceiver<Event>,
+    stop_began: Option<Instant>,
+}
+
+fn now() -> pbjson_types::Timestamp {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    pbjson_types::Timestamp { seconds: now.as_secs() as i64, nanos: now.subsec_nanos() as i32 }
+}
+
+impl Worker {
+    pub(super) fn assigned(shared: Arc<Shared>, assignment: v1::Assignment, beginning: Beginning) -> Spawned {
+        let id = assignment.container_id.clone();
+        let spec = assignment.spec.clone().unwrap_or_default();
+        let timeout = spec.stop_timeout.map_or(DEFAULT_STOP_TIMEOUT, |timeout| {
+            Duration::new(timeout.seconds.unsigned_abs(), timeout.nanos.unsigned_abs())
+        });
+        // An image's own signal is not known until the image is; see `prepare`.
+        let stop = StopOptions { signal: parse_signal(&spec.stop_signal).unwrap_or(SIGTERM), timeout };
+        Self::spawn(shared, id, Some(assignment), stop, beginning)
+    }
+
+    pub(super) fn orphan(shared: Arc<Shared>, id: String, stop: StopOptions, beginning: Beginning) -> Spawned {
+        let spawned = Self::spawn(shared, id, None, stop, beginning);
+        spawned.remove();
+        spawned
+    }
+
+    fn spawn(
+        shared: Arc<Shared>,
+        id: String,
+        assignment: Option<v1::Assignment>,
+        stop: StopOptions,
+        beginning: Beginning,
+    ) -> Spawned {
+        let (sender, events) = mpsc::unbounded_channel();
+        let (lifecycle, actions) = match &beginning {
+            Beginning::New => Lifecycle::assigned(),
+            Beginning::Running { .. } => Lifecycle::adopted(),
+            Beginning::Ended(ending) => Lifecycle::ended(ending.clone()),
+        };
+        let worker =
+            Self { shared, id, assignment, stop, lifecycle, sender: sender.clone(), events, stop_began: None };
+        if let Beginning::Running { pid } = beginning {
+            worker.note(|status| status.pid = pid);
+            worker.watch_exit();
+        }
+        let task = tokio::spawn(worker.run(actions));
+        Spawned { sender, task }
+    }
+
+    async fn run(mut self, mut actions: Vec<Action>) {
+        loop {
+            for action in std::mem::take(&mut actions) {
+                self.act(action).await;
+            }
+            if self.lifecycle.phase() == Phase::Gone {
+                self.shared.registrar.unregister(&self.id);
+                return;
+            }
+            // The sender is this worker's own: the channel stays open.
+            let Some(event) = self.events.recv().await else { return };
+            if let Event::Exited(code) = event {
+                self.exited(code);
+            }
+            actions = self.lifecycle.on(event);
+        }
+    }
+
+    /// Changes the container's status on the board and on disk.
+    fn note(&self, change: impl FnOnce(&mut v1::ContainerStatus)) {
+        let Some(assignment) = self.assignment.clone() else { return };
+        let status = self.shared.board.update(&self.id, change);
+        self.shared.cache.store(&CachedContainer { assignment, status });
+    }
+
+    async fn act(&mut self, action: Action) {
+        match action {
+            Action::Report => self.report(),
+            Action::Prepare => {
+                let prepared = self.prepare().await;
+                self.tell(Event::Prepared(prepared));
+            }
+            Action::Start => {
+                let started = self.start().await;
+                let runs = started.is_ok();
+                self.tell(Event::Started(started));
+                if runs {
+                    self.watch_exit();
+                }
+            }
+            Action::Stop => {
+                self.stop_began = Some(Instant::now());
+                self.signal(self.stop.signal, false).await;
+                self.kill_later(self.stop.timeout);
+            }
+            Action::Kill => {
+                self.signal(SIGKILL, true).await;
+                self.kill_later(KILL_PATIENCE);
+            }
+            Action::Clean => {
+                self.clean().await;
+                self.tell(Event::Cleaned);
+            }
+        }
+    }
+
+    fn tell(&self, event: Event) {
+        // The receiver is this worker's own.
+        let _ = self.sender.send(event);
+    }
+
+    fn report(&self) {
+        let (state, message) = match (self.lifecycle.phase(), self.lifecycle.ending()) {
+            (_, Some(Ending::Exited(0))) => (ContainerState::Complete, String::new()),
+            (_, Some(Ending::Exited(code))) => (ContainerState::Failed, format!("exited with code {code}")),
+            (_, Some(Ending::Stopped(_))) => (ContainerState::Shutdown, String::new()),
+            (_, Some(Ending::Cancelled)) => (ContainerState::Shutdown, "removed before it ran".to_owned()),
+            (_, Some(Ending::Rejected(why))) => (ContainerState::Rejected, why.clone()),
+            (_, Some(Ending::Failed(why))) => (ContainerState::Failed, why.clone()),
+            (Phase::Preparing, None) => (ContainerState::Preparing, String::new()),
+            (Phase::Starting, None) => (ContainerState::Starting, String::new()),
+            (_, None) => (ContainerState::Running, String::new()),
+        };
+        self.note(|status| {
+            status.state = state.into();
+            status.message = message;
+            status.changed_at = Some(now());
+            if state == ContainerState::Running && status.started_at.is_none() {
+                status.started_at = Some(now());
+            }
+            if self.lifecycle.ending().is_some() && status.finished_at.is_none() {
+                status.finished_at = Some(now());
+            }
+        });
+    }
+
+    fn exited(&mut self, code: i32) {
+        self.note(|status| {
+            status.exit_code = Some(code);
+            status.finished_at = Some(now());
+        });
+        if let Some(began) = self.stop_began {
+            let took = began.elapsed();
+            self.shared.timings.stopped(took);
+            self.note(|status| status.runtime.get_or_insert_default().stop_nanos = took.as_nanos() as u64);
+        }
+        self.shared.timings.exited(code, self.stop_began.is_some());
+    }
+
+    async fn prepare(&mut self) -> Result<(), Ending> {
+        let Some(assignment) = self.assignment.clone() else { return Err(Ending::Cancelled) };
+        let spec = assignment.spec.clone().unwrap_or_default();
+        let name: ImageName =
+            spec.image.parse().map_err(|error: runtime::InvalidImageName| Ending::Rejected(error.to_string()))?;
+        let began = Instant::now();
+        let image = retry(|| self.shared.containerd.image(&name)).await?;
+        if spec.stop_signal.is_empty()
+            && let Some(signal) = image.config.stop_signal().as_deref().and_then(parse_signal)
+        {
+            self.stop.signal = signal;
+        }
+        let resources = assignment.resources.unwrap_or_default();
+        let (limits, reservations) =
+            (resources.limits.unwrap_or_default(), resources.reservations.unwrap_or_default());
+        let options = ContainerOptions {
+            id: self.id.clone(),
+            command: spec.command,
+            args: spec.args,
+            env: spec.env.iter().map(|(name, value)| format!("{name}={value}")).collect(),
+            cgroup_parent: self.shared.cgroup_parent.clone(),
+            cpu_limit_millis: limits.cpu_millis,
+            cpu_reservation_millis: reservations.cpu_millis,
+            memory_limit_bytes: limits.memory_bytes,
+        };
+        let mut labels = self.stop.labels();
+        labels.insert(label::SERVICE.to_owned(), assignment.service_name.clone());
+        // What an attempt that was cut short left would be in the way.
+        retry(|| self.shared.containerd.delete_task(&self.id)).await?;
+        retry(|| self.shared.containerd.create_container(&image, &options, labels.clone())).await?;
+        self.shared.timings.phase(RuntimePhase::Unpack, began.elapsed());
+        self.shared.registrar.register(&self.id, &assignment.service_name, self.stop.signal);
+        Ok(())
+    }
+
+    async fn start(&self) -> Result<(), Ending> {
+        let failed = |error: runtime::Error| Ending::Failed(error.to_string());
+        let began = Instant::now();
+        let pid = self.shared.containerd.create_task(&self.id).await.map_err(|error| {
+            self.shared.timings.failed("create");
+            failed(error)
+        })?;
+        let created = began.elapsed();
+        self.shared.timings.phase(RuntimePhase::Create, created);
+        let began = Instant::now();
+        self.shared.containerd.start_task(&self.id).await.map_err(|error| {
+            self.shared.timings.failed("start");
+            failed(error)
+        })?;
+        let started = began.elapsed();
+        self.shared.timings.phase(RuntimePhase::Start, started);
+        self.note(|status| {
+            status.pid = pid;
+            let runtime = status.runtime.get_or_insert_default();
+            runtime.create_nanos = created.as_nanos() as u64;
+            runtime.start_nanos = started.as_nanos() as u64;
+        });
+        Ok(())
+    }
+
+    /// Tells of the exit when it comes, also across a restart of the daemon.
+    fn watch_exit(&self) {
+        let (shared, id, sender) = (Arc::clone(&self.shared), self.id.clone(), self.sender.clone());
+        tokio::spawn(async move {
+            let code = loop {
+                match shared.containerd.wait_task(&id).await {
+                    Ok((code, _)) => break code,
+                    Err(error) if error.is_not_found() => break LOST,
+                    Err(error) => {
+                        tracing::debug!(container = id, %error, "waiting for a container's exit was interrupted");
+                        tokio::time::sleep(RETRY).await;
+                    }
+                }
+                if sender.is_closed() {
+                    return;
+                }
+            };
+            // A worker that is gone has seen the end otherwise.
+            let _ = sender.send(Event::Exited(code));
+        });
+    }
+
+    async fn signal(&self, signal: u32, all: bool) {
+        if let Err(error) = self.shared.containerd.kill_task(&self.id, signal, all).await {
+            tracing::warn!(container = self.id, signal, %error, "a container could not be signalled");
+        }
+    }
+
+    fn kill_later(&self, after: Duration) {
+        let sender = self.sender.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(after).await;
+            // A worker that is gone needs no killing.
+            let _ = sender.send(Event::KillDue);
+        });
+    }
+
+    /// Removes task, record and snapshot, however long it takes.
+    async fn clean(&self) {
+        loop {
+            let cleaned = match self.shared.containerd.delete_task(&self.id).await {
+                Ok(()) => self.shared.containerd.remove_container(&self.id).await,
+                Err(error) => {
+                    // A task that was created and never started must be killed first.
+                    let _ = self.shared.containerd.kill_task(&self.id, SIGKILL, true).await;
+                    Err(error)
+                }
+            };
+            match cleaned {
+                Ok(()) => return,
+                Err(error) => tracing::debug!(container = self.id, %error, "a container is not removed yet"),
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+}
+
+/// The exit code of a container whose end nobody saw.
+const LOST: i32 = 255;
+
+/// Repeats a call while the daemon is away; other errors end the container.
+async fn retry<T, F>(call: impl Fn() -> F) -> Result<T, Ending>
+where
+    F: Future<Output = Result<T, runtime::Error>>,
+{
+    /// A daemon that is away longer than this may as well be away for good.
+    const PATIENCE: Duration = Duration::from_secs(60);
+    let began = Instant::now();
+    loop {
+        match call().await {
+            Ok(value) => return Ok(value),
+            Err(error) if error.is_transient() && began.elapsed() < PATIENCE => tokio::time::sleep(RETRY).await,
+            Err(error) if error.is_transient() => return Err(Ending::Failed(error.to_string())),
+            Err(error) => return Err(Ending::Rejected(error.to_string())),
+        }
+    }
+}
+
+/// A running worker.
+#[derive(Debug)]
+pub(super) struct Spawned {
+    sender: mpsc::UnboundedSender<Event>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Spawned {
+    /// Its container is no longer assigned.
+    pub(super) fn remove(&self) {
+        // A worker that is gone has removed it.
+        let _ = self.sender.send(Event::Remove);
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
+        self.task.is_finished()
+    }
+}
