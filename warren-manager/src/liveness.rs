@@ -70,6 +70,30 @@ struct Table {
     since: Instant,
 }
 
+impl Table {
+    fn reset(&mut self, now: Instant) {
+        self.heard.clear();
+        self.since = now;
+    }
+
+    /// A node was heard; whether that is news.
+    fn heard(&mut self, node: &NodeId, now: Instant) -> bool {
+        let patience = self.timing.patience(self.heard.len());
+        let before = self.heard.insert(node.clone(), now);
+        before.is_none_or(|before| now - before > patience)
+    }
+
+    fn health(&self, node: &NodeId, now: Instant) -> Health {
+        let patience = self.timing.patience(self.heard.len());
+        match self.heard.get(node) {
+            Some(heard) if now - *heard <= patience => Health::Ready,
+            Some(_) => Health::Down,
+            None if now - self.since <= patience * 2 => Health::Unknown,
+            None => Health::Down,
+        }
+    }
+}
+
 /// Who was heard when. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Liveness {
@@ -92,20 +116,12 @@ impl Liveness {
 
     /// This manager begins to lead: every node has time to be heard.
     pub fn reset(&self) {
-        let mut table = self.table();
-        table.heard.clear();
-        table.since = Instant::now();
+        self.table().reset(Instant::now());
     }
 
     /// A node was heard.
     pub fn heard(&self, node: &NodeId) {
-        let news = {
-            let mut table = self.table();
-            let patience = table.timing.patience(table.heard.len());
-            let before = table.heard.insert(node.clone(), Instant::now());
-            before.is_none_or(|before| before.elapsed() > patience)
-        };
-        if news {
+        if self.table().heard(node, Instant::now()) {
             self.changes.send_replace(());
         }
     }
@@ -113,14 +129,7 @@ impl Liveness {
     /// How a node is.
     #[must_use]
     pub fn health(&self, node: &NodeId) -> Health {
-        let table = self.table();
-        let patience = table.timing.patience(table.heard.len());
-        match table.heard.get(node) {
-            Some(heard) if heard.elapsed() <= patience => Health::Ready,
-            Some(_) => Health::Down,
-            None if table.since.elapsed() <= patience * 2 => Health::Unknown,
-            None => Health::Down,
-        }
+        self.table().health(node, Instant::now())
     }
 
     /// The heartbeat period for now.
@@ -141,18 +150,23 @@ impl Liveness {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn silence_means_down_and_a_new_leader_is_patient() {
-        let liveness = Liveness::new(Timing::default());
+    #[test]
+    fn silence_means_down_and_a_new_leader_is_patient() {
+        let start = Instant::now();
+        let mut table = Table { timing: Timing::default(), heard: HashMap::new(), since: start };
         let (a, b) = (NodeId::from("a"), NodeId::from("b"));
-        liveness.heard(&a);
-        assert_eq!((liveness.health(&a), liveness.health(&b)), (Health::Ready, Health::Unknown));
-        tokio::time::advance(Duration::from_secs(11)).await;
-        assert_eq!((liveness.health(&a), liveness.health(&b)), (Health::Down, Health::Unknown));
-        tokio::time::advance(Duration::from_secs(10)).await;
-        assert_eq!(liveness.health(&b), Health::Down);
-        liveness.reset();
-        assert_eq!((liveness.health(&a), liveness.health(&b)), (Health::Unknown, Health::Unknown));
+        assert!(table.heard(&a, start));
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let health = |table: &Table, now| (table.health(&a, now), table.health(&b, now));
+        assert_eq!(health(&table, at(10)), (Health::Ready, Health::Unknown));
+        assert_eq!(health(&table, at(11)), (Health::Down, Health::Unknown));
+        assert_eq!(health(&table, at(21)), (Health::Down, Health::Down));
+        assert!(table.heard(&a, at(21)), "it was down");
+        assert!(!table.heard(&a, at(22)), "it was not");
+        table.heard(&b, at(22));
+        assert_eq!(health(&table, at(22)), (Health::Ready, Health::Ready));
+        table.reset(at(23));
+        assert_eq!(health(&table, at(23)), (Health::Unknown, Health::Unknown));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Subcommand;
 use warren_agent::runtime::{self, ImageName};
 
-use crate::error::Error;
+use crate::{error::Error, output::say};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -31,7 +31,7 @@ pub(crate) async fn run(command: Command) -> Result<(), Error> {
     let name = name.map_err(|error| Error::Usage(error.to_string()))?;
     let containerd = runtime::connect(&containerd_socket, &containerd_namespace).await?;
     for image in runtime::import(&containerd, &file, name.as_ref()).await? {
-        println!("{image}");
+        say!("{image}");
     }
     Ok(())
 }

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
-use crate::{client::ClientArguments, error::Error};
+use crate::{client::ClientArguments, error::Error, output::say};
 
 /// Warren runs containers on small and edge clusters, and times them in the kernel.
 #[derive(Debug, Parser)]
@@ -56,8 +56,6 @@ enum Command {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    // Writing to a pipe that is closed ends the process quietly, as other commands do.
-    reset_sigpipe();
     let arguments = Arguments::parse();
     match run(arguments).await {
         Ok(()) => ExitCode::SUCCESS,
@@ -65,18 +63,6 @@ async fn main() -> ExitCode {
             eprintln!("error: {error}");
             error.exit_code().into()
         }
-    }
-}
-
-fn reset_sigpipe() {
-    use tokio::signal::unix::{SignalKind, signal};
-
-    // Rust ignores SIGPIPE and `println!` panics on a closed pipe; end as soon as the signal comes instead.
-    if let Ok(mut pipe) = signal(SignalKind::pipe()) {
-        tokio::spawn(async move {
-            pipe.recv().await;
-            std::process::exit(0);
-        });
     }
 }
 
@@ -97,12 +83,12 @@ async fn run(arguments: Arguments) -> Result<(), Error> {
 }
 
 async fn version(client: &ClientArguments) -> Result<(), Error> {
-    println!("warren   {VERSION}");
+    say!("warren   {VERSION}");
     let manager = match client.cluster().await {
         Ok(mut cluster) => cluster.get_cluster_info(warren_proto::v1::GetClusterInfoRequest {}).await.ok(),
         Err(_) => None,
     };
     let manager = manager.map_or_else(|| "does not answer".to_owned(), |info| info.into_inner().version);
-    println!("manager  {manager}");
+    say!("manager  {manager}");
     Ok(())
 }

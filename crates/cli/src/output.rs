@@ -1,6 +1,10 @@
 //! Tables for people, JSON for programs.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    fmt,
+    io::{self, Write as _},
+    time::{Duration, SystemTime},
+};
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -28,6 +32,20 @@ pub(crate) struct FormatArguments {
     pub(crate) format: Format,
 }
 
+/// Writes a line to stdout. A reader that went away, as `head` does, ends the command quietly.
+pub(crate) fn line(text: fmt::Arguments<'_>) {
+    let mut stdout = io::stdout().lock();
+    if let Err(error) = stdout.write_fmt(text).and_then(|()| stdout.write_all(b"\n")) {
+        std::process::exit(i32::from(error.kind() != io::ErrorKind::BrokenPipe));
+    }
+}
+
+/// Like `println!`, by [`line`].
+macro_rules! say {
+    ($($text:tt)*) => { $crate::output::line(format_args!($($text)*)) };
+}
+pub(crate) use say;
+
 /// Characters of an id in a table: enough to tell objects of one cluster apart.
 const SHORT_ID: usize = 12;
 
@@ -44,7 +62,7 @@ pub(crate) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<I
     let mut table = builder.build();
     table.with(Style::empty()).with(Padding::new(0, 3, 0, 0));
     for line in table.to_string().lines() {
-        println!("{}", line.trim_end());
+        say!("{}", line.trim_end());
     }
 }
 
@@ -52,12 +70,12 @@ pub(crate) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<I
 pub(crate) fn fields(fields: &[(&str, String)]) {
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, value) in fields {
-        println!("{name:width$}  {value}");
+        say!("{name:width$}  {value}");
     }
 }
 
 pub(crate) fn json(value: &impl Serialize) -> Result<(), Error> {
-    println!("{}", serde_json::to_string_pretty(value)?);
+    say!("{}", serde_json::to_string_pretty(value)?);
     Ok(())
 }
 

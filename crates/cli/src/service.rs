@@ -9,7 +9,7 @@ use crate::{
     client::ClientArguments,
     container,
     error::Error,
-    output::{self, Format, FormatArguments},
+    output::{self, Format, FormatArguments, say},
 };
 
 #[derive(Debug, Subcommand)]
@@ -233,7 +233,7 @@ async fn create(arguments: CreateArguments, client: &ClientArguments) -> Result<
     arguments.image.parse::<warren_agent::runtime::ImageName>().map_err(|error| Error::Usage(error.to_string()))?;
     let request = v1::CreateServiceRequest { spec: Some(spec(&arguments)), request_id: request_id() };
     let service = client.services().await?.create_service(request).await?.into_inner().service.unwrap_or_default();
-    println!("{}", service.id);
+    say!("{}", service.id);
     wait_running(client, &arguments.name, arguments.wait).await
 }
 
@@ -366,7 +366,7 @@ async fn remove(client: &ClientArguments, service: String, wait: WaitArguments) 
     let request = v1::DeleteServiceRequest { service: known.id.clone(), request_id: request_id() };
     client.services().await?.delete_service(request).await?;
     let name = known.spec.unwrap_or_default().name;
-    println!("{name}");
+    say!("{name}");
     if !wait.wait {
         return Ok(());
     }

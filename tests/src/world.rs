@@ -1,0 +1,432 @@
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{
+    metrics::Metrics,
+    process::{Process, find, free_port, until, until_within},
+};
+
+/// What a command did.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// Its exit code.
+    pub code: i32,
+    /// What it wrote to stdout.
+    pub stdout: String,
+    /// What it wrote to stderr.
+    pub stderr: String,
+}
+
+impl Output {
+    fn of(command: &mut Command) -> Self {
+        let output = command.output().expect("the command can be run");
+        Self {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// Its stdout, if it succeeded.
+    #[must_use]
+    pub fn succeeded(self) -> String {
+        assert_eq!(self.code, 0, "{}{}", self.stdout, self.stderr);
+        self.stdout
+    }
+
+    /// Its one line of stderr, if it failed with `code`.
+    #[must_use]
+    pub fn failed(self, code: i32) -> String {
+        assert_eq!(self.code, code, "{}{}", self.stdout, self.stderr);
+        let line = self.stderr.trim_end();
+        assert!(line.starts_with("error: ") && !line.contains('\n'), "not one clear sentence: {line}");
+        line.to_owned()
+    }
+}
+
+/// The demo image's name.
+#[must_use]
+pub fn image_name() -> &'static str {
+    warren_demo_image::NAME
+}
+
+/// A machine of a test's own: containerd, and places for a manager and an agent.
+#[derive(Debug)]
+pub struct World {
+    name: String,
+    /// Everything it writes is below.
+    pub directory: TempDir,
+    containerd: Option<Process>,
+    /// The manager, if it runs.
+    pub manager: Option<Process>,
+    /// The agent, if it runs.
+    pub agent: Option<Process>,
+    /// The manager's metrics.
+    pub manager_port: u16,
+    /// The agent's metrics.
+    pub agent_port: u16,
+    api_port: u16,
+    /// The port that the agent takes for DNS.
+    pub dns_port: u16,
+}
+
+impl World {
+    /// A machine with nothing on it.
+    #[must_use]
+    pub fn empty(name: &str) -> Self {
+        assert!(rustix::process::geteuid().is_root(), "these tests run as root");
+        // Short: a Unix socket's path may have 107 bytes.
+        let directory = tempfile::Builder::new().prefix("wt-").tempdir_in("/tmp").expect("a directory");
+        let id = directory.path().file_name().expect("a name").to_string_lossy().to_lowercase();
+        Self {
+            name: format!("{name}-{id}").replace('.', "-"),
+            directory,
+            containerd: None,
+            manager: None,
+            agent: None,
+            manager_port: free_port(),
+            agent_port: free_port(),
+            api_port: free_port(),
+            dns_port: free_port(),
+        }
+    }
+
+    /// A machine with containerd and the demo image.
+    #[must_use]
+    pub fn with_containerd(name: &str) -> Self {
+        let mut world = Self::empty(name);
+        world.start_containerd();
+        let archive = world.path("demo.tar");
+        warren_demo_image::write(&find("busybox"), &archive).expect("an archive");
+        let imported = world.warren_image_import(&archive).succeeded();
+        assert_eq!(imported.trim(), image_name());
+        world
+    }
+
+    /// A machine with a manager and an agent that is ready.
+    #[must_use]
+    pub fn with_warren(name: &str) -> Self {
+        let mut world = Self::with_containerd(name);
+        world.start_manager();
+        world.start_agent(&[]);
+        world.wait_ready();
+        world
+    }
+
+    /// A path of this world's.
+    #[must_use]
+    pub fn path(&self, relative: &str) -> PathBuf {
+        self.directory.path().join(relative)
+    }
+
+    /// Where the probes are pinned.
+    #[must_use]
+    pub fn pins(&self) -> PathBuf {
+        Path::new("/sys/fs/bpf").join(&self.name)
+    }
+
+    /// The parent of containers' cgroups.
+    #[must_use]
+    pub fn cgroup_parent(&self) -> String {
+        format!("/{}", self.name)
+    }
+
+    /// containerd's socket.
+    #[must_use]
+    pub fn containerd_socket(&self) -> PathBuf {
+        self.path("c.sock")
+    }
+
+    /// Where the manager's API is.
+    #[must_use]
+    pub fn manager_address(&self) -> String {
+        format!("unix://{}", self.path("w.sock").display())
+    }
+
+    /// Starts containerd.
+    pub fn start_containerd(&mut self) {
+        let config = self.path("containerd.toml");
+        let directory = self.directory.path().display();
+        let text = format!(
+            "version = 2\nroot = \"{directory}/root\"\nstate = \"{directory}/state\"\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[debug]\n  level = \"error\"\n[grpc]\n  address = \"{}\"\n",
+            self.containerd_socket().display()
+        );
+        fs::write(&config, text).expect("writable");
+        let mut command = Command::new(find("containerd"));
+        command.arg("-c").arg(&config);
+        self.containerd = Some(Process::start("containerd", &mut command, self.directory.path()));
+        until("containerd answers", || (self.ctr(&["version"]).code == 0).then_some(()));
+    }
+
+    /// Stops containerd; containers go on.
+    pub fn stop_containerd(&mut self) {
+        if let Some(containerd) = self.containerd.take() {
+            containerd.terminate();
+        }
+    }
+
+    /// A binary that was built beside the tests.
+    #[must_use]
+    pub fn binary(name: &str) -> Command {
+        let test = std::env::current_exe().expect("a path");
+        let directory = test.parent().and_then(Path::parent).expect("target/debug/deps/test");
+        let binary = directory.join(name);
+        assert!(binary.is_file(), "{} is missing: run `cargo build --workspace`", binary.display());
+        let mut command = Command::new(binary);
+        // A machine's settings must not reach the test's processes.
+        for (variable, _) in std::env::vars_os().filter(|(v, _)| v.to_string_lossy().starts_with("WARREN_")) {
+            command.env_remove(variable);
+        }
+        command.env("RUST_BACKTRACE", "0");
+        command
+    }
+
+    /// The manager's command.
+    #[must_use]
+    pub fn manager_command(&self) -> Command {
+        let mut command = Self::binary("warren-manager");
+        command
+            .arg("--data-dir")
+            .arg(self.path("manager"))
+            .arg("--socket")
+            .arg(self.path("w.sock"))
+            .args(["--listen-addr", &format!("127.0.0.1:{}", self.api_port)])
+            .args(["--metrics-addr", &format!("127.0.0.1:{}", self.manager_port)])
+            .args(["--snapshot-after", "100"]);
+        command
+    }
+
+    /// Starts the manager and waits until it serves.
+    pub fn start_manager(&mut self) {
+        let mut command = self.manager_command();
+        self.manager = Some(Process::start("manager", &mut command, self.directory.path()));
+        until("the manager is ready", || self.is_ready(self.manager_port).then_some(()));
+    }
+
+    /// The agent's command.
+    #[must_use]
+    pub fn agent_command(&self) -> Command {
+        let mut command = Self::binary("warren-agent");
+        command
+            .arg("run")
+            .arg("--data-dir")
+            .arg(self.path("agent"))
+            .args(["--manager", &self.manager_address()])
+            .args(["--hostname", "node-1"])
+            .args(["--metrics-addr", &format!("127.0.0.1:{}", self.agent_port)])
+            .arg("--containerd-socket")
+            .arg(self.containerd_socket())
+            .args(["--cgroup-parent", &self.cgroup_parent()])
+            .args(["--telemetry-interval-s", "1"])
+            .args(["--dns-ports", &self.dns_port.to_string(), "--dns-timeout-s", "2"])
+            .arg("--bpf-pin-dir")
+            .arg(self.pins());
+        command
+    }
+
+    /// Starts the agent, with more arguments.
+    pub fn start_agent(&mut self, arguments: &[&str]) {
+        let mut command = self.agent_command();
+        command.args(arguments);
+        self.agent = Some(Process::start("agent", &mut command, self.directory.path()));
+    }
+
+    /// Starts an agent that observes the whole host.
+    pub fn start_observer(&mut self, arguments: &[&str]) {
+        let mut command = Self::binary("warren-agent");
+        command
+            .args(["observe", "--hostname", "node-1"])
+            .args(["--metrics-addr", &format!("127.0.0.1:{}", self.agent_port)])
+            .arg("--containerd-socket")
+            .arg(self.containerd_socket())
+            .args(["--dns-ports", &self.dns_port.to_string(), "--dns-timeout-s", "2"])
+            .arg("--bpf-pin-dir")
+            .arg(self.pins())
+            .args(arguments);
+        self.agent = Some(Process::start("observer", &mut command, self.directory.path()));
+        until("the observer is ready", || self.is_ready(self.agent_port).then_some(()));
+    }
+
+    /// Waits until the agent is ready.
+    pub fn wait_ready(&self) {
+        until("the agent is ready", || self.is_ready(self.agent_port).then_some(()));
+    }
+
+    fn is_ready(&self, port: u16) -> bool {
+        self.get(port, "/ready").is_some_and(|(status, _)| status == 200)
+    }
+
+    /// An HTTP answer of an endpoint: status and body.
+    #[must_use]
+    pub fn get(&self, port: u16, path: &str) -> Option<(u16, String)> {
+        let agent = ureq::Agent::new_with_config(
+            ureq::Agent::config_builder()
+                .http_status_as_error(false)
+                .timeout_global(Some(Duration::from_secs(5)))
+                .build(),
+        );
+        let mut response = agent.get(format!("http://127.0.0.1:{port}{path}")).call().ok()?;
+        let status = response.status().as_u16();
+        response.body_mut().read_to_string().ok().map(|body| (status, body))
+    }
+
+    /// The manager's metrics now.
+    #[must_use]
+    pub fn manager_metrics(&self) -> Metrics {
+        self.metrics(self.manager_port)
+    }
+
+    /// The agent's metrics now.
+    #[must_use]
+    pub fn agent_metrics(&self) -> Metrics {
+        self.metrics(self.agent_port)
+    }
+
+    fn metrics(&self, port: u16) -> Metrics {
+        let (status, body) = self.get(port, "/metrics").expect("metrics");
+        assert_eq!(status, 200);
+        Metrics::parse(&body)
+    }
+
+    /// Runs `warren`.
+    #[must_use]
+    pub fn warren(&self, arguments: &[&str]) -> Output {
+        Output::of(Self::binary("warren").args(["--manager", &self.manager_address()]).args(arguments))
+    }
+
+    /// Runs `warren image import`.
+    #[must_use]
+    pub fn warren_image_import(&self, archive: &Path) -> Output {
+        let mut command = Self::binary("warren");
+        command.args(["image", "import"]).arg(archive).arg("--containerd-socket").arg(self.containerd_socket());
+        Output::of(&mut command)
+    }
+
+    /// Runs a daemon that is expected to fail at once.
+    #[must_use]
+    pub fn run(command: &mut Command) -> Output {
+        Output::of(command)
+    }
+
+    /// Runs `ctr` in the agent's namespace.
+    #[must_use]
+    pub fn ctr(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(find("ctr"));
+        command.arg("--address").arg(self.containerd_socket()).args(["--namespace", "warren"]).args(arguments);
+        Output::of(&mut command)
+    }
+
+    /// Creates a service of the demo image that runs `script`, and waits until it runs.
+    pub fn create(&self, name: &str, replicas: u32, options: &[&str], script: &str) {
+        let replicas = replicas.to_string();
+        let mut arguments = vec!["service", "create", name, "--image", image_name(), "--replicas", &replicas, "--wait"];
+        arguments.extend(options);
+        arguments.extend(["--", "sh", "-c", script]);
+        let _ = self.warren(&arguments).succeeded();
+    }
+
+    /// A service's containers as JSON.
+    #[must_use]
+    pub fn containers(&self, service: &str) -> Vec<Value> {
+        let listed = self.warren(&["service", "ps", service, "--format", "json"]).succeeded();
+        match serde_json::from_str(&listed).expect("JSON") {
+            Value::Array(containers) => containers,
+            other => panic!("not a list: {other}"),
+        }
+    }
+
+    /// A service's only container, once `check` holds for it.
+    #[must_use]
+    pub fn container_when(&self, service: &str, what: &str, check: impl Fn(&Value) -> bool) -> Value {
+        until(what, || self.containers(service).into_iter().find(|container| check(container)))
+    }
+
+    /// Ids and process ids of all running tasks.
+    #[must_use]
+    pub fn tasks(&self) -> Vec<(String, u32)> {
+        let listed = self.ctr(&["tasks", "ls"]).succeeded();
+        let mut tasks: Vec<_> = listed
+            .lines()
+            .skip(1)
+            .filter_map(|line| {
+                let fields: Vec<_> = line.split_whitespace().collect();
+                (fields.get(2) == Some(&"RUNNING")).then(|| (fields[0].to_owned(), fields[1].parse().unwrap_or(0)))
+            })
+            .collect();
+        tasks.sort();
+        tasks
+    }
+
+    /// What is left on the machine of containers: records, snapshots that are not an image's, cgroups.
+    #[must_use]
+    pub fn leftovers(&self) -> Vec<String> {
+        let mut left: Vec<String> =
+            self.ctr(&["containers", "ls", "-q"]).succeeded().lines().map(|id| format!("container {id}")).collect();
+        let snapshots = self.ctr(&["snapshots", "ls"]).succeeded();
+        left.extend(snapshots.lines().filter(|line| line.contains("Active")).map(|line| format!("snapshot {line}")));
+        left.extend(self.cgroups().into_iter().flat_map(|parent| {
+            let children = fs::read_dir(parent).into_iter().flatten().flatten();
+            children.filter(|entry| entry.path().is_dir()).map(|entry| format!("cgroup {}", entry.path().display()))
+        }));
+        left
+    }
+
+    /// The parent cgroup's directories, one a hierarchy.
+    fn cgroups(&self) -> Vec<PathBuf> {
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        let hierarchies = mounts.lines().filter_map(|line| {
+            let mut fields = line.split(' ');
+            let (target, kind) = (fields.nth(1)?, fields.next()?);
+            matches!(kind, "cgroup" | "cgroup2").then(|| Path::new(target).join(&self.name))
+        });
+        hierarchies.filter(|path| path.is_dir()).collect()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.agent = None;
+        self.manager = None;
+        if self.containerd.is_some() {
+            for id in self.ctr(&["containers", "ls", "-q"]).stdout.lines() {
+                let _ = self.ctr(&["tasks", "kill", "--signal", "SIGKILL", "--all", id]);
+                let deleted = || (self.ctr(&["tasks", "delete", "--force", id]).code == 0).then_some(());
+                // Without a task there is nothing to delete.
+                for _ in 0..20 {
+                    if deleted().is_some() || !self.ctr(&["tasks", "ls"]).stdout.contains(id) {
+                        break;
+                    }
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                let _ = self.ctr(&["containers", "delete", id]);
+            }
+            self.stop_containerd();
+        }
+        // Nothing of it may stay: neither programs in the kernel nor directories.
+        let _ = fs::remove_dir_all(self.pins());
+        for parent in self.cgroups() {
+            for child in fs::read_dir(&parent).into_iter().flatten().flatten() {
+                let _ = fs::remove_dir(child.path());
+            }
+            let _ = fs::remove_dir(parent);
+        }
+        if !std::thread::panicking() {
+            let left = until_within(Duration::from_secs(5), "the cgroups are gone", || {
+                let left = self.cgroups();
+                for parent in &left {
+                    let _ = fs::remove_dir(parent);
+                }
+                left.is_empty().then_some(left)
+            });
+            drop(left);
+        }
+    }
+}

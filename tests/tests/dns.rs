@@ -1,0 +1,231 @@
+//! DNS queries, timed in the kernel.
+
+use std::{
+    process::Command,
+    thread,
+    time::Duration,
+};
+
+use warren_tests::{
+    Answer, DnsServer, Metrics, Process, Transport, World, ask, ask_silently, find, script_that_asks, until,
+};
+
+/// Terms of the law `sent - retransmits = answered or timed out + pending + evicted + superseded`, of the whole node.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Law {
+    sent: f64,
+    retransmits: f64,
+    finished: f64,
+    pending: f64,
+    lost: f64,
+}
+
+impl Law {
+    fn of(metrics: &Metrics) -> Self {
+        let lost = |reason: &str| {
+            metrics.sum("warren_probe_events_lost_total", &["probe=\"dns\"", &format!("reason=\"{reason}\"")])
+        };
+        Self {
+            sent: metrics.sum("warren_dns_sent_total", &[]),
+            retransmits: metrics.sum("warren_dns_retransmits_total", &[]),
+            finished: metrics.sum("warren_dns_queries_total", &[]),
+            pending: metrics.sum("warren_dns_pending", &[]),
+            lost: lost("evicted") + lost("superseded") + lost("map_full"),
+        }
+    }
+
+    fn holds(&self) -> bool {
+        self.sent - self.retransmits == self.finished + self.pending + self.lost
+    }
+}
+
+fn finished(metrics: &Metrics, labels: &[&str]) -> f64 {
+    metrics.sum("warren_dns_queries_total", labels)
+}
+
+#[test]
+fn every_kind_of_query_is_counted_and_timed() {
+    let mut world = World::empty("dns-kinds");
+    let server = DnsServer::start(world.dns_port);
+    world.start_observer(&["--dns-slow-ms", "100"]);
+    let port = world.dns_port;
+
+    for (transport, label) in
+        [(Transport::Udp4, "udp"), (Transport::Udp6, "udp6"), (Transport::Tcp4, "tcp"), (Transport::Tcp6, "tcp6")]
+    {
+        assert_eq!(ask(transport, port, 1, "ok.test", 1, 1), Answer::Code(0), "{label}");
+        assert_eq!(ask(transport, port, 2, "nx.test", 28, 1), Answer::Code(3), "{label}");
+        assert_eq!(ask(transport, port, 3, "fail.test", 33, 1), Answer::Code(2), "{label}");
+    }
+    let metrics = world.agent_metrics();
+    for transport in ["udp", "udp6", "tcp", "tcp6"] {
+        for (qtype, rcode) in [("A", "noerror"), ("AAAA", "nxdomain"), ("SRV", "servfail")] {
+            let series = format!(
+                "warren_dns_queries_total{{node=\"node-1\",rcode=\"{rcode}\",service=\"host\",\
+                 transport=\"{transport}\",type=\"{qtype}\"}}"
+            );
+            assert_eq!(metrics.get(&series), Some(1.0), "{series}\n{}", metrics.text);
+        }
+    }
+    assert_eq!(metrics.sum("warren_dns_query_duration_seconds_count", &["rcode=\"noerror\"", "type=\"A\""]), 4.0);
+    assert_eq!(metrics.sum("warren_dns_failures_total", &["reason=\"nxdomain\""]), 4.0);
+    assert_eq!(metrics.sum("warren_dns_failures_total", &["reason=\"servfail\""]), 4.0);
+
+    // One question sent twice, answered the second time: one query, as long as the user waited.
+    assert_eq!(ask(Transport::Udp4, port, 7, "second.test", 12, 2), Answer::Code(0));
+    let metrics = world.agent_metrics();
+    assert_eq!(metrics.sum("warren_dns_retransmits_total", &[]), 1.0);
+    assert_eq!(finished(&metrics, &["type=\"PTR\""]), 1.0);
+    let waited = metrics.sum("warren_dns_query_duration_seconds_sum", &["type=\"PTR\""]);
+    assert!((0.4..1.0).contains(&waited), "{waited} s");
+
+    // No answer at all: a timeout, after two seconds here.
+    assert_eq!(ask(Transport::Udp4, port, 8, "drop.test", 16, 1), Answer::Nothing);
+    assert_eq!(world.agent_metrics().sum("warren_dns_pending", &[]), 1.0);
+    until("the query is given up", || {
+        (finished(&world.agent_metrics(), &["rcode=\"timeout\"", "type=\"other\""]) == 1.0).then_some(())
+    });
+    let law = Law::of(&world.agent_metrics());
+    assert!(law.holds() && law.lost == 0.0, "{law:?}");
+    assert_eq!(server.answered(), 13);
+
+    // Failed and slow queries are reported with their names.
+    let log = world.agent.as_ref().expect("it runs").log();
+    for name in ["nx.test.", "fail.test.", "second.test."] {
+        assert!(log.contains(name), "{name} is not in\n{log}");
+    }
+    assert!(!log.contains("ok.test."), "a fast answer is nobody's business");
+}
+
+/// Debian's dnsmasq, answering for one domain.
+fn dnsmasq(world: &World) -> Process {
+    let mut command = Command::new(find("dnsmasq"));
+    command
+        .args(["--keep-in-foreground", "--no-resolv", "--no-hosts", "--conf-file=/dev/null", "--user=root", "--group=root"])
+        .args(["--listen-address=127.0.0.1", "--bind-interfaces", "--address=/ok.test/192.0.2.1", "--local=/test/"])
+        .arg(format!("--port={}", world.dns_port))
+        .arg(format!("--pid-file={}", world.path("dnsmasq.pid").display()));
+    let process = Process::start("dnsmasq", &mut command, world.directory.path());
+    until("dnsmasq answers", || {
+        (ask(Transport::Udp4, world.dns_port, 1, "ok.test", 1, 1) == Answer::Code(0)).then_some(())
+    });
+    process
+}
+
+const QUERIES: u16 = 10_000;
+const CLIENTS: u16 = 4;
+
+fn ask_many(port: u16, queries: u16) {
+    thread::scope(|scope| {
+        for client in 0..CLIENTS {
+            scope.spawn(move || {
+                for i in 0..queries / CLIENTS {
+                    let (name, code) = if i % 5 == 0 { ("gone.test", 3) } else { ("ok.test", 0) };
+                    let id = client * (queries / CLIENTS) + i;
+                    assert_eq!(ask(Transport::Udp4, port, id, name, 1, 1), Answer::Code(code), "query {id}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn ten_thousand_queries_are_all_accounted_for() {
+    let mut world = World::empty("dns-many");
+    let _dnsmasq = dnsmasq(&world);
+    world.start_observer(&[]);
+    let before = finished(&world.agent_metrics(), &[]);
+
+    ask_many(world.dns_port, QUERIES);
+    // And some that nobody answers, from one socket, all pending at once.
+    let silence = DnsSilence::start(&world);
+    let metrics = until("the unanswered ones are given up", || {
+        let metrics = world.agent_metrics();
+        (metrics.sum("warren_dns_pending", &[]) == 0.0).then_some(metrics)
+    });
+    let law = Law::of(&metrics);
+    assert!(law.holds() && law.lost == 0.0, "{law:?}");
+    assert_eq!(law.finished - before, f64::from(QUERIES) + f64::from(silence.asked));
+    assert_eq!(finished(&metrics, &["rcode=\"nxdomain\""]), f64::from(QUERIES / 5));
+    assert_eq!(finished(&metrics, &["rcode=\"timeout\""]), f64::from(silence.asked));
+    assert_eq!(metrics.sum("warren_probe_events_lost_total", &["probe=\"dns\"", "reason=\"recursion\""]), 0.0);
+
+    // The agent is away: the kernel goes on counting, and its successor finds every one.
+    let agent = world.agent.take().expect("it runs");
+    agent.kill();
+    ask_many(world.dns_port, QUERIES);
+    world.start_observer(&[]);
+    let later = Law::of(&world.agent_metrics());
+    assert!(later.holds() && later.lost == 0.0, "{later:?}");
+    assert_eq!(later.finished - law.finished, f64::from(QUERIES));
+}
+
+/// Queries to a socket that is bound and never read.
+struct DnsSilence {
+    asked: u16,
+}
+
+impl DnsSilence {
+    fn start(world: &World) -> Self {
+        let asked = 500u16;
+        // dnsmasq is not asked: the other loopback address has a listener that never answers.
+        let _deaf = std::net::UdpSocket::bind(("127.0.0.2", world.dns_port)).expect("a socket");
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket");
+        socket.connect(("127.0.0.2", world.dns_port)).expect("connects");
+        for id in 0..asked {
+            let mut message = id.to_be_bytes().to_vec();
+            message.extend(b"\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04drop\x04test\x00\x00\x01\x00\x01");
+            socket.send(&message).expect("sends");
+        }
+        Self { asked }
+    }
+}
+
+#[test]
+fn an_agent_that_dies_while_it_counts_timeouts_loses_and_doubles_none() {
+    let mut world = World::empty("dns-sweep");
+    let _server = DnsServer::start(world.dns_port);
+    world.start_observer(&[]);
+    let mut asked = 0.0;
+    for round in 0..6 {
+        ask_silently(world.dns_port, 2000);
+        asked += 2000.0;
+        // Killed at another point of the sweep each time.
+        thread::sleep(Duration::from_millis(1900 + 150 * round));
+        world.agent.take().expect("it runs").kill();
+        world.start_observer(&[]);
+    }
+    let law = until("all are given up", || {
+        let law = Law::of(&world.agent_metrics());
+        (law.pending == 0.0).then_some(law)
+    });
+    assert!(law.holds() && law.lost == 0.0, "{law:?}");
+    assert_eq!(law.finished, asked);
+}
+
+#[test]
+fn queries_of_containers_are_their_services() {
+    let mut world = World::with_containerd("dns-service");
+    world.start_manager();
+    world.start_agent(&[]);
+    world.wait_ready();
+    world.create("silent", 2, &[], &script_that_asks(world.dns_port, false));
+    world.create("answered", 1, &[], &script_that_asks(world.dns_port, true));
+    until("all three queries are accounted for", || {
+        let metrics = world.manager_metrics();
+        let count = |service: &str, rcode: &str| {
+            metrics.sum("warren_dns_queries_total", &["node=\"node-1\"", "transport=\"tcp\"", service, rcode])
+        };
+        (count("service=\"silent\"", "rcode=\"timeout\"") == 2.0
+            && count("service=\"answered\"", "rcode=\"noerror\"") == 1.0)
+            .then_some(())
+    });
+    // Their parent cgroup is what is watched: the host's own queries cost nothing and are not counted.
+    let _ = ask_host(world.dns_port);
+    assert_eq!(world.agent_metrics().sum("warren_dns_sent_total", &[]), 3.0);
+}
+
+fn ask_host(port: u16) -> Answer {
+    let _server = DnsServer::start(port);
+    ask(Transport::Udp4, port, 1, "ok.test", 1, 1)
+}
