@@ -4,7 +4,6 @@
 /// The only version of the contract so far.
 pub mod v1 {
     #![expect(missing_docs, reason = "generated; the .proto files hold the documentation")]
-    #![expect(clippy::all, reason = "generated")]
 
     tonic::include_proto!("warren.v1");
     include!(concat!(env!("OUT_DIR"), "/warren.v1.serde.rs"));

@@ -38,7 +38,8 @@ fn requests_that_cannot_be_are_refused() {
     }
     // An image that is nowhere is not known to be when the service is created: its containers say so.
     let _ = world.warren(&["service", "create", "ghost", "--image", "ghost"]).succeeded();
-    let rejected = world.container_when("ghost", "it was rejected", |c| c["status"]["state"] == "CONTAINER_STATE_REJECTED");
+    let rejected =
+        world.container_when("ghost", "it was rejected", |c| c["status"]["state"] == "CONTAINER_STATE_REJECTED");
     assert_eq!(
         rejected["status"]["message"],
         "image docker.io/library/ghost:latest is not on this node: import it with `warren image import`"

@@ -19,7 +19,9 @@ fn every_metric_of_the_table_has_a_sample_and_every_sample_is_in_the_table() {
     let _ = world.warren(&huge).succeeded();
     let crash = ["service", "create", "crash", "--image", image_name(), "--restart-delay-ms", "10", "--", "false"];
     let _ = world.warren(&crash).succeeded();
-    until("one was replaced", || (world.manager_metrics().sum("warren_container_restarts_total", &[]) >= 1.0).then_some(()));
+    until("one was replaced", || {
+        (world.manager_metrics().sum("warren_container_restarts_total", &[]) >= 1.0).then_some(())
+    });
     let _ = world.warren(&["service", "rm", "web", "huge", "crash", "--wait"]).succeeded();
     // A second session, and a second life of the manager, which builds and installs snapshots.
     for i in 0..60 {
@@ -28,7 +30,8 @@ fn every_metric_of_the_table_has_a_sample_and_every_sample_is_in_the_table() {
         let _ = world.warren(&["service", "rm", &name]).succeeded();
     }
     until("a snapshot was built", || {
-        (world.manager_metrics().sum("warren_raft_snapshots_total", &["operation=\"build\"", "result=\"success\""]) >= 1.0)
+        (world.manager_metrics().sum("warren_raft_snapshots_total", &["operation=\"build\"", "result=\"success\""])
+            >= 1.0)
             .then_some(())
     });
     let built = world.manager_metrics();
@@ -58,7 +61,9 @@ fn every_metric_of_the_table_has_a_sample_and_every_sample_is_in_the_table() {
         });
     }));
     assert!(complete.is_ok(), "without a sample: {last:?}");
-    for (port, known) in [(world.manager_port, of(&[Emitter::Manager, Emitter::Agent, Emitter::Both])), (world.agent_port, agent)] {
+    for (port, known) in
+        [(world.manager_port, of(&[Emitter::Manager, Emitter::Agent, Emitter::Both])), (world.agent_port, agent)]
+    {
         let (_, text) = world.get(port, "/metrics").expect("metrics");
         let emitted = warren_tests::Metrics::parse(&text).names();
         let unknown: Vec<_> = emitted.difference(&known).collect();

@@ -1,10 +1,6 @@
 //! DNS queries, timed in the kernel.
 
-use std::{
-    process::Command,
-    thread,
-    time::Duration,
-};
+use std::{process::Command, thread, time::Duration};
 
 use warren_tests::{
     Answer, DnsServer, Metrics, Process, Transport, World, ask, ask_silently, find, script_that_asks, until,
@@ -101,7 +97,14 @@ fn every_kind_of_query_is_counted_and_timed() {
 fn dnsmasq(world: &World) -> Process {
     let mut command = Command::new(find("dnsmasq"));
     command
-        .args(["--keep-in-foreground", "--no-resolv", "--no-hosts", "--conf-file=/dev/null", "--user=root", "--group=root"])
+        .args([
+            "--keep-in-foreground",
+            "--no-resolv",
+            "--no-hosts",
+            "--conf-file=/dev/null",
+            "--user=root",
+            "--group=root",
+        ])
         .args(["--listen-address=127.0.0.1", "--bind-interfaces", "--address=/ok.test/192.0.2.1", "--local=/test/"])
         .arg(format!("--port={}", world.dns_port))
         .arg(format!("--pid-file={}", world.path("dnsmasq.pid").display()));

@@ -103,7 +103,9 @@ fn what_is_assigned_to_nobody_is_removed() {
     world.start_agent(&[]);
     until("all are gone", || world.leftovers().is_empty().then_some(()));
     let listed = world.warren(&["container", "ls", "--all", "--format", "json"]).succeeded();
-    until("their records too", || (world.warren(&["container", "ls", "--all", "--format", "json"]).stdout.trim() == "[]").then_some(()));
+    until("their records too", || {
+        (world.warren(&["container", "ls", "--all", "--format", "json"]).stdout.trim() == "[]").then_some(())
+    });
     drop(listed);
 }
 

@@ -39,7 +39,10 @@ fn ten_containers_are_timed_in_the_kernel_and_counted_by_prometheus() {
     }
     // Watched to their end: a container's record is deleted with its service.
     let watched: Vec<String> = containers.iter().filter_map(|c| c["id"].as_str().map(str::to_owned)).collect();
-    assert_eq!(world.tasks().iter().map(|(id, _)| id.clone()).collect::<std::collections::BTreeSet<_>>(), watched.into_iter().collect());
+    assert_eq!(
+        world.tasks().iter().map(|(id, _)| id.clone()).collect::<std::collections::BTreeSet<_>>(),
+        watched.into_iter().collect()
+    );
 
     let _ = world.warren(&["service", "scale", "web", "0"]).succeeded();
     let stopped = until("all have stopped", || {
@@ -56,11 +59,8 @@ fn ten_containers_are_timed_in_the_kernel_and_counted_by_prometheus() {
         for metric in ["create", "start", "stop"] {
             let name = format!("warren_container_{metric}_duration_seconds");
             let selector = "{node=\"node-1\",source=\"kernel\"}";
-            let count = if native {
-                format!("histogram_count({name}{selector})")
-            } else {
-                format!("{name}_count{selector}")
-            };
+            let count =
+                if native { format!("histogram_count({name}{selector})") } else { format!("{name}_count{selector}") };
             let counted = until("Prometheus has it", || prometheus.query(&count));
             assert_eq!(counted, 10.0, "{count}");
             let quantile = if native {
@@ -94,7 +94,10 @@ fn promtool_complains_about_the_six_gauges_only() {
             "warren_raft_peers_total",
         ];
         for line in output.stderr.lines().chain(output.stdout.lines()) {
-            let expected = format!("{} non-counter metrics should not have \"_total\" suffix", line.split(' ').next().unwrap_or(""));
+            let expected = format!(
+                "{} non-counter metrics should not have \"_total\" suffix",
+                line.split(' ').next().unwrap_or("")
+            );
             assert!(allowed.iter().any(|name| line.starts_with(name)) && line == expected, "promtool says: {line}");
         }
     }
@@ -223,7 +226,8 @@ fn a_failing_container_is_replaced_with_growing_delays_until_it_is_given_up() {
 #[test]
 fn a_service_waits_for_resources_and_says_why() {
     let world = World::with_warren("waiting");
-    let mut arguments = vec!["service", "create", "huge", "--image", warren_tests::image_name(), "--reserve-memory", "900G"];
+    let mut arguments =
+        vec!["service", "create", "huge", "--image", warren_tests::image_name(), "--reserve-memory", "900G"];
     arguments.extend(["--wait", "--timeout", "2"]);
     let refused = world.warren(&arguments).failed(1);
     assert!(refused.contains("1 not enough memory left"), "{refused}");
@@ -234,8 +238,7 @@ fn a_service_waits_for_resources_and_says_why() {
 #[test]
 fn a_global_service_has_one_container_on_the_node() {
     let world = World::with_warren("global");
-    let arguments =
-        ["service", "create", "everywhere", "--image", warren_tests::image_name(), "--global", "--wait"];
+    let arguments = ["service", "create", "everywhere", "--image", warren_tests::image_name(), "--global", "--wait"];
     let _ = world.warren(&arguments).succeeded();
     assert_eq!(world.containers("everywhere").len(), 1);
     let refused = world.warren(&["service", "scale", "everywhere", "2"]).failed(2);
@@ -250,9 +253,7 @@ fn without_probes_the_runtime_is_timed_and_it_is_said() {
     until("the agent is in session", || {
         let (_, body) = world.get(world.agent_port, "/ready")?;
         let report: Value = serde_json::from_str(&body).ok()?;
-        let ok = |name: &str| {
-            report["checks"].as_array()?.iter().find(|check| check["name"] == name)?["ok"].as_bool()
-        };
+        let ok = |name: &str| report["checks"].as_array()?.iter().find(|check| check["name"] == name)?["ok"].as_bool();
         (ok("probes") == Some(false) && ok("manager") == Some(true) && ok("containerd") == Some(true)).then_some(())
     });
     let inspected = world.warren(&["node", "inspect", "node-1"]).succeeded();

@@ -20,7 +20,8 @@ const RING_BYTES: u32 = 256 * 1024;
 
 /// Set by the agent before loading.
 #[unsafe(no_mangle)]
-pub(crate) static CONFIG: Config = Config { dns_slow_ns: 0, dns_ports: [0; 4], registered_only: 0, oom_argument_is_pid: 0 };
+pub(crate) static CONFIG: Config =
+    Config { dns_slow_ns: 0, dns_ports: [0; 4], registered_only: 0, oom_argument_is_pid: 0 };
 
 #[map]
 pub(crate) static LIFECYCLE_RING: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);

@@ -193,8 +193,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let link = Link::new();
     let pulse = Pulse::default();
     tasks.spawn(pulse.clone().run(containerd, shutdown.clone()));
-    let endpoint =
-        Endpoint { meters, health: Checks::default(), ready: ready(&probing, &pulse, &link) };
+    let endpoint = Endpoint { meters, health: Checks::default(), ready: ready(&probing, &pulse, &link) };
     let session = session::Options {
         manager: options.manager.clone(),
         node_id,

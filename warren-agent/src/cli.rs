@@ -10,7 +10,7 @@ use crate::{agent, node, observe, probes};
 
 /// Warren's node agent: runs containers, times them and their DNS queries in the kernel.
 #[derive(Debug, Parser)]
-#[command(name = "warren-agent", version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("WARREN_REVISION"), ")"))]
+#[command(name = "warren-agent", args_override_self = true, version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("WARREN_REVISION"), ")"))]
 pub struct Arguments {
     #[command(flatten)]
     logs: LogOptions,

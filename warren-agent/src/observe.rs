@@ -88,9 +88,7 @@ pub(crate) async fn sweep(maps: Arc<Maps>, timeout: Duration, shutdown: Cancella
     let mut tick = tokio::time::interval(Duration::from_secs(1));
     while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
         let maps = Arc::clone(&maps);
-        let swept = tokio::task::spawn_blocking(move || {
-            Sweep { timeout }.run(&maps, probes::monotonic_now())
-        });
+        let swept = tokio::task::spawn_blocking(move || Sweep { timeout }.run(&maps, probes::monotonic_now()));
         if let Ok(Err(error)) = swept.await {
             tracing::warn!(error = probes::describe(&error), "unanswered DNS queries could not be counted");
         }
@@ -111,9 +109,7 @@ impl Namer {
         }
         let Some(service) = runtime::service_of(&self.containerd, &event.id).await else { return };
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
-        let named = groups
-            .number(&self.maps, &service)
-            .and_then(|number| self.maps.set_group(event.cgroup, number));
+        let named = groups.number(&self.maps, &service).and_then(|number| self.maps.set_group(event.cgroup, number));
         if let Err(error) = named {
             tracing::warn!(container = event.id, error = probes::describe(&error), "DNS queries stay unassigned");
         }

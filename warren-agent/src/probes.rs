@@ -19,8 +19,8 @@ pub use groups::Groups;
 pub use loader::{Options, PROGRAMS};
 pub use maps::{DnsStatistics, Maps};
 pub use object::OBJECT;
-pub(crate) use source::exponential;
 pub use source::ProbeSource;
+pub(crate) use source::exponential;
 pub use sweep::{Sweep, monotonic_now};
 
 use std::{fs, io, path::PathBuf};

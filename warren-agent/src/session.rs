@@ -35,7 +35,10 @@ pub struct Options {
 
 impl std::fmt::Debug for Options {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Options").field("manager", &self.manager).field("node_id", &self.node_id).finish_non_exhaustive()
+        f.debug_struct("Options")
+            .field("manager", &self.manager)
+            .field("node_id", &self.node_id)
+            .finish_non_exhaustive()
     }
 }
 
@@ -165,7 +168,8 @@ impl Session<'_> {
         send(&sender, agent_message::Message::Hello(hello)).await?;
         let incoming = DispatcherClient::new(channel).session(ReceiverStream::new(outgoing)).await?;
         let mut incoming = incoming.into_inner();
-        let mut period = tokio::time::timeout(WELCOME_TIMEOUT, welcome(&mut incoming)).await.unwrap_or(Err(Ended::NoWelcome))?;
+        let mut period =
+            tokio::time::timeout(WELCOME_TIMEOUT, welcome(&mut incoming)).await.unwrap_or(Err(Ended::NoWelcome))?;
 
         self.link.up();
         *backoff = FIRST_BACKOFF;
@@ -206,8 +210,7 @@ impl Session<'_> {
         let read = move || sources.iter().flat_map(|source| source.collect()).map(|series| series.to_proto()).collect();
         let series = tokio::task::spawn_blocking(read).await.unwrap_or_default();
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let taken_at =
-            pbjson_types::Timestamp { seconds: now.as_secs() as i64, nanos: now.subsec_nanos() as i32 };
+        let taken_at = pbjson_types::Timestamp { seconds: now.as_secs() as i64, nanos: now.subsec_nanos() as i32 };
         v1::TelemetrySnapshot { epoch: self.options.epoch.clone(), taken_at: Some(taken_at), series }
     }
 }

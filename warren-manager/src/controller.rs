@@ -132,7 +132,8 @@ impl Controller {
         let at = self.environment.now();
         let assignments =
             plan.assignments.iter().map(|(id, node)| Change::Assign { id: id.clone(), node: node.clone(), at });
-        let new_refusals: Vec<_> = plan.refusals.iter().filter(|(id, message, _)| is_news(&state, id, message)).collect();
+        let new_refusals: Vec<_> =
+            plan.refusals.iter().filter(|(id, message, _)| is_news(&state, id, message)).collect();
         let refusals =
             new_refusals.iter().map(|(id, message, _)| Change::Refuse { id: id.clone(), message: message.clone(), at });
         self.store.transact_each(assignments.chain(refusals).collect()).await?;

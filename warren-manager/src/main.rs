@@ -10,7 +10,7 @@ use warren_telemetry::logs::{self, Style};
 
 /// Warren's manager: keeps the cluster's state in Raft, schedules, and tells the agents.
 #[derive(Debug, Parser)]
-#[command(name = "warren-manager", version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("WARREN_REVISION"), ")"))]
+#[command(name = "warren-manager", args_override_self = true, version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("WARREN_REVISION"), ")"))]
 struct Arguments {
     /// What to log, as `level` or `module=level,...`.
     #[arg(long, env = "WARREN_LOG", default_value = "info")]

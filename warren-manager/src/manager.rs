@@ -136,11 +136,8 @@ pub async fn run_in(
     let unix = bind_socket(&options.socket).await?;
 
     let identity = data_dir::open(&options.data_dir, FIRST_MANAGER)?;
-    let meters = Meters::new(
-        "warren-manager",
-        &identity.id.to_string(),
-        &[Emitter::Manager, Emitter::Agent, Emitter::Both],
-    );
+    let meters =
+        Meters::new("warren-manager", &identity.id.to_string(), &[Emitter::Manager, Emitter::Agent, Emitter::Both]);
     let metrics = Arc::new(ManagerMetrics::new(&meters));
     let raft_options = warren_raft::Options {
         id: identity.id,

@@ -153,7 +153,9 @@ fn vacant(
     now: Timestamp,
 ) {
     // The one before must be gone first, unless nobody can tell.
-    if slot.iter().any(|container| !container.status.state.is_terminal() && container.node.is_some() && !lost(container))
+    if slot
+        .iter()
+        .any(|container| !container.status.state.is_terminal() && container.node.is_some() && !lost(container))
     {
         return;
     }

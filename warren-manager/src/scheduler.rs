@@ -115,9 +115,7 @@ pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health) -> Plan {
     if waiting.is_empty() {
         return Plan::default();
     }
-    waiting.sort_by(|a, b| {
-        (a.created_at, &a.service, a.slot, &a.id).cmp(&(b.created_at, &b.service, b.slot, &b.id))
-    });
+    waiting.sort_by(|a, b| (a.created_at, &a.service, a.slot, &a.id).cmp(&(b.created_at, &b.service, b.slot, &b.id)));
     let mut candidates = candidates(state, health);
     let mut plan = Plan::default();
     for container in waiting {

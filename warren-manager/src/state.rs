@@ -9,7 +9,7 @@ mod objects;
 mod transaction;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use machine::Machine;
 pub use objects::{

@@ -101,7 +101,15 @@ fn install_linker(llvm: &str) -> Result<()> {
     step(
         "building bpf-linker (a minute or two)",
         cargo()
-            .args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked", "--no-default-features", "--quiet"])
+            .args([
+                "install",
+                "bpf-linker",
+                "--version",
+                LINKER_VERSION,
+                "--locked",
+                "--no-default-features",
+                "--quiet",
+            ])
             .args(["--features", &format!("llvm-{llvm}")])
             .arg("--root")
             .arg(&root)
@@ -117,7 +125,8 @@ pub(crate) fn object() -> PathBuf {
 }
 
 pub(crate) fn run() -> Result<()> {
-    let mut toolchain = toolchain().context("no compiler here can build the kernel programs: run `cargo xtask setup`")?;
+    let mut toolchain =
+        toolchain().context("no compiler here can build the kernel programs: run `cargo xtask setup`")?;
     let linker = linker().context("bpf-linker is missing: run `cargo xtask setup`")?;
     let directory = workspace().join("target/ebpf");
     let mut path = vec![linker.parent().map(Path::to_owned).unwrap_or_default()];

@@ -72,7 +72,10 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
         return Ok(());
     }
     if find("apt-get").is_none() || !is_debian() {
-        bail!("this is no Debian system: install these (names of Debian packages), then try again: {}", packages.join(" "));
+        bail!(
+            "this is no Debian system: install these (names of Debian packages), then try again: {}",
+            packages.join(" ")
+        );
     }
     let apt = || {
         let mut command = Command::new("apt-get");
@@ -89,5 +92,7 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
 
 fn is_debian() -> bool {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    release.lines().any(|line| matches!(line.split_once('='), Some(("ID" | "ID_LIKE", value)) if value.contains("debian")))
+    release
+        .lines()
+        .any(|line| matches!(line.split_once('='), Some(("ID" | "ID_LIKE", value)) if value.contains("debian")))
 }

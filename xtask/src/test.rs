@@ -36,7 +36,16 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     if find("cargo-nextest").is_some() {
         step(
             "unit and property tests",
-            cargo().args(["nextest", "run", "--workspace", "--locked", "--exclude", "warren-tests", "--no-tests", "pass"]),
+            cargo().args([
+                "nextest",
+                "run",
+                "--workspace",
+                "--locked",
+                "--exclude",
+                "warren-tests",
+                "--no-tests",
+                "pass",
+            ]),
         )?;
     } else {
         let exclude = ["test", "--workspace", "--locked", "--exclude", "warren-tests"];

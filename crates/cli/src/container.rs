@@ -66,11 +66,7 @@ pub(crate) fn status(container: &v1::Container) -> v1::ContainerStatus {
 }
 
 /// All containers, page by page.
-pub(crate) async fn list(
-    client: &ClientArguments,
-    service: String,
-    node: String,
-) -> Result<Vec<v1::Container>, Error> {
+pub(crate) async fn list(client: &ClientArguments, service: String, node: String) -> Result<Vec<v1::Container>, Error> {
     let mut client = client.containers().await?;
     let (mut containers, mut page_token) = (Vec::new(), String::new());
     loop {
@@ -99,11 +95,7 @@ pub(crate) fn name(container: &v1::Container) -> String {
 }
 
 /// Shows containers with their kernel timings.
-pub(crate) async fn show(
-    client: &ClientArguments,
-    containers: &[v1::Container],
-    format: Format,
-) -> Result<(), Error> {
+pub(crate) async fn show(client: &ClientArguments, containers: &[v1::Container], format: Format) -> Result<(), Error> {
     if let Format::Json = format {
         return output::json(&containers);
     }
@@ -114,7 +106,7 @@ pub(crate) async fn show(
     };
     let row = |container: &v1::Container| {
         let status = status(container);
-        let kernel = status.kernel.clone().unwrap_or_default();
+        let kernel = status.kernel.unwrap_or_default();
         let mut state = state_name(status.state());
         if container.desired_state() == v1::ContainerState::Removed && !has_ended(container) {
             state.push_str(" (stopping)");

@@ -19,7 +19,7 @@ use crate::{client::ClientArguments, error::Error, output::say};
 
 /// Warren runs containers on small and edge clusters, and times them in the kernel.
 #[derive(Debug, Parser)]
-#[command(name = "warren", version = VERSION)]
+#[command(name = "warren", version = VERSION, args_override_self = true)]
 struct Arguments {
     #[command(flatten)]
     client: ClientArguments,

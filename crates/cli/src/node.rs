@@ -94,7 +94,11 @@ fn table(nodes: &[v1::Node]) {
             node.containers.to_string(),
             format!("{:.1}/{:.1}", reserved.cpu_millis as f64 / 1e3, has.cpu_millis as f64 / 1e3),
             format!("{}/{}", output::bytes(reserved.memory_bytes), output::bytes(has.memory_bytes)),
-            description.probes.as_ref().map_or("unknown", |p| if p.message.is_empty() { "kernel" } else { "runtime" }).to_owned(),
+            description
+                .probes
+                .as_ref()
+                .map_or("unknown", |p| if p.message.is_empty() { "kernel" } else { "runtime" })
+                .to_owned(),
         ]
     };
     output::table(["ID", "HOSTNAME", "STATUS", "CONTAINERS", "CPU", "MEMORY", "TIMED BY"], nodes.iter().map(row));

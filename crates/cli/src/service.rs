@@ -190,10 +190,9 @@ fn spec(arguments: &CreateArguments) -> v1::ServiceSpec {
         Restart::OnFailure => v1::RestartCondition::OnFailure,
         Restart::Never => v1::RestartCondition::Never,
     };
-    let delay = arguments.restart_delay_ms.map(|ms| pbjson_types::Duration {
-        seconds: (ms / 1000) as i64,
-        nanos: (ms % 1000) as i32 * 1_000_000,
-    });
+    let delay = arguments
+        .restart_delay_ms
+        .map(|ms| pbjson_types::Duration { seconds: (ms / 1000) as i64, nanos: (ms % 1000) as i32 * 1_000_000 });
     v1::ServiceSpec {
         name: arguments.name.clone(),
         labels: arguments.label.iter().cloned().collect(),
@@ -258,7 +257,7 @@ async fn wait_running(client: &ClientArguments, name: &str, wait: WaitArguments)
         }
         if Instant::now() > deadline {
             let messages = containers.iter().map(|container| container::status(container).message);
-            let why = messages.filter(|message| !message.is_empty()).next_back();
+            let why = messages.rev().find(|message| !message.is_empty());
             return Err(Error::NotReady {
                 service: name.to_owned(),
                 running: status.running,

@@ -138,10 +138,7 @@ impl RaftLogStorage<Config> for LogStore {
     async fn get_log_state(&mut self) -> Result<LogState<Config>, io::Error> {
         let log = self.read();
         let state = log.log_state();
-        Ok(LogState {
-            last_purged_log_id: state.purged().map(|id| id.0),
-            last_log_id: state.last().map(|id| id.0),
-        })
+        Ok(LogState { last_purged_log_id: state.purged().map(|id| id.0), last_log_id: state.last().map(|id| id.0) })
     }
 
     async fn get_log_reader(&mut self) -> Self::LogReader {

@@ -123,8 +123,7 @@ impl Node {
                 io::Result::Ok((sync, log, snapshots))
             })
         };
-        let (sync, log, snapshots) =
-            opened.await.map_err(io::Error::other).flatten().map_err(storage_error)?;
+        let (sync, log, snapshots) = opened.await.map_err(io::Error::other).flatten().map_err(storage_error)?;
         tracing::debug!(sync_ms = sync.as_secs_f64() * 1e3, "the disk's time to make a write durable");
         let config = options.raft(sync).map_err(|error| Error::Stopped(error.to_string()))?;
         let machine = Machine::new(machine, snapshots, observer);
@@ -196,7 +195,9 @@ impl Node {
                 .nodes()
                 .map(|(id, node)| Member { id: *id, address: node.addr.clone(), voter: voters.contains(id) })
                 .collect(),
-            lag: lag.map(|(id, acked)| (*id, last_log_index - acked.index().unwrap_or(0).min(last_log_index))).collect(),
+            lag: lag
+                .map(|(id, acked)| (*id, last_log_index - acked.index().unwrap_or(0).min(last_log_index)))
+                .collect(),
             failure: metrics.running_state.err().map(|error| error.to_string()),
         }
     }

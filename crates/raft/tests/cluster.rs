@@ -125,9 +125,10 @@ async fn a_restarted_manager_has_every_command_once() {
     let directory = tempfile::tempdir().expect("a directory");
     let start = async |journal: &Journal| {
         let transport = Arc::new(warren_raft::Disconnected);
-        let node = Node::start(&options(directory.path(), 1), Box::new(journal.clone()), transport, Arc::new(Unobserved))
-            .await
-            .expect("starts");
+        let node =
+            Node::start(&options(directory.path(), 1), Box::new(journal.clone()), transport, Arc::new(Unobserved))
+                .await
+                .expect("starts");
         node.recovered().await.expect("recovers");
         node
     };

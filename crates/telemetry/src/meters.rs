@@ -65,9 +65,7 @@ impl Meters {
         let provider = SdkMeterProvider::builder().with_resource(resource).with_reader(exporter).build();
         // One meter: the same instrument under two would be two series of one name.
         let meter = provider.meter("warren");
-        Self {
-            inner: Arc::new(Inner { emitters, registry, meter, sources: Mutex::default(), _provider: provider }),
-        }
+        Self { inner: Arc::new(Inner { emitters, registry, meter, sources: Mutex::default(), _provider: provider }) }
     }
 
     fn definition(name: &str, kind: Kind) -> &'static Metric {

@@ -70,7 +70,9 @@ mod tests {
     #[test]
     fn this_process_uses_memory_and_files() {
         let series = ProcessSource.collect();
-        for name in ["process_resident_memory_bytes", "process_open_fds", "process_threads", "process_start_time_seconds"] {
+        for name in
+            ["process_resident_memory_bytes", "process_open_fds", "process_threads", "process_start_time_seconds"]
+        {
             let value = series.iter().find(|s| s.metric == name).map(|s| s.value.clone());
             assert!(matches!(value, Some(Measurement::Gauge(value)) if value > 0.0), "{name}: {value:?}");
         }

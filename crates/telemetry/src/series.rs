@@ -109,12 +109,7 @@ impl Series {
             (v1::series::Value::Histogram(h), Kind::Histogram)
                 if (-4..=8).contains(&h.scale) && h.buckets.len() <= 1024 && h.offset.abs() < 1 << 16 =>
             {
-                Measurement::Histogram(Exponential {
-                    scale: h.scale,
-                    offset: h.offset,
-                    buckets: h.buckets,
-                    sum: h.sum,
-                })
+                Measurement::Histogram(Exponential { scale: h.scale, offset: h.offset, buckets: h.buckets, sum: h.sum })
             }
             _ => return None,
         };

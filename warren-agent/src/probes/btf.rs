@@ -83,8 +83,7 @@ impl Btf {
         let strings = section(string_offset, string_len).ok_or_else(malformed)?;
 
         let void = Type { name: 0, info: 0, referred: 0, body: 0 };
-        let mut btf =
-            Self { types: vec![void], data, strings, structs: HashMap::new(), typedefs: HashMap::new() };
+        let mut btf = Self { types: vec![void], data, strings, structs: HashMap::new(), typedefs: HashMap::new() };
         let mut at = 0;
         while at < btf.data.len() {
             let word = |offset| word_at(&btf.data, at + offset).ok_or_else(malformed);

@@ -18,7 +18,11 @@ use aya::{
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use warren_agent_ebpf::abi::{self, Config, Meta, RUNTIMES};
 
-use super::{Error, OBJECT, maps::{self, Maps}, offsets::Kernel};
+use super::{
+    Error, OBJECT,
+    maps::{self, Maps},
+    offsets::Kernel,
+};
 
 /// How the probes work.
 #[derive(Clone, Debug)]
@@ -69,7 +73,6 @@ pub const PROGRAMS: [Program; 10] = [
     Program { name: "dns_egress", probe: "dns", hook: Hook::Skb(CgroupSkbAttachType::Egress) },
     Program { name: "dns_ingress", probe: "dns", hook: Hook::Skb(CgroupSkbAttachType::Ingress) },
 ];
-
 
 /// Opens the probes that an earlier agent left in the kernel, or brings them there.
 ///
@@ -122,8 +125,11 @@ pub(super) fn program_pin(directory: &Path, program: &str) -> PathBuf {
 fn mount_bpffs(pin_dir: &Path) -> Result<(), Error> {
     const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
     let existing = pin_dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-    let stat = rustix::fs::statfs(existing)
-        .map_err(|error| Error::Io { action: "looking at", path: existing.into(), source: error.into() })?;
+    let stat = rustix::fs::statfs(existing).map_err(|error| Error::Io {
+        action: "looking at",
+        path: existing.into(),
+        source: error.into(),
+    })?;
     if stat.f_type == BPF_FS_MAGIC {
         return Ok(());
     }
@@ -133,15 +139,16 @@ fn mount_bpffs(pin_dir: &Path) -> Result<(), Error> {
 }
 
 fn create_dir(path: &Path) -> Result<(), Error> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|source| Error::Io { action: "creating", path: path.into(), source })
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| Error::Io {
+        action: "creating",
+        path: path.into(),
+        source,
+    })
 }
 
 fn lock(pin_dir: &Path) -> Result<OwnedFd, Error> {
-    let failed = |source: rustix::io::Errno| Error::Io { action: "locking", path: pin_dir.into(), source: source.into() };
+    let failed =
+        |source: rustix::io::Errno| Error::Io { action: "locking", path: pin_dir.into(), source: source.into() };
     let fd = rustix::fs::open(pin_dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(failed)?;
     match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
@@ -166,8 +173,11 @@ fn cgroup_directory(options: &Options) -> Result<PathBuf, Error> {
     let mount = cgroup2_mount().ok_or(Error::NoCgroup2)?;
     let relative = options.dns_cgroup.strip_prefix("/").unwrap_or(&options.dns_cgroup);
     let directory = mount.join(relative);
-    fs::create_dir_all(&directory)
-        .map_err(|source| Error::Io { action: "creating", path: directory.clone(), source })?;
+    fs::create_dir_all(&directory).map_err(|source| Error::Io {
+        action: "creating",
+        path: directory.clone(),
+        source,
+    })?;
     Ok(directory)
 }
 
@@ -266,8 +276,11 @@ fn attach(ebpf: &mut Ebpf, program: Program, btf: &Btf, cgroup: &Path, pins: &Pa
             let loaded: &mut CgroupSkb = found.try_into().map_err(failed)?;
             loaded.load().map_err(failed)?;
             loaded.pin(&pin).map_err(pinning)?;
-            let directory = fs::File::open(cgroup)
-                .map_err(|source| Error::Io { action: "opening", path: cgroup.into(), source })?;
+            let directory = fs::File::open(cgroup).map_err(|source| Error::Io {
+                action: "opening",
+                path: cgroup.into(),
+                source,
+            })?;
             // `Single` through a BPF link is what the kernel calls multi: others may attach beside it.
             let id = loaded.attach(directory, direction, CgroupAttachMode::Single).map_err(failed)?;
             let link = loaded.take_link(id).map_err(failed)?;

@@ -7,10 +7,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use aya::{
-
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
-};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use warren_agent_ebpf::{
     abi::{ContainerId, GroupName, ID_LEN, Meta, Registration, SweepIntent, container, counter, dns},
     histogram::Histogram,
@@ -302,4 +299,3 @@ pub(super) fn write_meta(directory: &Path, value: Meta) -> Result<(), Error> {
     let mut meta: Array<MapData, Meta> = open(directory, "META")?;
     meta.set(0, value, 0).map_err(|source| Error::Map { map: "META", source })
 }
-

@@ -44,7 +44,13 @@ impl ProbeSource {
         Ok(series)
     }
 
-    fn count(&self, series: &mut Vec<Series>, metric: &'static str, labels: &[(&str, &str)], index: u32) -> Result<(), Error> {
+    fn count(
+        &self,
+        series: &mut Vec<Series>,
+        metric: &'static str,
+        labels: &[(&str, &str)],
+        index: u32,
+    ) -> Result<(), Error> {
         let count = self.maps.counter(index)?;
         series.push(Series::new(metric, labels, Measurement::Counter(count as f64)));
         Ok(())
@@ -92,7 +98,11 @@ impl ProbeSource {
         for (key, histogram) in self.maps.dns_durations() {
             count(&key, histogram.count());
             durations
-                .entry((groups.name(key.group).to_owned(), name(&qtype::NAMES, key.qtype), name(&rcode::NAMES, key.rcode)))
+                .entry((
+                    groups.name(key.group).to_owned(),
+                    name(&qtype::NAMES, key.qtype),
+                    name(&rcode::NAMES, key.rcode),
+                ))
                 .or_insert(Histogram::EMPTY)
                 .merge(&histogram);
         }

@@ -40,7 +40,8 @@ impl Archive {
             }
             Ok(())
         });
-        listed.map_err(|error| Error::bad_image(path.display().to_string(), format!("it is no tar archive: {error}")))?;
+        listed
+            .map_err(|error| Error::bad_image(path.display().to_string(), format!("it is no tar archive: {error}")))?;
         Ok(Self { path: path.to_owned(), entries })
     }
 

@@ -123,12 +123,8 @@ impl Containerd {
 }
 
 /// Labels under which engines keep the name of what a container is part of, most telling first.
-const SERVICE_LABELS: [&str; 4] = [
-    "warren.service",
-    "com.docker.compose.service",
-    "com.docker.swarm.service.name",
-    "io.kubernetes.container.name",
-];
+const SERVICE_LABELS: [&str; 4] =
+    ["warren.service", "com.docker.compose.service", "com.docker.swarm.service.name", "io.kubernetes.container.name"];
 
 /// The service that a container of any engine on this containerd belongs to, by its labels.
 pub async fn service_of(socket: &Path, id: &str) -> Option<String> {

@@ -64,9 +64,7 @@ impl Containerd {
         }
         match written {
             Err(status) if status.code() == Code::AlreadyExists => self.label_blob(digest, labels).await,
-            Err(status) if status.code() == Code::FailedPrecondition => {
-                Err(Error::bad_image(digest, status.message()))
-            }
+            Err(status) if status.code() == Code::FailedPrecondition => Err(Error::bad_image(digest, status.message())),
             other => other.map_err(Error::call("writing content")),
         }
     }

@@ -155,9 +155,10 @@ impl Containerd {
             let index: oci::ImageIndex = self.read_json(image, &target.digest).await?;
             let machine = machine();
             let fits = |descriptor: &&oci::Descriptor| {
-                descriptor.platform().as_ref().is_none_or(|platform| {
-                    *platform.architecture() == machine && *platform.os() == oci::Os::Linux
-                })
+                descriptor
+                    .platform()
+                    .as_ref()
+                    .is_none_or(|platform| *platform.architecture() == machine && *platform.os() == oci::Os::Linux)
             };
             let Some(found) = index.manifests().iter().find(fits) else {
                 return Err(Error::bad_image(image, format!("it has nothing for linux/{machine}")));

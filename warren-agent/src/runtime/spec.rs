@@ -6,10 +6,10 @@ use oci_spec::{
     OciSpecError,
     image::Config as ImageConfig,
     runtime::{
-        Arch, Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder, LinuxDeviceCgroupBuilder,
-        LinuxMemoryBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, LinuxResourcesBuilder, LinuxSeccomp,
-        PosixRlimitBuilder, PosixRlimitType, Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
-        get_default_maskedpaths, get_default_mounts, get_default_readonly_paths,
+        Arch, Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder,
+        LinuxDeviceCgroupBuilder, LinuxMemoryBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
+        LinuxResourcesBuilder, LinuxSeccomp, PosixRlimitBuilder, PosixRlimitType, Process, ProcessBuilder, RootBuilder,
+        Spec, SpecBuilder, UserBuilder, get_default_maskedpaths, get_default_mounts, get_default_readonly_paths,
     },
 };
 use rustix::process::{Resource, getrlimit};

@@ -9,12 +9,7 @@ use containerd_client::{
 };
 use prost_types::Any;
 
-use super::{
-    Containerd, ContainerOptions, Error, LocalImage,
-    client::MAX_MESSAGE,
-    image::SNAPSHOTTER,
-    spec,
-};
+use super::{ContainerOptions, Containerd, Error, LocalImage, client::MAX_MESSAGE, image::SNAPSHOTTER, spec};
 
 const RUNTIME: &str = "io.containerd.runc.v2";
 /// containerd's name for an OCI runtime spec as JSON.
@@ -158,8 +153,7 @@ impl Containerd {
     ///
     /// When containerd refuses.
     pub async fn kill_task(&self, id: &str, signal: u32, all: bool) -> Result<(), Error> {
-        let request =
-            self.request(api::KillRequest { container_id: id.to_owned(), signal, all, ..Default::default() });
+        let request = self.request(api::KillRequest { container_id: id.to_owned(), signal, all, ..Default::default() });
         match self.client().tasks().kill(request).await {
             Ok(_) => Ok(()),
             Err(status) if status.code() == Code::NotFound => Ok(()),

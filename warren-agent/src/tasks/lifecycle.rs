@@ -182,8 +182,14 @@ mod tests {
 
     #[test]
     fn a_container_that_ignores_its_signal_is_killed() {
-        let events =
-            [Event::Prepared(Ok(())), Event::Started(Ok(())), Event::Remove, Event::KillDue, Event::KillDue, Event::Exited(137)];
+        let events = [
+            Event::Prepared(Ok(())),
+            Event::Started(Ok(())),
+            Event::Remove,
+            Event::KillDue,
+            Event::KillDue,
+            Event::Exited(137),
+        ];
         let (lifecycle, actions) = run(events);
         assert_eq!(actions.iter().filter(|action| **action == Action::Stop).count(), 1);
         assert_eq!(actions.iter().filter(|action| **action == Action::Kill).count(), 2);

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use warren_proto::v1::{self, ContainerState};
 
 use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Phase, RuntimePhase, Timings};
-use crate::runtime::{self, Containerd, ContainerOptions, DEFAULT_STOP_TIMEOUT, ImageName, parse_signal};
+use crate::runtime::{self, ContainerOptions, Containerd, DEFAULT_STOP_TIMEOUT, ImageName, parse_signal};
 
 /// How long SIGKILL may take before it is sent again.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
@@ -123,8 +123,7 @@ impl Worker {
             Beginning::Running { .. } => Lifecycle::adopted(),
             Beginning::Ended(ending) => Lifecycle::ended(ending.clone()),
         };
-        let worker =
-            Self { shared, id, assignment, stop, lifecycle, sender: sender.clone(), events, stop_began: None };
+        let worker = Self { shared, id, assignment, stop, lifecycle, sender: sender.clone(), events, stop_began: None };
         if let Beginning::Running { pid } = beginning {
             worker.note(|status| status.pid = pid);
             worker.watch_exit();
@@ -245,8 +244,7 @@ impl Worker {
             self.stop.signal = signal;
         }
         let resources = assignment.resources.unwrap_or_default();
-        let (limits, reservations) =
-            (resources.limits.unwrap_or_default(), resources.reservations.unwrap_or_default());
+        let (limits, reservations) = (resources.limits.unwrap_or_default(), resources.reservations.unwrap_or_default());
         let options = ContainerOptions {
             id: self.id.clone(),
             command: spec.command,

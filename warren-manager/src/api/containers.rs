@@ -51,11 +51,7 @@ fn changed(revision: u64, container: &Container) -> v1::WatchContainersResponse 
 }
 
 /// What happened after `revision`, of one service's containers or of all.
-fn news(
-    state: &State,
-    revision: u64,
-    service: Option<&ServiceId>,
-) -> Result<Vec<v1::WatchContainersResponse>, Error> {
+fn news(state: &State, revision: u64, service: Option<&ServiceId>) -> Result<Vec<v1::WatchContainersResponse>, Error> {
     let changes = state.changes_since(revision).ok_or(Error::TooOld(revision))?;
     let news = changes.filter_map(|(at, change)| match change {
         ContainerChange::Changed(container) if service.is_none_or(|service| *service == container.service) => {

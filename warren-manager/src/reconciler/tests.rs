@@ -1,0 +1,299 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    ids::ContainerId,
+    scheduler,
+    state::tests::{apply, container, node, observe, put, service},
+};
+
+/// A cluster in which nothing happens by itself: tests play the agents.
+struct World {
+    state: State,
+    now: u64,
+    down: Vec<&'static str>,
+    made: u32,
+}
+
+impl World {
+    fn new(nodes: &[&'static str]) -> Self {
+        let mut state = State::default();
+        apply(&mut state, nodes.iter().map(|id| Change::PutNode(Box::new(node(id, 100_000, 1 << 40)))));
+        Self { state, now: 1_000_000, down: Vec::new(), made: 0 }
+    }
+
+    fn health(&self, node: &NodeId) -> Health {
+        if self.down.contains(&node.as_str()) { Health::Down } else { Health::Ready }
+    }
+
+    fn plan(&self) -> Plan {
+        plan(&self.state, |node| self.health(node), Timestamp(self.now))
+    }
+
+    /// One round of the controller.
+    fn cycle(&mut self) -> Plan {
+        let plan = self.plan();
+        apply(&mut self.state, plan.changes.clone());
+        for creation in &plan.create {
+            self.made += 1;
+            let id = format!("c{:05}", self.made);
+            let mut made = container(&id, &creation.service, creation.slot, self.now);
+            (made.pinned, made.failures) = (creation.pinned.clone(), creation.failures);
+            apply(&mut self.state, [Change::CreateContainer(Box::new(made))]);
+        }
+        let placed = scheduler::plan(&self.state, |node| self.health(node));
+        let at = Timestamp(self.now);
+        apply(&mut self.state, placed.assignments.into_iter().map(|(id, node)| Change::Assign { id, node, at }));
+        self.now += 10;
+        plan
+    }
+
+    /// Every agent that is up does what it is told.
+    fn agents_obey(&mut self) {
+        let reports: Vec<_> = self
+            .state
+            .containers()
+            .filter_map(|c| {
+                let node = c.node.as_ref().filter(|node| self.health(node) == Health::Ready)?;
+                let state = match c.desired {
+                    Desired::Running if !c.status.state.is_terminal() => ContainerState::Running,
+                    Desired::Removed if !c.status.state.is_terminal() => ContainerState::Shutdown,
+                    _ => return None,
+                };
+                Some(observe(c.id.as_str(), node.as_str(), state, self.now))
+            })
+            .collect();
+        apply(&mut self.state, reports);
+    }
+
+    fn settle(&mut self) {
+        for _ in 0..20 {
+            self.cycle();
+            self.agents_obey();
+        }
+    }
+
+    fn fail(&mut self, id: &ContainerId) {
+        let node = self.state.container(id).and_then(|c| c.node.clone()).expect("it is on a node");
+        apply(&mut self.state, [observe(id.as_str(), node.as_str(), ContainerState::Failed, self.now)]);
+    }
+
+    fn live(&self) -> Vec<Arc<Container>> {
+        let live = |c: &&Arc<Container>| c.desired == Desired::Running && !c.status.state.is_terminal();
+        self.state.containers().filter(live).map(Arc::clone).collect()
+    }
+
+    /// Containers that may be running on nodes that can be reached.
+    fn reachable(&self) -> usize {
+        let runs = |c: &&Arc<Container>| {
+            let up = c.node.as_ref().is_some_and(|node| self.health(node) == Health::Ready);
+            up && !c.status.state.is_terminal()
+        };
+        self.state.containers().filter(runs).count()
+    }
+}
+
+#[test]
+fn a_service_is_filled_scaled_and_emptied() {
+    let mut world = World::new(&["a", "b"]);
+    apply(&mut world.state, [put(service("s", "web", 3))]);
+    world.settle();
+    let slots: Vec<_> = world.live().iter().map(|c| c.slot).collect();
+    assert_eq!(slots, [1, 2, 3]);
+    apply(&mut world.state, [put(service("s", "web", 1))]);
+    world.settle();
+    assert_eq!(world.state.containers().count(), 1, "records of slots that are gone go too");
+    apply(&mut world.state, [Change::DeleteService { id: "s".into(), expected: crate::state::Expected::Any }]);
+    world.settle();
+    assert_eq!(world.state.containers().count(), 0);
+    assert_eq!(world.cycle(), Plan::default(), "nothing is left to do");
+}
+
+#[test]
+fn a_container_that_keeps_failing_is_replaced_later_and_later() {
+    let mut world = World::new(&["a"]);
+    apply(&mut world.state, [put(service("s", "web", 1))]);
+    world.settle();
+    let mut delays = Vec::new();
+    for _ in 0..12 {
+        let id = world.live()[0].id.clone();
+        world.fail(&id);
+        let plan = world.plan();
+        assert!(plan.create.is_empty());
+        let due = plan.wake_at.expect("a time");
+        delays.push((due.0 - world.now) / 1000);
+        world.now = due.0;
+        assert_eq!(world.cycle().create.len(), 1);
+        world.agents_obey();
+    }
+    assert_eq!(delays, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]);
+    assert!(world.state.containers().count() <= KEPT_PER_SLOT + 1);
+}
+
+#[test]
+fn policies_decide_whether_an_ended_container_is_replaced() {
+    for (condition, ended, replaced) in [
+        (RestartCondition::Any, ContainerState::Complete, true),
+        (RestartCondition::OnFailure, ContainerState::Complete, false),
+        (RestartCondition::OnFailure, ContainerState::Failed, true),
+        (RestartCondition::Never, ContainerState::Failed, false),
+    ] {
+        let mut world = World::new(&["a"]);
+        let mut web = service("s", "web", 1);
+        web.spec.restart.condition = condition;
+        apply(&mut world.state, [put(web)]);
+        world.settle();
+        let id = world.live()[0].id.clone();
+        apply(&mut world.state, [observe(id.as_str(), "a", ended, world.now)]);
+        world.now += 10_000;
+        world.settle();
+        assert_eq!(world.live().len() == 1, replaced, "{condition:?} {ended:?}");
+    }
+}
+
+#[test]
+fn a_slot_is_given_up_after_its_attempts() {
+    let mut world = World::new(&["a"]);
+    let mut web = service("s", "web", 1);
+    web.spec.restart.max_attempts = 3;
+    apply(&mut world.state, [put(web)]);
+    for _ in 0..3 {
+        world.settle();
+        let id = world.live()[0].id.clone();
+        world.fail(&id);
+        world.now += 600_000;
+    }
+    world.settle();
+    assert!(world.live().is_empty());
+    assert_eq!(world.made, 3);
+}
+
+#[test]
+fn containers_of_a_node_that_is_down_run_elsewhere_if_there_is_elsewhere() {
+    let mut world = World::new(&["a", "b"]);
+    apply(&mut world.state, [put(service("s", "web", 4))]);
+    world.settle();
+    world.down = vec!["a"];
+    world.settle();
+    let live = world.live();
+    assert_eq!(live.len(), 4);
+    assert!(live.iter().all(|c| c.node.as_ref().is_some_and(|node| node.as_str() == "b")));
+    // It comes back: what it still runs is told to go.
+    world.down.clear();
+    world.settle();
+    assert_eq!(world.reachable(), 4);
+
+    let mut alone = World::new(&["a"]);
+    apply(&mut alone.state, [put(service("s", "web", 2))]);
+    alone.settle();
+    alone.down = vec!["a"];
+    alone.settle();
+    assert_eq!((alone.live().len(), alone.made), (2, 2), "with nowhere to go they are left alone");
+}
+
+#[test]
+fn a_changed_spec_replaces_one_container_at_a_time() {
+    let mut world = World::new(&["a", "b"]);
+    apply(&mut world.state, [put(service("s", "web", 4))]);
+    world.settle();
+    let mut changed = service("s", "web", 4);
+    changed.generation = 2;
+    changed.spec.container.image = "newer".to_owned();
+    apply(&mut world.state, [put(changed)]);
+    for _ in 0..40 {
+        world.cycle();
+        let running = world.live().iter().filter(|c| c.status.state == ContainerState::Running).count();
+        assert!(running >= 3, "{running} of 4 are up");
+        world.agents_obey();
+    }
+    assert_eq!(world.live().len(), 4);
+    assert!(world.live().iter().all(|c| c.generation == 2));
+}
+
+#[test]
+fn a_global_service_follows_the_nodes() {
+    let mut world = World::new(&["a", "b"]);
+    let mut agent = service("s", "agent", 0);
+    agent.spec.mode = Mode::Global;
+    apply(&mut world.state, [put(agent)]);
+    world.settle();
+    assert_eq!(world.live().len(), 2);
+    apply(&mut world.state, [Change::PutNode(Box::new(node("c", 1000, 1000)))]);
+    world.settle();
+    assert_eq!(world.live().len(), 3);
+    apply(&mut world.state, [Change::DeleteNode { id: "a".into() }]);
+    world.settle();
+    assert_eq!(world.live().len(), 2);
+}
+
+#[derive(Clone, Debug)]
+enum Happening {
+    Scale(u32),
+    Obey,
+    Fail(prop::sample::Index),
+    Down(bool),
+    Change,
+    Wait,
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    prop_oneof![
+        (0u32..6).prop_map(Happening::Scale),
+        Just(Happening::Obey),
+        Just(Happening::Obey),
+        any::<prop::sample::Index>().prop_map(Happening::Fail),
+        any::<bool>().prop_map(Happening::Down),
+        Just(Happening::Change),
+        Just(Happening::Wait),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn never_more_than_asked_for_and_in_the_end_exactly(happenings in prop::collection::vec(happening(), 0..60)) {
+        let mut world = World::new(&["a", "b", "c"]);
+        let (mut replicas, mut generation) = (2, 1);
+        let mut most = replicas;
+        let spec = |replicas, generation| {
+            let mut web = service("s", "web", replicas);
+            web.generation = generation;
+            put(web)
+        };
+        apply(&mut world.state, [spec(replicas, generation)]);
+        for happening in happenings {
+            match happening {
+                Happening::Scale(n) => {
+                    replicas = n;
+                    // What is scaled away may take its time to go.
+                    most = most.max(n);
+                    apply(&mut world.state, [spec(replicas, generation)]);
+                }
+                Happening::Obey => world.agents_obey(),
+                Happening::Fail(index) => {
+                    let running: Vec<_> = world.live().into_iter().filter(|c| c.node.is_some()).collect();
+                    if !running.is_empty() {
+                        world.fail(&index.get(&running).id.clone());
+                    }
+                }
+                Happening::Down(down) => world.down = if down { vec!["a"] } else { Vec::new() },
+                Happening::Change => {
+                    generation += 1;
+                    apply(&mut world.state, [spec(replicas, generation)]);
+                }
+                Happening::Wait => world.now += 400_000,
+            }
+            world.cycle();
+            let on_a: usize = world.state.containers_on(&"a".into()).filter(|c| !c.status.state.is_terminal()).count();
+            // A node that comes back still runs what was replaced, until it is told.
+            prop_assert!(world.reachable() <= most as usize + on_a, "{} of {most}", world.reachable());
+        }
+        world.down.clear();
+        for _ in 0..40 {
+            world.now += 400_000;
+            world.cycle();
+            world.agents_obey();
+        }
+        prop_assert_eq!(world.reachable(), replicas as usize);
+        prop_assert!(world.live().iter().all(|c| c.generation == generation));
+    }
+}

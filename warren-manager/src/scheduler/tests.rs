@@ -1,0 +1,123 @@
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    clock::Timestamp,
+    state::{
+        Change,
+        tests::{apply, container, node, put, service},
+    },
+};
+
+fn cluster(nodes: &[(&str, u64, u64)]) -> State {
+    let mut state = State::default();
+    apply(&mut state, nodes.iter().map(|(id, cpu, memory)| Change::PutNode(Box::new(node(id, *cpu, *memory)))));
+    state
+}
+
+fn add(state: &mut State, name: &str, count: u32, reservations: Amounts) {
+    let mut service = service(name, name, count);
+    service.spec.resources.reservations = reservations;
+    let containers = (1..=count).map(|slot| container(&format!("{name}-{slot:03}"), &service, slot, 1));
+    let containers: Vec<_> = containers.map(|c| Change::CreateContainer(Box::new(c))).collect();
+    apply(state, [put(service)]);
+    apply(state, containers);
+}
+
+fn ready(_: &NodeId) -> Health {
+    Health::Ready
+}
+
+fn by_node(plan: &Plan) -> BTreeMap<&str, usize> {
+    let mut counts = BTreeMap::new();
+    for (_, node) in &plan.assignments {
+        *counts.entry(node.as_str()).or_default() += 1;
+    }
+    counts
+}
+
+const NOTHING: Amounts = Amounts { cpu_millis: 0, memory_bytes: 0 };
+
+#[test]
+fn replicas_are_spread_over_the_nodes_in_one_round() {
+    let mut state = cluster(&[("a", 1000, 1000), ("b", 1000, 1000), ("c", 1000, 1000)]);
+    add(&mut state, "web", 7, NOTHING);
+    let plan = plan(&state, ready);
+    assert_eq!(by_node(&plan), BTreeMap::from([("a", 3), ("b", 2), ("c", 2)]));
+}
+
+#[test]
+fn single_containers_of_many_services_do_not_pile_up() {
+    let mut state = cluster(&[("a", 1000, 1000), ("b", 1000, 1000)]);
+    for i in 0..6 {
+        add(&mut state, &format!("s{i}"), 1, NOTHING);
+    }
+    assert_eq!(by_node(&plan(&state, ready)), BTreeMap::from([("a", 3), ("b", 3)]));
+}
+
+#[test]
+fn the_less_loaded_node_is_preferred() {
+    let mut state = cluster(&[("a", 1000, 1000), ("b", 4000, 4000)]);
+    add(&mut state, "web", 1, Amounts { cpu_millis: 500, memory_bytes: 0 });
+    apply(&mut state, [Change::Assign { id: "web-001".into(), node: "b".into(), at: Timestamp(1) }]);
+    // b has more reserved, and still less of what it has.
+    add(&mut state, "other", 1, Amounts { cpu_millis: 500, memory_bytes: 0 });
+    apply(&mut state, [Change::Assign { id: "other-001".into(), node: "a".into(), at: Timestamp(1) }]);
+    add(&mut state, "new", 1, NOTHING);
+    assert_eq!(by_node(&plan(&state, ready)), BTreeMap::from([("b", 1)]));
+}
+
+#[test]
+fn refusals_say_why_in_words() {
+    let mut state = cluster(&[("a", 1000, 100), ("b", 100, 1000), ("c", 9000, 9000)]);
+    add(&mut state, "web", 1, Amounts { cpu_millis: 500, memory_bytes: 500 });
+    let down = |node: &NodeId| if node.as_str() == "c" { Health::Down } else { Health::Ready };
+    let plan = plan(&state, down);
+    assert!(plan.assignments.is_empty());
+    let words = "no suitable node (3 nodes: 1 not heard of; 1 not enough CPU left; 1 not enough memory left)";
+    assert_eq!(plan.refusals[0].1, words);
+    let empty = super::plan(
+        &{
+            let mut state = cluster(&[]);
+            add(&mut state, "web", 1, NOTHING);
+            state
+        },
+        ready,
+    );
+    assert_eq!(empty.refusals[0].1, "no node has joined the cluster");
+}
+
+proptest! {
+    #[test]
+    fn no_node_is_promised_more_than_it_has(
+        nodes in prop::collection::vec((500u64..4000, 500u64..4000), 1..6),
+        services in prop::collection::vec((1u32..8, 0u64..1200, 0u64..1200), 1..6),
+    ) {
+        let named: Vec<_> = nodes.iter().enumerate().map(|(i, (cpu, memory))| (format!("n{i}"), *cpu, *memory)).collect();
+        let mut state = cluster(&named.iter().map(|(id, cpu, memory)| (id.as_str(), *cpu, *memory)).collect::<Vec<_>>());
+        for (i, (count, cpu_millis, memory_bytes)) in services.iter().enumerate() {
+            add(&mut state, &format!("s{i}"), *count, Amounts { cpu_millis: *cpu_millis, memory_bytes: *memory_bytes });
+        }
+        let first = plan(&state, ready);
+        prop_assert_eq!(&first, &plan(&state, ready), "the same state gives the same plan");
+        let decided = first.assignments.len() + first.refusals.len();
+        prop_assert_eq!(decided, services.iter().map(|(count, ..)| *count as usize).sum::<usize>());
+        apply(&mut state, first.assignments.iter().map(|(id, node)| {
+            Change::Assign { id: id.clone(), node: node.clone(), at: Timestamp(2) }
+        }));
+        for node in state.nodes() {
+            let mut used = Amounts::default();
+            for container in state.containers_on(&node.id) {
+                used.cpu_millis += container.resources.reservations.cpu_millis;
+                used.memory_bytes += container.resources.reservations.memory_bytes;
+            }
+            let has = node.description.resources;
+            prop_assert!(used.cpu_millis <= has.cpu_millis && used.memory_bytes <= has.memory_bytes);
+        }
+        // Who was refused fits nowhere now.
+        let again = plan(&state, ready);
+        prop_assert!(again.assignments.is_empty());
+    }
+}

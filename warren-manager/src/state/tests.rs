@@ -1,0 +1,211 @@
+use std::{collections::BTreeMap, time::Duration};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::clock::Timestamp;
+
+pub(crate) fn service(id: &str, name: &str, replicas: u32) -> Service {
+    Service {
+        id: id.into(),
+        version: 0,
+        created_at: Timestamp(1),
+        updated_at: Timestamp(1),
+        generation: 1,
+        spec: ServiceSpec {
+            name: name.to_owned(),
+            labels: BTreeMap::new(),
+            mode: Mode::Replicated(replicas),
+            container: ContainerSpec { image: "demo".to_owned(), ..ContainerSpec::default() },
+            resources: Resources::default(),
+            restart: RestartPolicy { condition: RestartCondition::Any, delay: Duration::from_secs(1), max_attempts: 0 },
+        },
+    }
+}
+
+pub(crate) fn node(id: &str, cpu_millis: u64, memory_bytes: u64) -> Node {
+    let resources = Amounts { cpu_millis, memory_bytes };
+    let description = Description { hostname: id.to_owned(), resources, ..Description::default() };
+    Node { id: id.into(), version: 0, created_at: Timestamp(1), description }
+}
+
+pub(crate) fn container(id: &str, service: &Service, slot: u32, created_at: u64) -> Container {
+    Container {
+        id: id.into(),
+        version: 0,
+        service: service.id.clone(),
+        service_name: service.spec.name.clone(),
+        slot,
+        pinned: None,
+        node: None,
+        created_at: Timestamp(created_at),
+        desired: Desired::Running,
+        status: Status::new(ContainerState::New, "", Timestamp(created_at)),
+        spec: service.spec.container.clone(),
+        resources: service.spec.resources,
+        generation: service.generation,
+        failures: 0,
+    }
+}
+
+/// Applies changes, each as a transaction of its own.
+pub(crate) fn apply(state: &mut State, changes: impl IntoIterator<Item = Change>) -> Vec<Reply> {
+    changes
+        .into_iter()
+        .map(|change| {
+            let index = state.revision() + 1;
+            state.apply(index, &Transaction { changes: vec![change], ..Transaction::default() })
+        })
+        .collect()
+}
+
+pub(crate) fn put(service: Service) -> Change {
+    Change::PutService { service: Box::new(service), expected: Expected::Any }
+}
+
+pub(crate) fn observe(id: &str, node: &str, state: ContainerState, at: u64) -> Change {
+    let mut status = Status::new(state, "", Timestamp(at));
+    if state.is_terminal() {
+        status.finished_at = Some(Timestamp(at));
+    }
+    Change::Observe { id: id.into(), node: node.into(), status: Box::new(status) }
+}
+
+#[test]
+fn names_are_used_once_and_can_be_used_again() {
+    let mut state = State::default();
+    let replies = apply(&mut state, [put(service("a", "web", 1)), put(service("b", "web", 1))]);
+    assert_eq!(replies, [Ok(1), Err(Rejection::NameTaken("web".to_owned()))]);
+    assert_eq!(state.service_named("web").map(|s| s.id.as_str()), Some("a"));
+    apply(&mut state, [put(service("a", "renamed", 1)), put(service("b", "web", 1))]);
+    assert_eq!(state.service_named("web").map(|s| s.id.as_str()), Some("b"));
+    apply(&mut state, [Change::DeleteService { id: "b".into(), expected: Expected::Any }]);
+    assert!(state.service_named("web").is_none());
+}
+
+#[test]
+fn a_write_that_saw_an_older_version_is_refused() {
+    let mut state = State::default();
+    apply(&mut state, [put(service("a", "web", 1)), put(service("a", "web", 2))]);
+    let stale = Change::PutService { service: Box::new(service("a", "web", 9)), expected: Expected::Version(1) };
+    assert!(matches!(apply(&mut state, [stale])[0], Err(Rejection::Conflict(_))));
+    let absent = Change::PutService { service: Box::new(service("a", "web", 9)), expected: Expected::Absent };
+    assert!(matches!(apply(&mut state, [absent])[0], Err(Rejection::Conflict(_))));
+    let fresh = Change::PutService { service: Box::new(service("a", "web", 9)), expected: Expected::Version(2) };
+    assert!(apply(&mut state, [fresh])[0].is_ok());
+}
+
+#[test]
+fn a_transaction_is_all_or_nothing() {
+    let mut state = State::default();
+    let missing = Change::DeleteService { id: "nope".into(), expected: Expected::Any };
+    let transaction = Transaction { changes: vec![put(service("a", "web", 1)), missing], ..Transaction::default() };
+    assert!(state.apply(1, &transaction).is_err());
+    assert_eq!(state.services().count(), 0);
+    assert!(state.service_named("web").is_none());
+}
+
+#[test]
+fn a_request_repeated_is_done_once_and_answered_the_same() {
+    let mut state = State::default();
+    let request = |service| Transaction {
+        request_id: "r1".to_owned(),
+        changes: vec![Change::PutService { service: Box::new(service), expected: Expected::Absent }],
+    };
+    assert_eq!(state.apply(1, &request(service("a", "web", 1))), Ok(1));
+    // The client did not hear the answer and tries again; the manager made another id meanwhile.
+    assert_eq!(state.apply(2, &request(service("b", "web", 1))), Ok(1));
+    assert_eq!(state.services().count(), 1);
+    let restored = State::from_bytes(&state.to_bytes().expect("bytes")).expect("a state");
+    let mut restored = restored;
+    assert_eq!(restored.apply(3, &request(service("c", "web", 1))), Ok(1));
+}
+
+#[test]
+fn observed_states_only_rise_and_only_their_node_reports_them() {
+    let mut state = State::default();
+    let web = service("a", "web", 1);
+    apply(
+        &mut state,
+        [
+            put(web.clone()),
+            Change::PutNode(Box::new(node("n", 1, 1))),
+            Change::CreateContainer(Box::new(container("c", &web, 1, 1))),
+            Change::Assign { id: "c".into(), node: "n".into(), at: Timestamp(2) },
+            observe("c", "n", ContainerState::Running, 3),
+            observe("c", "n", ContainerState::Preparing, 4),
+            observe("c", "other", ContainerState::Failed, 5),
+        ],
+    );
+    let current = |state: &State| state.container(&"c".into()).map(|c| c.status.state);
+    assert_eq!(current(&state), Some(ContainerState::Running));
+    apply(&mut state, [observe("c", "n", ContainerState::Complete, 6), observe("c", "n", ContainerState::Failed, 7)]);
+    assert_eq!(current(&state), Some(ContainerState::Complete), "an end is final");
+    // What the scheduler planned on an old state does nothing.
+    apply(&mut state, [Change::Assign { id: "c".into(), node: "n".into(), at: Timestamp(8) }]);
+    assert_eq!(current(&state), Some(ContainerState::Complete));
+}
+
+#[test]
+fn watchers_miss_nothing_or_are_told_so() {
+    let mut state = State::default();
+    let web = service("a", "web", 1);
+    apply(&mut state, [put(web.clone())]);
+    for i in 0..HISTORY + 10 {
+        apply(&mut state, [Change::CreateContainer(Box::new(container(&format!("c{i}"), &web, 1, 1)))]);
+    }
+    let last = state.revision();
+    assert_eq!(state.changes_since(last - 5).expect("known").count(), 5);
+    assert!(state.changes_since(2).is_none(), "forgotten");
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let id = (0u8..6).prop_map(|i| format!("c{i}"));
+    let node_id = (0u8..3).prop_map(|i| format!("n{i}"));
+    let service_id = (0u8..3).prop_map(|i| format!("s{i}"));
+    let observed = prop::sample::select(&ContainerState::ALL[3..]);
+    prop_oneof![
+        (service_id.clone(), 0u8..3, 0u32..4).prop_map(|(id, name, n)| put(service(&id, &format!("name{name}"), n))),
+        service_id.clone().prop_map(|id| Change::DeleteService { id: id.as_str().into(), expected: Expected::Any }),
+        node_id.clone().prop_map(|id| Change::PutNode(Box::new(node(&id, 1000, 1000)))),
+        node_id.clone().prop_map(|id| Change::DeleteNode { id: id.as_str().into() }),
+        (id.clone(), service_id)
+            .prop_map(|(id, s)| { Change::CreateContainer(Box::new(container(&id, &service(&s, "any", 1), 1, 1))) }),
+        (id.clone(), node_id.clone()).prop_map(|(id, node)| Change::Assign {
+            id: id.as_str().into(),
+            node: node.as_str().into(),
+            at: Timestamp(5)
+        }),
+        id.clone().prop_map(|id| Change::Remove { id: id.as_str().into() }),
+        (id.clone(), node_id, observed).prop_map(|(id, node, state)| observe(&id, &node, state, 9)),
+        id.prop_map(|id| Change::DeleteContainer { id: id.as_str().into() }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn any_history_gives_the_same_bytes_and_survives_a_snapshot(changes in prop::collection::vec(change(), 0..60)) {
+        let (mut one, mut two) = (State::default(), State::default());
+        for (i, change) in changes.iter().enumerate() {
+            let transaction = Transaction { changes: vec![change.clone()], ..Transaction::default() };
+            prop_assert_eq!(one.apply(i as u64 + 1, &transaction), two.apply(i as u64 + 1, &transaction));
+            if i % 7 == 3 {
+                // One of them is restarted from a snapshot now and then.
+                two = State::from_bytes(&two.to_bytes().expect("bytes")).expect("a state");
+            }
+        }
+        prop_assert_eq!(one.to_bytes().expect("bytes"), two.to_bytes().expect("bytes"));
+        // The indices say what the tables say.
+        for state in [&one, &two] {
+            for node in state.nodes() {
+                let indexed = state.containers_on(&node.id).count();
+                prop_assert_eq!(indexed, state.containers().filter(|c| c.node.as_ref() == Some(&node.id)).count());
+            }
+            for service in state.services() {
+                let indexed = state.containers_of(&service.id).count();
+                prop_assert_eq!(indexed, state.containers().filter(|c| c.service == service.id).count());
+                prop_assert_eq!(state.service_named(&service.spec.name).map(|s| &s.id), Some(&service.id));
+            }
+        }
+    }
+}

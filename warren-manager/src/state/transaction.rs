@@ -189,7 +189,8 @@ impl State {
             }
             Change::CreateContainer(container) => {
                 // Made from a service that may be gone or changed by now: then it is not needed.
-                let current = self.services.get(&container.service).is_some_and(|s| s.generation == container.generation);
+                let current =
+                    self.services.get(&container.service).is_some_and(|s| s.generation == container.generation);
                 if !current || self.containers.contains_key(&container.id) {
                     return Err(Rejection::Conflict(format!("service {:?}", container.service_name)));
                 }

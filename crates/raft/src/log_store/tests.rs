@@ -167,8 +167,7 @@ fn a_membership_survives_the_disk() {
     let directory = tempfile::tempdir().expect("a directory");
     let membership = StoredMembership::default().membership().clone();
     let leader = openraft::impls::leader_id_adv::LeaderId { term: 3, node_id: 7 };
-    let written =
-        Entry { log_id: LogId::new(leader, 1), payload: EntryPayload::Membership(membership) };
+    let written = Entry { log_id: LogId::new(leader, 1), payload: EntryPayload::Membership(membership) };
     Config::run(async {
         let mut log = LogStore::open(directory.path(), Arc::new(Unobserved)).expect("opens");
         log.blocking_append([written.clone()]).await.expect("appends");
