@@ -176,11 +176,12 @@ impl World {
     /// A binary that was built beside the tests.
     #[must_use]
     pub fn binary(name: &str) -> Command {
-        let test = std::env::current_exe().expect("a path");
-        let directory = test.parent().and_then(Path::parent).expect("target/debug/deps/test");
-        let binary = directory.join(name);
-        assert!(binary.is_file(), "{} is missing: run `cargo build --workspace`", binary.display());
-        let mut command = Command::new(binary);
+        // Tests are in `deps` beside the binaries, the benchmark is one of them.
+        let own = std::env::current_exe().expect("a path");
+        let candidates = own.ancestors().skip(1).take(2).map(|directory| directory.join(name));
+        let binary = candidates.into_iter().find(|candidate| candidate.is_file());
+        let mut command =
+            Command::new(binary.unwrap_or_else(|| panic!("{name} is missing: run `cargo build --workspace`")));
         // A machine's settings must not reach the test's processes.
         for (variable, _) in std::env::vars_os().filter(|(v, _)| v.to_string_lossy().starts_with("WARREN_")) {
             command.env_remove(variable);

@@ -3,13 +3,16 @@
 use std::{fs, path::PathBuf};
 
 use aya::{Ebpf, EbpfLoader, TestRun as _, TestRunOptions, maps::PerCpuArray, programs::CgroupSkb};
-use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use warren_agent::probes::OBJECT;
 use warren_agent_ebpf::abi::{Config, counter};
 
 const PASS: u32 = 1;
 
 struct Programs(Ebpf);
+
+/// What a packet is, its bytes, and what it is to be counted as.
+type Case<'a> = (&'a str, Vec<u8>, &'a [(&'static str, u64)]);
 
 /// Counters that changed, with by how much.
 type Changes = Vec<(&'static str, u64)>;
@@ -136,7 +139,7 @@ fn each_shape_of_packet_is_counted_as_what_it_is() {
     let deepest: Vec<&[u8]> = vec![b"x"; 127];
     let mut extended = vec![60, 0, 1, 4, 0, 0, 0, 0, UDP, 0, 1, 4, 0, 0, 0, 0];
     extended.extend(udp(4000, 53, &plain));
-    let egress: [(&str, Vec<u8>, &[(&str, u64)]); 20] = [
+    let egress: [Case<'_>; 20] = [
         ("UDP over IPv4", ipv4(UDP, 0, 0, &udp(4000, 53, &plain)), &asked),
         ("IPv4 with options", ipv4(UDP, 3, 0, &udp(4000, 53, &plain)), &asked),
         ("UDP over IPv6", ipv6(UDP, &udp(4000, 53, &plain)), &asked),
@@ -163,7 +166,7 @@ fn each_shape_of_packet_is_counted_as_what_it_is() {
     }
 
     let answer = message(0x8180, 1, &name(&[b"www"]));
-    let ingress: [(&str, Vec<u8>, &[(&str, u64)]); 3] = [
+    let ingress: [Case<'_>; 3] = [
         ("an answer to nobody", ipv4(UDP, 0, 0, &udp(53, 4000, &answer)), &[("DNS_UNMATCHED", 1)]),
         ("a query to a server", ipv4(UDP, 0, 0, &udp(4000, 53, &plain)), &[]),
         ("a query as an answer", ipv4(UDP, 0, 0, &udp(53, 4000, &plain)), &malformed),

@@ -1,10 +1,326 @@
-//! Running the product.
+//! Running the product: containerd if none runs, manager and agent, and three containers to look at.
 
-use anyhow::Result;
+use std::{
+    fs,
+    os::unix::{net::UnixStream, process::CommandExt as _},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::{
+    build_ebpf,
+    run::{cargo, find, step, target},
+    setup,
+};
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct Arguments {}
+pub(crate) struct Arguments {
+    /// Build and run the optimised binaries.
+    #[arg(long)]
+    release: bool,
+    /// Everything that is written goes below; removed in the end. A directory of the build unless given.
+    #[arg(long)]
+    directory: Option<PathBuf>,
+    /// A containerd to use if it answers; otherwise one is started for the while.
+    #[arg(long, default_value = "/run/containerd/containerd.sock")]
+    containerd_socket: PathBuf,
+    /// Where `warren` finds the manager.
+    #[arg(long, default_value = "/run/warren/warren.sock")]
+    socket: PathBuf,
+    #[arg(long, default_value_t = 7443)]
+    api_port: u16,
+    #[arg(long, default_value_t = 9464)]
+    metrics_port: u16,
+    #[arg(long, default_value_t = 9465)]
+    agent_metrics_port: u16,
+    /// Names the cgroup, the pins and containerd's namespace.
+    #[arg(long, default_value = "warren")]
+    name: String,
+    /// The machine is set up and everything is built.
+    #[arg(long)]
+    no_build: bool,
+}
 
-pub(crate) fn run(_arguments: Arguments) -> Result<()> {
-    anyhow::bail!("not there yet")
+const SERVICE: &str = "demo";
+const REPLICAS: &str = "3";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) fn run(arguments: Arguments) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("this must run as root: it runs containers and loads BPF programs");
+    }
+    if !arguments.no_build {
+        setup::run(setup::Arguments { tests: false })?;
+        build_ebpf::run()?;
+        let profile = if arguments.release { "release" } else { "dev" };
+        // Not --quiet: the first build takes minutes.
+        step("building Warren", cargo().args(["build", "--locked", "--package", "warren-cli", "--profile", profile]))?;
+    }
+    // Ctrl-C ends the wait below; the children are in groups of their own and do not see it.
+    let (interrupt, interrupted) = mpsc::channel();
+    // Nobody listens any more once the wait is over.
+    let on_signal = move || interrupt.send(()).unwrap_or_default();
+    ctrlc::set_handler(on_signal).context("signals cannot be handled")?;
+
+    let warren = target().join(if arguments.release { "release" } else { "debug" }).join("warren");
+    let directory = arguments.directory.clone().unwrap_or_else(|| target().join("up"));
+    let mut up = Up { arguments, warren, directory, containerd: None, manager_and_agent: None };
+    let outcome = up.start().and_then(|()| up.show(&interrupted));
+    println!("\n==> cleaning up");
+    let cleaned = up.clean_up();
+    outcome.and(cleaned)
+}
+
+struct Up {
+    arguments: Arguments,
+    warren: PathBuf,
+    directory: PathBuf,
+    containerd: Option<(Child, PathBuf)>,
+    manager_and_agent: Option<Child>,
+}
+
+impl Up {
+    fn containerd_socket(&self) -> &Path {
+        self.containerd.as_ref().map_or(&self.arguments.containerd_socket, |(_, socket)| socket)
+    }
+
+    fn start(&mut self) -> Result<()> {
+        fs::create_dir_all(&self.directory)?;
+        if UnixStream::connect(&self.arguments.containerd_socket).is_ok() {
+            println!("==> using the containerd on {}", self.arguments.containerd_socket.display());
+        } else {
+            self.start_containerd()?;
+        }
+        println!("==> making the demo image from busybox");
+        let archive = self.directory.join("demo.tar");
+        warren_demo_image::write(&find("busybox").context("busybox is missing")?, &archive)?;
+
+        println!("==> starting manager and agent");
+        let name = &self.arguments.name;
+        let mut command = Command::new(&self.warren);
+        command
+            .arg("up")
+            .arg("--data-dir")
+            .arg(self.directory.join("data"))
+            .arg("--socket")
+            .arg(&self.arguments.socket)
+            .args(["--listen-addr", &format!("127.0.0.1:{}", self.arguments.api_port)])
+            .args(["--metrics-addr", &format!("127.0.0.1:{}", self.arguments.metrics_port)])
+            .args(["--agent-metrics-addr", &format!("127.0.0.1:{}", self.arguments.agent_metrics_port)])
+            .arg("--containerd-socket")
+            .arg(self.containerd_socket())
+            .args(["--containerd-namespace", name, "--cgroup-parent", &format!("/{name}")])
+            .args(["--bpf-pin-dir", &format!("/sys/fs/bpf/{name}")]);
+        self.manager_and_agent = Some(self.spawn("warren", &mut command)?);
+        let ready = || self.warren(&["node", "ls"]).is_ok_and(|listed| listed.contains(" ready "));
+        if !self.wait("the node to be ready", ready)? {
+            bail!(
+                "Warren did not start:\n{}",
+                fs::read_to_string(self.directory.join("warren.log")).unwrap_or_default()
+            );
+        }
+        let socket = self.containerd_socket().to_string_lossy().into_owned();
+        let archive = archive.to_string_lossy().into_owned();
+        self.warren(&["image", "import", &archive, "--containerd-socket", &socket, "--containerd-namespace", name])?;
+        println!("==> creating the service {SERVICE} with {REPLICAS} containers");
+        self.warren(&[
+            "service",
+            "create",
+            SERVICE,
+            "--image",
+            warren_demo_image::NAME,
+            "--replicas",
+            REPLICAS,
+            "--wait",
+        ])?;
+        Ok(())
+    }
+
+    fn start_containerd(&mut self) -> Result<()> {
+        println!("==> starting containerd, as none answers on {}", self.arguments.containerd_socket.display());
+        let directory = self.directory.join("containerd");
+        fs::create_dir_all(&directory)?;
+        let socket = directory.join("containerd.sock");
+        let (root, state) = (directory.join("root"), directory.join("state"));
+        let text = format!(
+            "version = 2\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+             [grpc]\n  address = {socket:?}\n"
+        );
+        let config = directory.join("config.toml");
+        fs::write(&config, text)?;
+        let mut command = Command::new(find("containerd").context("containerd is missing")?);
+        command.arg("--config").arg(&config);
+        let child = self.spawn("containerd", &mut command)?;
+        self.containerd = Some((child, socket.clone()));
+        if !self.wait("containerd to answer", || UnixStream::connect(&socket).is_ok())? {
+            bail!("containerd did not start; see {}", self.directory.join("containerd.log").display());
+        }
+        Ok(())
+    }
+
+    /// Starts a child whose output goes to a file, in a process group of its own.
+    fn spawn(&self, name: &str, command: &mut Command) -> Result<Child> {
+        let log = fs::File::create(self.directory.join(format!("{name}.log")))?;
+        let child = command.process_group(0).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn();
+        child.with_context(|| format!("{name} cannot be started"))
+    }
+
+    fn warren(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = Command::new(&self.warren);
+        command.args(["--manager", &format!("unix://{}", self.arguments.socket.display())]).args(arguments);
+        let output = command.output()?;
+        if !output.status.success() {
+            bail!("warren {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn wait(&self, what: &str, mut done: impl FnMut() -> bool) -> Result<bool> {
+        println!("    waiting for {what}");
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if done() {
+                return Ok(true);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(false)
+    }
+
+    /// Says where to look, then shows every change of the service's containers until Ctrl-C.
+    fn show(&mut self, interrupted: &mpsc::Receiver<()>) -> Result<()> {
+        let Arguments { metrics_port, agent_metrics_port, socket, .. } = &self.arguments;
+        let warren = match socket.to_str() {
+            Some("/run/warren/warren.sock") => self.warren.display().to_string(),
+            _ => format!("{} --manager unix://{}", self.warren.display(), socket.display()),
+        };
+        println!(
+            "\nWarren is up.\n\n  \
+             metrics        http://127.0.0.1:{metrics_port}/metrics (manager, every node's kernel timings)\n                 \
+             http://127.0.0.1:{agent_metrics_port}/metrics (agent)\n  \
+             health         http://127.0.0.1:{metrics_port}/ready and http://127.0.0.1:{agent_metrics_port}/ready\n  \
+             logs           {}\n  \
+             try            {warren} service ps {SERVICE}\n                 \
+             {warren} service scale {SERVICE} 5\n                 \
+             {warren} node inspect\n\n\
+             Timed in the kernel, until Ctrl-C:\n",
+            self.directory.display(),
+        );
+        let mut shown = Vec::new();
+        loop {
+            let lines = self.timings()?;
+            for line in lines.iter().filter(|line| !shown.contains(*line)) {
+                println!("  {line}");
+            }
+            shown = lines;
+            if interrupted.recv_timeout(Duration::from_millis(500)).is_ok() {
+                return Ok(());
+            }
+            let ended =
+                self.manager_and_agent.as_mut().is_some_and(|child| child.try_wait().is_ok_and(|s| s.is_some()));
+            if ended {
+                bail!("Warren ended; see {}", self.directory.join("warren.log").display());
+            }
+        }
+    }
+
+    /// A line for each of the service's containers.
+    fn timings(&self) -> Result<Vec<String>> {
+        let listed = match self.warren(&["service", "ps", SERVICE, "--format", "json"]) {
+            Ok(listed) => listed,
+            // The user may have removed it.
+            Err(_) => return Ok(Vec::new()),
+        };
+        let containers: Vec<Value> = serde_json::from_str(&listed)?;
+        let line = |container: &Value| {
+            let status = &container["status"];
+            let ms = |what: &str| {
+                // 64-bit integers are strings in protobuf's JSON.
+                let nanos = status["kernel"][what].as_str().and_then(|nanos| nanos.parse::<f64>().ok());
+                nanos.map_or_else(|| "      -   ".to_owned(), |nanos| format!("{:7.1} ms", nanos / 1e6))
+            };
+            format!(
+                "{SERVICE}-{}  {}  {:9}  create {}  start {}  stop {}",
+                container["slot"],
+                container["id"].as_str().unwrap_or_default().chars().take(12).collect::<String>(),
+                status["state"].as_str().unwrap_or_default().trim_start_matches("CONTAINER_STATE_").to_lowercase(),
+                ms("createNanos"),
+                ms("startNanos"),
+                ms("stopNanos")
+            )
+        };
+        Ok(containers.iter().map(line).collect())
+    }
+
+    fn clean_up(&mut self) -> Result<()> {
+        let listed = self.warren(&["service", "ls", "--format", "json"]).unwrap_or_default();
+        let services: Vec<Value> = serde_json::from_str(&listed).unwrap_or_default();
+        for name in services.iter().filter_map(|service| service["spec"]["name"].as_str()) {
+            if let Err(error) = self.warren(&["service", "rm", name, "--wait"]) {
+                eprintln!("    {error}");
+            }
+        }
+        if let Some(child) = self.manager_and_agent.take() {
+            // The agent is given the time to remove what its containers left.
+            std::thread::sleep(Duration::from_millis(500));
+            end(child);
+        }
+        if let Some((child, _)) = self.containerd.take() {
+            end(child);
+        }
+        let name = &self.arguments.name;
+        remove(&Path::new("/sys/fs/bpf").join(name))?;
+        for mount in cgroup_mounts() {
+            // Empty by now; one that is not has somebody else's containers.
+            let _ = fs::remove_dir(mount.join(name));
+        }
+        remove(&self.directory)?;
+        println!("    nothing is left");
+        Ok(())
+    }
+}
+
+fn remove(directory: &Path) -> Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", directory.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn cgroup_mounts() -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let cgroup = |line: &str| {
+        let mut fields = line.split(' ');
+        let (target, kind) = (fields.nth(1)?, fields.next()?);
+        matches!(kind, "cgroup" | "cgroup2").then(|| PathBuf::from(target))
+    };
+    mounts.lines().filter_map(cgroup).collect()
+}
+
+/// Asks a child to end, and makes it after a while.
+fn end(mut child: Child) {
+    let signal = |signal| {
+        if let Some(pid) = Pid::from_raw(child.id() as i32) {
+            // One that has exited cannot be signalled.
+            let _ = kill_process(pid, signal);
+        }
+    };
+    signal(Signal::TERM);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < deadline {
+        if child.try_wait().is_ok_and(|status| status.is_some()) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let _ = child.kill();
+    let _ = child.wait();
 }
