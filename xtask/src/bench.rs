@@ -1,10 +1,23 @@
-//! Measuring.
+//! Measuring Warren beside what one would use instead.
 
 use anyhow::Result;
+
+use crate::{
+    build_ebpf,
+    run::{cargo, step},
+    setup,
+};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {}
 
 pub(crate) fn run(_arguments: Arguments) -> Result<()> {
-    anyhow::bail!("not there yet")
+    setup::run(setup::Arguments { tests: true })?;
+    build_ebpf::run()?;
+    // Not --quiet: the first optimised build takes minutes.
+    step("building everything optimised", cargo().args(["build", "--locked", "--workspace", "--release"]))?;
+    step(
+        "measuring",
+        cargo().args(["run", "--quiet", "--locked", "--release", "--package", "warren-tests", "--bin", "warren-bench"]),
+    )
 }

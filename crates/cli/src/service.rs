@@ -221,6 +221,9 @@ fn spec(arguments: &CreateArguments) -> v1::ServiceSpec {
     }
 }
 
+/// Between looks at what is waited for.
+const POLL: Duration = Duration::from_millis(10);
+
 fn request_id() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
@@ -266,7 +269,7 @@ async fn wait_running(client: &ClientArguments, name: &str, wait: WaitArguments)
                 why: why.map(|why| format!(": {why}")).unwrap_or_default(),
             });
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(POLL).await;
     }
 }
 
@@ -375,7 +378,7 @@ async fn remove(client: &ClientArguments, service: String, wait: WaitArguments) 
         if Instant::now() > deadline {
             return Err(Error::NotGone { service: name, timeout });
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(POLL).await;
     }
     Ok(())
 }
