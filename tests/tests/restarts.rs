@@ -102,6 +102,10 @@ fn what_is_assigned_to_nobody_is_removed() {
     assert_eq!(world.tasks().len(), 3);
     world.start_agent(&[]);
     until("all are gone", || world.leftovers().is_empty().then_some(()));
+    // Nor may one be made beside a running agent.
+    let stranger = world.ctr(&["run", "--detach", warren_tests::image_name(), "another-stranger"]);
+    assert_eq!(stranger.code, 0, "{}", stranger.stderr);
+    until("it is gone too", || world.leftovers().is_empty().then_some(()));
     let listed = world.warren(&["container", "ls", "--all", "--format", "json"]).succeeded();
     until("their records too", || {
         (world.warren(&["container", "ls", "--all", "--format", "json"]).stdout.trim() == "[]").then_some(())

@@ -13,7 +13,7 @@ mod task;
 
 pub use archive::import;
 pub use client::{Containerd, connect, service_of};
-pub use events::{ExitEvent, watch_exits};
+pub use events::watch_starts;
 pub use image::{ImageName, InvalidImageName, LocalImage};
 pub use spec::{ContainerOptions, DEFAULT_STOP_TIMEOUT, parse_signal};
 pub use task::{Found, TaskState};

@@ -15,7 +15,10 @@ use warren_proto::v1::{
 };
 use warren_telemetry::Source;
 
-use crate::tasks::{Board, Supervisor};
+use crate::{
+    runtime::{self, Containerd},
+    tasks::{Board, Supervisor},
+};
 
 /// How to reach the manager, and what to tell it.
 pub struct Options {
@@ -82,6 +85,8 @@ impl Link {
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Containers are listed this often even if no event says so.
+const REPAIR: Duration = Duration::from_secs(30);
 /// News of containers waits this long for more.
 const QUIET: Duration = Duration::from_millis(10);
 /// A manager answers a hello within this time, or is as good as away.
@@ -178,6 +183,9 @@ impl Session<'_> {
         let mut heartbeat = tokio::time::interval(period);
         let mut telemetry = tokio::time::interval(self.options.telemetry_interval);
         let mut reap = tokio::time::interval(Duration::from_secs(1));
+        let mut repair = tokio::time::interval(REPAIR);
+        let (hints, mut started) = mpsc::channel(1);
+        let _watcher = AbortOnDrop(tokio::spawn(watch(supervisor.containerd(), hints)));
         loop {
             tokio::select! {
                 message = incoming.message() => {
@@ -200,6 +208,8 @@ impl Session<'_> {
                 _ = heartbeat.tick() => send(&sender, agent_message::Message::Heartbeat(v1::Heartbeat {})).await?,
                 _ = telemetry.tick() => send(&sender, agent_message::Message::Telemetry(self.snapshot().await)).await?,
                 _ = reap.tick() => supervisor.reap(),
+                Some(()) = started.recv() => look(supervisor).await,
+                _ = repair.tick() => look(supervisor).await,
             }
         }
     }
@@ -212,6 +222,31 @@ impl Session<'_> {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let taken_at = pbjson_types::Timestamp { seconds: now.as_secs() as i64, nanos: now.subsec_nanos() as i32 };
         v1::TelemetrySnapshot { epoch: self.options.epoch.clone(), taken_at: Some(taken_at), series }
+    }
+}
+
+/// Looks for strangers; a daemon that does not answer is asked again later.
+async fn look(supervisor: &mut Supervisor) {
+    if let Err(error) = supervisor.look_for_strangers().await {
+        tracing::debug!(%error, "containers could not be listed");
+    }
+}
+
+/// Follows the daemon's events, across its restarts.
+async fn watch(containerd: Containerd, hints: mpsc::Sender<()>) {
+    while !hints.is_closed() {
+        if let Err(error) = runtime::watch_starts(&containerd, &hints).await {
+            tracing::debug!(%error, "containerd's events are not followed");
+        }
+        tokio::time::sleep(MAX_BACKOFF).await;
+    }
+}
+
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -212,6 +212,28 @@ impl Supervisor {
         }
     }
 
+    /// Looks for containers that somebody else made in the namespace, and removes them. Does nothing before the manager has
+    /// said what is assigned.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon does not answer.
+    pub async fn look_for_strangers(&mut self) -> Result<(), runtime::Error> {
+        if self.sequence.is_some() {
+            let known = |id: &String| self.workers.contains_key(id) || self.assigned.contains(id);
+            let listed = self.shared.containerd.containers().await?;
+            self.found = listed.into_iter().map(|f| (f.id.clone(), f)).filter(|(id, _)| !known(id)).collect();
+            self.remove_orphans();
+        }
+        Ok(())
+    }
+
+    /// The daemon whose containers these are.
+    #[must_use]
+    pub fn containerd(&self) -> Containerd {
+        self.shared.containerd.clone()
+    }
+
     /// Forgets containers that are gone and no longer assigned: the manager knows of their end.
     pub fn reap(&mut self) {
         let done: Vec<_> = self

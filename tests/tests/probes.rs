@@ -1,0 +1,218 @@
+//! The lifecycle probes against runc itself, without Warren's runtime layer.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use warren_tests::{Output, World, find, until};
+
+/// A bundle with busybox as its root, and runc's own state beside it.
+struct Runc<'a> {
+    world: &'a World,
+    bundle: PathBuf,
+}
+
+impl<'a> Runc<'a> {
+    fn new(world: &'a World) -> Self {
+        let bundle = world.path("bundle");
+        let bin = bundle.join("rootfs/bin");
+        fs::create_dir_all(&bin).expect("writable");
+        fs::copy(find("busybox"), bin.join("busybox")).expect("writable");
+        std::os::unix::fs::symlink("busybox", bin.join("sh")).expect("writable");
+        std::os::unix::fs::symlink("busybox", bin.join("sleep")).expect("writable");
+        for directory in ["proc", "sys", "dev"] {
+            fs::create_dir_all(bundle.join("rootfs").join(directory)).expect("writable");
+        }
+        Self { world, bundle }
+    }
+
+    fn configure(&self, id: &str, args: &[&str]) {
+        let _ = fs::remove_file(self.bundle.join("config.json"));
+        let spec = Command::new(find("runc")).arg("spec").current_dir(&self.bundle).status();
+        assert!(spec.is_ok_and(|status| status.success()));
+        let path = self.bundle.join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).expect("readable")).expect("JSON");
+        config["process"]["terminal"] = json!(false);
+        config["process"]["args"] = json!(args);
+        config["linux"]["cgroupsPath"] = json!(format!("{}/{id}", self.world.cgroup_parent()));
+        fs::write(path, config.to_string()).expect("writable");
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(find("runc"));
+        command.arg("--root").arg(self.world.path("runc")).args(arguments).current_dir(&self.bundle);
+        // A container that goes on would keep a pipe open.
+        command.stdin(std::process::Stdio::null());
+        let log = self.world.path("runc.log");
+        let status = command
+            .stdout(fs::File::create(&log).expect("writable"))
+            .stderr(fs::File::options().append(true).open(&log).expect("writable"))
+            .status()
+            .expect("runc runs");
+        Output {
+            code: status.code().unwrap_or(-1),
+            stdout: String::new(),
+            stderr: fs::read_to_string(log).unwrap_or_default(),
+        }
+    }
+
+    fn pid(&self, id: &str) -> u32 {
+        let state = fs::read(self.world.path("runc").join(id).join("state.json")).expect("a state");
+        let state: Value = serde_json::from_slice(&state).expect("JSON");
+        state["init_process_pid"].as_u64().expect("a pid") as u32
+    }
+}
+
+impl Drop for Runc<'_> {
+    fn drop(&mut self) {
+        for entry in fs::read_dir(self.world.path("runc")).into_iter().flatten().flatten() {
+            let _ = self.run(&["delete", "--force", &entry.file_name().to_string_lossy()]);
+        }
+    }
+}
+
+const WELL_BEHAVED: [&str; 3] = ["/bin/sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done"];
+
+fn counts(world: &World) -> [f64; 3] {
+    let metrics = world.agent_metrics();
+    ["create", "start", "stop"]
+        .map(|operation| metrics.sum(&format!("warren_container_{operation}_duration_seconds_count"), &[]))
+}
+
+fn until_counts(world: &World, expected: [f64; 3]) {
+    let what = format!("{expected:?} are counted; now {:?}", counts(world));
+    until(&what, || (counts(world) == expected).then_some(()));
+}
+
+#[test]
+fn create_and_start_apart_and_run_in_one() {
+    let mut world = World::empty("runc");
+    world.start_observer(&[]);
+    let runc = Runc::new(&world);
+    // The host's other containers, if there are any, are counted too: what matters is the difference.
+    let [create, start, stop] = counts(&world);
+
+    runc.configure("apart", &WELL_BEHAVED);
+    assert_eq!(runc.run(&["create", "apart"]).code, 0);
+    until_counts(&world, [create + 1.0, start, stop]);
+    assert_eq!(runc.run(&["start", "apart"]).code, 0);
+    until_counts(&world, [create + 1.0, start + 1.0, stop]);
+    assert_eq!(runc.run(&["kill", "apart", "TERM"]).code, 0);
+    until_counts(&world, [create + 1.0, start + 1.0, stop + 1.0]);
+
+    // One process that makes the container and runs it: a start, and no create of its own.
+    runc.configure("at-once", &WELL_BEHAVED);
+    assert_eq!(runc.run(&["run", "--detach", "at-once"]).code, 0);
+    until_counts(&world, [create + 1.0, start + 2.0, stop + 1.0]);
+    assert_eq!(runc.run(&["kill", "at-once", "TERM"]).code, 0);
+    until_counts(&world, [create + 1.0, start + 2.0, stop + 2.0]);
+
+    let failures = |reason: &str| world.agent_metrics().sum("warren_container_start_failures_total", &[reason]);
+    let before = failures("reason=\"create\"");
+    runc.configure("lost", &["/no/such/program"]);
+    assert_ne!(runc.run(&["run", "--detach", "lost"]).code, 0);
+    until("the failure is counted", || (failures("reason=\"create\"") == before + 1.0).then_some(()));
+
+    // It never had a payload: the log names it nevertheless.
+    let log = world.agent.as_ref().expect("it runs").log();
+    assert!(log.lines().any(|line| line.contains("container=\"lost\"") && line.contains("Created")), "{log}");
+}
+
+#[test]
+fn a_container_that_was_never_started_is_a_failed_start() {
+    let mut world = World::empty("never");
+    world.start_observer(&[]);
+    let runc = Runc::new(&world);
+    let failed = || world.agent_metrics().sum("warren_container_start_failures_total", &["reason=\"start\""]);
+    let before = failed();
+    runc.configure("never", &WELL_BEHAVED);
+    assert_eq!(runc.run(&["create", "never"]).code, 0);
+    assert_eq!(runc.run(&["delete", "--force", "never"]).code, 0);
+    until("it is counted", || (failed() == before + 1.0).then_some(()));
+}
+
+fn v2_mount() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("readable");
+    let mut fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    PathBuf::from(fields.find(|line| line[2] == "cgroup2").expect("a cgroup2 mount")[1])
+}
+
+fn move_to(cgroup: &Path, pid: u32) {
+    fs::write(cgroup.join("cgroup.procs"), pid.to_string()).expect("the process can be moved");
+}
+
+#[test]
+fn a_cgroup_made_inside_a_container_is_the_containers() {
+    let mut world = World::empty("nested");
+    world.start_observer(&[]);
+    let runc = Runc::new(&world);
+    let [create, start, stop] = counts(&world);
+    runc.configure("outer", &WELL_BEHAVED);
+    assert_eq!(runc.run(&["create", "outer"]).code, 0);
+    assert_eq!(runc.run(&["start", "outer"]).code, 0);
+    until_counts(&world, [create + 1.0, start + 1.0, stop]);
+    // As systemd does in a container: everything moves into a group below.
+    let inner = v2_mount().join(world.cgroup_parent().trim_start_matches('/')).join("outer/inner");
+    fs::create_dir(&inner).expect("writable");
+    move_to(&inner, runc.pid("outer"));
+    // Executions there are not another start, and the stop is still this container's.
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(runc.run(&["kill", "outer", "TERM"]).code, 0);
+    until_counts(&world, [create + 1.0, start + 1.0, stop + 1.0]);
+    until("the inner group is empty", || fs::remove_dir(&inner).ok());
+}
+
+#[test]
+fn containers_that_ran_before_the_probes_are_timed_when_they_stop() {
+    let mut world = World::with_containerd("seeded");
+    world.start_manager();
+    world.start_agent(&["--no-probes"]);
+    until("the node is ready", || world.warren(&["node", "ls"]).stdout.contains(" ready ").then_some(()));
+    world.create("web", 2, &[], "trap 'exit 0' TERM; while :; do sleep 0.05; done");
+    let before = world.tasks();
+    world.agent.take().expect("it runs").kill();
+
+    world.start_agent(&[]);
+    world.wait_ready();
+    assert_eq!(world.tasks(), before);
+    let _ = world.warren(&["service", "rm", "web", "--wait"]).succeeded();
+    let metrics = until("their stops are counted", || {
+        let metrics = world.agent_metrics();
+        let stops = metrics.sum("warren_container_stop_duration_seconds_count", &["source=\"kernel\""]);
+        (stops == 2.0).then_some(metrics)
+    });
+    assert_eq!(metrics.sum("warren_container_create_duration_seconds_count", &[]), 0.0, "nothing is invented");
+    assert_eq!(metrics.sum("warren_container_exits_total", &["reason=\"completed\""]), 2.0);
+}
+
+#[test]
+fn another_stop_signal_begins_a_stop() {
+    let world = World::with_warren("signal");
+    world.create("web", 1, &["--stop-signal", "USR1"], "trap 'exit 0' USR1; while :; do sleep 0.05; done");
+    // A signal that does not stop this service is no stop, TERM included.
+    let (id, _) = world.tasks().pop().expect("a task");
+    assert_eq!(world.ctr(&["tasks", "kill", "--signal", "SIGTERM", &id]).code, 0);
+    std::thread::sleep(Duration::from_millis(300));
+    let _ = world.warren(&["service", "rm", "web", "--wait"]).succeeded();
+    let metrics = until("the stop is counted", || {
+        let metrics = world.agent_metrics();
+        (metrics.sum("warren_container_stop_duration_seconds_count", &[]) == 1.0).then_some(metrics)
+    });
+    let took = metrics.sum("warren_container_stop_duration_seconds_sum", &[]);
+    assert!(took < 0.29, "{took} s: the clock began with the wrong signal");
+    assert_eq!(metrics.sum("warren_container_stop_escalations_total", &[]), 0.0);
+}
+
+#[test]
+fn one_agent_at_a_time_uses_the_pins() {
+    let mut world = World::with_containerd("pins");
+    world.start_observer(&[]);
+    let mut second = World::binary("warren-agent");
+    second.args(["observe", "--metrics-addr", "127.0.0.1:0"]).arg("--bpf-pin-dir").arg(world.pins());
+    let refused = World::run(&mut second).failed(1);
+    assert!(refused.contains("another agent uses the pins"), "{refused}");
+}
