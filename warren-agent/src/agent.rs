@@ -15,6 +15,7 @@ use warren_proto::v1;
 use warren_telemetry::{
     Checks, Measurement, Meters, ProcessSource, Series, Source,
     endpoint::{self, Endpoint},
+    otlp,
     table::Emitter,
 };
 
@@ -52,7 +53,12 @@ pub struct Options {
     pub dns_timeout: Duration,
     /// Between telemetry snapshots.
     pub telemetry_interval: Duration,
+    /// Where metrics are pushed to, if anywhere.
+    pub otlp: Option<otlp::Options>,
 }
+
+/// The exit code for an address that another process uses.
+pub(crate) const ADDRESS_IN_USE: u8 = 7;
 
 /// Why an agent could not start.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +81,9 @@ pub enum Error {
     /// The metrics' address.
     #[error(transparent)]
     Metrics(#[from] endpoint::BindError),
+    /// The collector's address.
+    #[error(transparent)]
+    Otlp(#[from] otlp::InvalidEndpoint),
 }
 
 impl Error {
@@ -83,11 +92,12 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
+            Self::Otlp(_) => 2,
             Self::NotRoot => 6,
             Self::Runtime(error) if error.is_transient() => 4,
             Self::Runtime(_) => 1,
             Self::DataDir { .. } => 8,
-            Self::Metrics(_) => 7,
+            Self::Metrics(_) => ADDRESS_IN_USE,
         }
     }
 }
@@ -189,6 +199,9 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     node::export_build_info(&meters);
     for source in &sources {
         meters.add_source(Arc::new(Labelled { hostname: options.hostname.clone(), source: Arc::clone(source) }));
+    }
+    if let Some(otlp) = &options.otlp {
+        tasks.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
     }
     let link = Link::new();
     let pulse = Pulse::default();

@@ -4,7 +4,10 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
-use warren_telemetry::logs::{self, Style};
+use warren_telemetry::{
+    logs::{self, Style},
+    otlp::OtlpArguments,
+};
 
 use crate::{agent, node, observe, probes};
 
@@ -102,6 +105,9 @@ pub struct AgentArguments {
     #[command(flatten)]
     /// What it uses on its node.
     pub node: NodeArguments,
+    /// Where metrics are pushed to.
+    #[command(flatten)]
+    pub otlp: OtlpArguments,
 }
 
 /// What the agent uses on its node.
@@ -154,6 +160,7 @@ impl AgentArguments {
             probes: (!node.no_probes).then_some(probes),
             dns_timeout: node.probes.dns_timeout(),
             telemetry_interval: Duration::from_secs(node.telemetry_interval_s),
+            otlp: self.otlp.options(),
         }
     }
 }
@@ -177,6 +184,8 @@ struct ObserveArguments {
     detach: bool,
     #[command(flatten)]
     probes: ProbeArguments,
+    #[command(flatten)]
+    otlp: OtlpArguments,
 }
 
 /// Runs a command; what goes wrong is one line on stderr. Exit codes are those of [`agent::Error::exit_code`].
@@ -195,6 +204,9 @@ pub fn main(arguments: Arguments) -> ExitCode {
 
 fn fail(error: &anyhow::Error) -> ExitCode {
     eprintln!("error: {}", probes::describe(error.as_ref()));
+    if error.is::<warren_telemetry::endpoint::BindError>() {
+        return agent::ADDRESS_IN_USE.into();
+    }
     error.downcast_ref::<agent::Error>().map_or(ExitCode::FAILURE, |error| error.exit_code().into())
 }
 
@@ -210,6 +222,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
                 dns_timeout: arguments.probes.dns_timeout(),
                 probes: arguments.probes.options(arguments.dns_cgroup, false),
                 containerd_socket: arguments.containerd_socket,
+                otlp: arguments.otlp.options(),
             };
             observe::run(options, shutdown).await?;
             if let Some(pin_dir) = detach {

@@ -9,10 +9,10 @@ use std::{
 
 use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use warren_telemetry::{Checks, Meters, ProcessSource, Series, Source, endpoint, table::Emitter};
+use warren_telemetry::{Checks, Meters, ProcessSource, Series, Source, endpoint, otlp, table::Emitter};
 
 use crate::{
-    node,
+    agent, node,
     probes::{self, DnsEvent, Groups, LifecycleEvent, Maps, Phase, ProbeSource, Sweep, drain_dns, drain_lifecycle},
     runtime,
 };
@@ -30,6 +30,8 @@ pub struct Options {
     pub containerd_socket: PathBuf,
     /// How long a DNS query may wait before it counts as unanswered.
     pub dns_timeout: Duration,
+    /// Where metrics are pushed to, if anywhere.
+    pub otlp: Option<otlp::Options>,
 }
 
 /// Adds the `node` label to what a source contributes.
@@ -51,6 +53,9 @@ impl<S: Source> Source for Labelled<S> {
 ///
 /// When the probes cannot be loaded or the address not be bound.
 pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(agent::Error::NotRoot.into());
+    }
     let listener = endpoint::bind(options.metrics_addr).await?;
     let probe_options = options.probes.clone();
     let maps = Arc::new(tokio::task::spawn_blocking(move || Maps::open(&probe_options)).await??);
@@ -71,6 +76,10 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     tasks.spawn(sweep(Arc::clone(&maps), options.dns_timeout, shutdown.clone()));
     let namer = Namer { maps, groups, containerd: options.containerd_socket };
     tasks.spawn(report(namer, lifecycle, dns, shutdown.clone()));
+
+    if let Some(otlp) = &options.otlp {
+        tasks.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
+    }
 
     let mut ready = Checks::default();
     ready.add("probes", || Ok(()));

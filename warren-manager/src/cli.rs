@@ -4,6 +4,8 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 
+use warren_telemetry::otlp::OtlpArguments;
+
 use crate::{liveness, manager::Options};
 
 /// How a manager works.
@@ -24,6 +26,9 @@ pub struct ManagerArguments {
     /// Log entries between snapshots.
     #[arg(long, env = "WARREN_SNAPSHOT_AFTER", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(10..))]
     pub snapshot_after: u64,
+    /// Where metrics are pushed to.
+    #[command(flatten)]
+    pub otlp: OtlpArguments,
 }
 
 impl ManagerArguments {
@@ -37,6 +42,7 @@ impl ManagerArguments {
             metrics_addr: self.metrics_addr,
             snapshot_after: self.snapshot_after,
             liveness: liveness::Timing::default(),
+            otlp: self.otlp.options(),
         }
     }
 }

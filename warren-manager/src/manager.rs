@@ -17,6 +17,7 @@ use warren_raft::{Disconnected, Node, Profile};
 use warren_telemetry::{
     Checks, Meters, ProcessSource,
     endpoint::{self, Endpoint},
+    otlp,
     table::Emitter,
 };
 
@@ -48,6 +49,8 @@ pub struct Options {
     pub snapshot_after: u64,
     /// Heartbeats of agents.
     pub liveness: liveness::Timing,
+    /// Where metrics are pushed to, if anywhere.
+    pub otlp: Option<otlp::Options>,
 }
 
 /// The first manager of a cluster.
@@ -81,6 +84,9 @@ pub enum Error {
     /// The metrics' address.
     #[error(transparent)]
     Metrics(#[from] endpoint::BindError),
+    /// The collector's address.
+    #[error(transparent)]
+    Otlp(#[from] otlp::InvalidEndpoint),
 }
 
 impl Error {
@@ -89,7 +95,7 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::NotLoopback(_) => 2,
+            Self::NotLoopback(_) | Self::Otlp(_) => 2,
             Self::DataDir(_) | Self::Raft(warren_raft::Error::Storage { .. }) => 8,
             Self::Listen { .. } | Self::Metrics(_) => 7,
             Self::Raft(_) | Self::Store(_) => 1,
@@ -171,6 +177,9 @@ pub async fn run_in(
     tasks.spawn(controller.run(shutdown.clone()));
     tasks.spawn(count_leader_changes(raft.clone(), Arc::clone(&metrics), shutdown.clone()));
 
+    if let Some(otlp) = &options.otlp {
+        tasks.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
+    }
     let endpoint = Endpoint { meters, health: health(&raft), ready: ready(&store, &options.data_dir) };
     tasks.spawn(log_failure("metrics", endpoint.serve(metrics_listener, shutdown.clone().cancelled_owned())));
     let server = || Server::builder().layer(MetricsLayer::new(Arc::clone(&metrics)));

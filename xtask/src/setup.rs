@@ -1,17 +1,17 @@
 //! Finding or installing what a machine needs.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::{
     build_ebpf,
-    run::{find, step},
+    run::{find, step, target},
 };
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Also what only the tests need: Prometheus, dnsmasq, dig.
+    /// Also what only the tests need: Prometheus, dnsmasq, an OTLP collector.
     #[arg(long)]
     pub(crate) tests: bool,
 }
@@ -27,21 +27,19 @@ const fn tool(program: &'static str, package: &'static str, why: &'static str) -
     Tool { program, package, why }
 }
 
-const TOOLS: [Tool; 7] = [
+const TOOLS: [Tool; 6] = [
     tool("cc", "gcc", "compiles what some Rust libraries bring in C"),
     tool("protoc", "protobuf-compiler", "generates the wire contract's code"),
     tool("containerd", "containerd", "runs containers"),
     tool("runc", "runc", "runs containers"),
     tool("busybox", "busybox-static", "is the demo image"),
-    tool("ip", "iproute2", "looks at networks"),
     tool("git", "git", "names the commit a binary is built from"),
 ];
 
-const TEST_TOOLS: [Tool; 4] = [
+const TEST_TOOLS: [Tool; 3] = [
     tool("prometheus", "prometheus", "scrapes Warren in tests"),
     tool("promtool", "prometheus", "checks metrics in tests"),
     tool("dnsmasq", "dnsmasq-base", "answers DNS queries in tests"),
-    tool("dig", "bind9-dnsutils", "asks DNS queries in tests"),
 ];
 
 /// Headers that protoc's own types come in.
@@ -60,10 +58,41 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         println!("protoc's types are missing: the wire contract uses them");
         missing.push("libprotobuf-dev");
     }
+    if arguments.tests && find("pip3").is_none() {
+        println!("pip is missing: it fetches an OTLP collector for tests");
+        missing.push("python3-pip");
+    }
     install(&missing)?;
+    if arguments.tests {
+        collector()?;
+    }
     build_ebpf::setup()?;
     println!("==> this machine has all that Warren needs");
     Ok(())
+}
+
+/// An OpenTelemetry collector that comes as a Python package with a binary in it: unpacked, not installed.
+const COLLECTOR: &str = "rotel==0.0.1a15";
+
+fn collector() -> Result<()> {
+    let directory = target().join("tools/rotel");
+    if directory.join("rotel/rotel-agent").exists() {
+        return Ok(());
+    }
+    fs::create_dir_all(&directory)?;
+    let mut download = Command::new("pip3");
+    download
+        .args(["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest"])
+        .arg(&directory)
+        .arg(COLLECTOR);
+    step("fetching an OTLP collector for tests", &mut download)?;
+    let mut files = fs::read_dir(&directory)?.flatten().map(|entry| entry.path());
+    let wheel = files.find(|path| path.extension().is_some_and(|extension| extension == "whl"));
+    let wheel = wheel.context("pip fetched no wheel")?;
+    step("unpacking it", Command::new("python3").args(["-m", "zipfile", "--extract"]).arg(wheel).arg(&directory))?;
+    let binary = directory.join("rotel/rotel-agent");
+    fs::set_permissions(&binary, fs::Permissions::from_mode(0o755))
+        .with_context(|| format!("{} is not in the wheel", binary.display()))
 }
 
 /// Installs Debian packages without starting the services in them; elsewhere, says what to install.

@@ -7,7 +7,10 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use warren_agent::cli::{AgentArguments, LogOptions, NodeArguments, cancelled_by_signals};
 use warren_manager::cli::ManagerArguments;
-use warren_telemetry::logs::{self, Style};
+use warren_telemetry::{
+    logs::{self, Style},
+    otlp::OtlpArguments,
+};
 
 use crate::error::Error;
 
@@ -34,6 +37,8 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     node: NodeArguments,
     #[command(flatten)]
+    otlp: OtlpArguments,
+    #[command(flatten)]
     logs: LogOptions,
 }
 
@@ -46,6 +51,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
         socket: arguments.socket.clone(),
         metrics_addr: arguments.metrics_addr,
         snapshot_after: 5000,
+        otlp: arguments.otlp.clone(),
     };
     let agent = AgentArguments {
         data_dir: arguments.data_dir.join("agent"),
@@ -54,6 +60,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
         labels: Vec::new(),
         metrics_addr: arguments.agent_metrics_addr,
         node: arguments.node,
+        otlp: arguments.otlp,
     };
     let shutdown = cancelled_by_signals()?;
     // The agent goes first, so that its session is over when the manager ends.

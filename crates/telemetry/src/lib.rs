@@ -12,6 +12,7 @@ mod family;
 mod health;
 pub mod logs;
 mod meters;
+pub mod otlp;
 mod process;
 mod series;
 pub mod table;

@@ -2,6 +2,7 @@ use std::{
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex},
+    time::SystemTime,
 };
 
 use opentelemetry::{
@@ -30,6 +31,9 @@ struct Inner {
     registry: Registry,
     meter: Meter,
     sources: Mutex<Vec<Arc<dyn Source>>>,
+    resource: Vec<(&'static str, String)>,
+    since: SystemTime,
+    exports: Counter<u64>,
     // Dropping the last handle of the provider would empty the registry.
     _provider: SdkMeterProvider,
 }
@@ -65,14 +69,41 @@ impl Meters {
         let provider = SdkMeterProvider::builder().with_resource(resource).with_reader(exporter).build();
         // One meter: the same instrument under two would be two series of one name.
         let meter = provider.meter("warren");
-        Self { inner: Arc::new(Inner { emitters, registry, meter, sources: Mutex::default(), _provider: provider }) }
+        let exports = counter(&meter, "warren_otlp_exports_total");
+        for succeeded in [true, false] {
+            exports.add(0, &[export_result(succeeded)]);
+        }
+        let resource = vec![
+            ("service.name", service.to_owned()),
+            ("service.instance.id", instance.to_owned()),
+            ("service.version", env!("CARGO_PKG_VERSION").to_owned()),
+            ("host.name", rustix::system::uname().nodename().to_string_lossy().into_owned()),
+        ];
+        let inner = Inner {
+            emitters,
+            registry,
+            meter,
+            sources: Mutex::default(),
+            resource,
+            since: SystemTime::now(),
+            exports,
+            _provider: provider,
+        };
+        Self { inner: Arc::new(inner) }
     }
 
-    fn definition(name: &str, kind: Kind) -> &'static Metric {
-        match table::find(name) {
-            Some(metric) if metric.kind == kind => metric,
-            _ => panic!("the table of metrics has no {kind} {name}"),
-        }
+    /// What the process is, in OpenTelemetry's terms.
+    pub(crate) fn resource(&self) -> &[(&'static str, String)] {
+        &self.inner.resource
+    }
+
+    /// When counting began.
+    pub(crate) fn since(&self) -> SystemTime {
+        self.inner.since
+    }
+
+    pub(crate) fn count_export(&self, succeeded: bool) {
+        self.inner.exports.add(1, &[export_result(succeeded)]);
     }
 
     /// The counter of this name.
@@ -82,8 +113,7 @@ impl Meters {
     /// If the table has no such counter, a mistake that any run of the code shows.
     #[must_use]
     pub fn counter(&self, name: &'static str) -> Counter<u64> {
-        let metric = Self::definition(name, Kind::Counter);
-        self.inner.meter.u64_counter(name).with_description(metric.help).with_unit(metric.unit).build()
+        counter(&self.inner.meter, name)
     }
 
     /// The histogram of this name, with the table's buckets.
@@ -93,7 +123,7 @@ impl Meters {
     /// If the table has no such histogram, a mistake that any run of the code shows.
     #[must_use]
     pub fn histogram(&self, name: &'static str) -> Histogram<f64> {
-        let metric = Self::definition(name, Kind::Histogram);
+        let metric = definition(name, Kind::Histogram);
         self.inner
             .meter
             .f64_histogram(name)
@@ -110,7 +140,7 @@ impl Meters {
     ///
     /// If the table has no such gauge, a mistake that any run of the code shows.
     pub fn gauge(&self, name: &'static str, observe: impl Fn(&GaugeObserver<'_>) + Send + Sync + 'static) {
-        let metric = Self::definition(name, Kind::Gauge);
+        let metric = definition(name, Kind::Gauge);
         self.inner
             .meter
             .f64_observable_gauge(name)
@@ -146,6 +176,22 @@ impl Meters {
         let contributed = sources.iter().flat_map(|source| source.collect()).collect();
         assemble(self.inner.registry.gather(), contributed, |metric| self.inner.emitters.contains(&metric.emitter))
     }
+}
+
+fn definition(name: &str, kind: Kind) -> &'static Metric {
+    match table::find(name) {
+        Some(metric) if metric.kind == kind => metric,
+        _ => panic!("the table of metrics has no {kind} {name}"),
+    }
+}
+
+fn counter(meter: &Meter, name: &'static str) -> Counter<u64> {
+    let metric = definition(name, Kind::Counter);
+    meter.u64_counter(name).with_description(metric.help).with_unit(metric.unit).build()
+}
+
+fn export_result(succeeded: bool) -> KeyValue {
+    KeyValue::new("result", if succeeded { "success" } else { "failure" })
 }
 
 /// Reports a gauge's values in [`Meters::gauge`].

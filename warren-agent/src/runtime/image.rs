@@ -67,6 +67,10 @@ impl FromStr for ImageName {
                 && component.starts_with(|c: char| c.is_ascii_alphanumeric())
                 && !component.bytes().any(|b| b.is_ascii_uppercase() || b == b':')
         };
+        // A host and a port; what is not checked here, resolving the host will be.
+        if !registry.starts_with(|c: char| c.is_ascii_alphanumeric()) || registry.matches(':').count() > 1 {
+            return Err(invalid("what stands before the first slash is no registry"));
+        }
         if !repository.split('/').all(well_formed) {
             return Err(invalid("its repository must be lower-case words between slashes"));
         }

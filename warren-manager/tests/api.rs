@@ -1,0 +1,291 @@
+//! The API of a manager in this process: pages, watches, compare-and-swap, and a scripted agent on the wire.
+
+use std::{net::TcpListener, time::Duration};
+
+use tempfile::TempDir;
+use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Streaming, transport::Channel};
+use warren_manager::{Options, liveness};
+use warren_proto::v1::{
+    self, agent_message, containers_client::ContainersClient, dispatcher_client::DispatcherClient, manager_message,
+    nodes_client::NodesClient, service_spec::Mode, services_client::ServicesClient, watch_containers_response::Change,
+};
+
+struct Manager {
+    channel: Channel,
+    shutdown: CancellationToken,
+    task: tokio::task::JoinHandle<()>,
+    _directory: TempDir,
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
+}
+
+impl Manager {
+    async fn start() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = directory.path().join("w.sock");
+        let address = format!("127.0.0.1:{}", free_port());
+        let options = Options {
+            data_dir: directory.path().join("data"),
+            listen_addr: address.parse().expect("an address"),
+            socket,
+            metrics_addr: format!("127.0.0.1:{}", free_port()).parse().expect("an address"),
+            snapshot_after: 1000,
+            liveness: liveness::Timing { heartbeat: Duration::from_millis(100), tolerated: 5, max_rate: 500 },
+            otlp: None,
+        };
+        let shutdown = CancellationToken::new();
+        let (started, serving) = tokio::sync::oneshot::channel();
+        let token = shutdown.clone();
+        let task = tokio::spawn(async move {
+            let outcome = warren_manager::run(options, token, || started.send(()).expect("the test waits")).await;
+            outcome.expect("the manager starts");
+        });
+        serving.await.expect("the manager serves");
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}")).expect("an address");
+        let channel = endpoint.connect().await.expect("it answers");
+        Self { channel, shutdown, task, _directory: directory }
+    }
+
+    fn services(&self) -> ServicesClient<Channel> {
+        ServicesClient::new(self.channel.clone())
+    }
+
+    fn containers(&self) -> ContainersClient<Channel> {
+        ContainersClient::new(self.channel.clone())
+    }
+
+    async fn stop(self) {
+        self.shutdown.cancel();
+        self.task.await.expect("it ends");
+    }
+
+    async fn create(&self, name: &str, replicas: i64) -> v1::Service {
+        let request = v1::CreateServiceRequest { spec: Some(spec(name, replicas)), request_id: String::new() };
+        self.services().create_service(request).await.expect("created").into_inner().service.expect("a service")
+    }
+}
+
+fn spec(name: &str, replicas: i64) -> v1::ServiceSpec {
+    v1::ServiceSpec {
+        name: name.to_owned(),
+        mode: Some(Mode::Replicated(v1::Replicated { replicas })),
+        container: Some(v1::ContainerSpec { image: "demo".to_owned(), ..Default::default() }),
+        ..Default::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_page_and_prefixes_find() {
+    let manager = Manager::start().await;
+    for i in 0..7 {
+        manager.create(&format!("s-{i}"), 0).await;
+    }
+    let (mut names, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let request = v1::ListServicesRequest { page_size: 3, page_token };
+        let page = manager.services().list_services(request).await.expect("a page").into_inner();
+        assert!(page.services.len() <= 3);
+        names.extend(page.services.into_iter().filter_map(|service| service.spec).map(|spec| spec.name));
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(names, ["s-0", "s-1", "s-2", "s-3", "s-4", "s-5", "s-6"]);
+    let bad = v1::ListServicesRequest { page_size: 3, page_token: "nonsense".to_owned() };
+    assert_eq!(manager.services().list_services(bad).await.expect_err("refused").code(), Code::InvalidArgument);
+
+    let known = manager.create("by-prefix", 0).await;
+    let get = |name: &str| v1::GetServiceRequest { service: name.to_owned() };
+    let found = manager.services().get_service(get(&known.id[..20])).await.expect("found").into_inner();
+    assert_eq!(found.service.map(|service| service.id), Some(known.id));
+    let ambiguous = manager.services().get_service(get("")).await.expect_err("nothing is named so");
+    assert_eq!(ambiguous.code(), Code::NotFound);
+    manager.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_writers_who_saw_the_same_one_is_refused() {
+    let manager = Manager::start().await;
+    let seen = manager.create("web", 0).await;
+    let update = |replicas| v1::UpdateServiceRequest {
+        service: "web".to_owned(),
+        spec: Some(spec("web", replicas)),
+        version: seen.version,
+        request_id: String::new(),
+    };
+    manager.services().update_service(update(1)).await.expect("the first");
+    let second = manager.services().update_service(update(2)).await.expect_err("the second");
+    assert_eq!(second.code(), Code::Aborted);
+    // A retry with the request's own id is the same request.
+    let request = v1::CreateServiceRequest { spec: Some(spec("once", 0)), request_id: "r-1".to_owned() };
+    let first = manager.services().create_service(request.clone()).await.expect("created").into_inner();
+    let again = manager.services().create_service(request).await.expect("answered").into_inner();
+    assert_eq!(first, again);
+    manager.stop().await;
+}
+
+/// An agent as the wire sees it.
+struct Agent {
+    sender: tokio::sync::mpsc::Sender<v1::AgentMessage>,
+    incoming: Streaming<v1::ManagerMessage>,
+}
+
+impl Agent {
+    async fn connect(manager: &Manager, id: &str) -> Self {
+        let description = v1::NodeDescription {
+            hostname: id.to_owned(),
+            resources: Some(v1::ResourceAmounts { cpu_millis: 1000, memory_bytes: 1 << 30 }),
+            ..Default::default()
+        };
+        let request = v1::RegisterNodeRequest { node_id: id.to_owned(), description: Some(description) };
+        NodesClient::new(manager.channel.clone()).register_node(request).await.expect("registered");
+        let (sender, outgoing) = tokio::sync::mpsc::channel(16);
+        let hello = v1::Hello { node_id: id.to_owned(), boot_id: "b".to_owned() };
+        let hello = v1::AgentMessage { message: Some(agent_message::Message::Hello(hello)) };
+        sender.send(hello).await.expect("open");
+        let session = DispatcherClient::new(manager.channel.clone()).session(ReceiverStream::new(outgoing)).await;
+        let mut agent = Self { sender, incoming: session.expect("a session").into_inner() };
+        let first = agent.incoming.next().await.expect("open").expect("a message").message;
+        assert!(matches!(first, Some(manager_message::Message::Welcome(_))), "{first:?}");
+        agent
+    }
+
+    async fn assignments(&mut self) -> v1::Assignments {
+        loop {
+            let message = tokio::time::timeout(Duration::from_secs(10), self.incoming.next()).await;
+            match message.expect("in time").expect("open").expect("a message").message {
+                Some(manager_message::Message::Assignments(assignments)) => return assignments,
+                _ => continue,
+            }
+        }
+    }
+
+    async fn report(&self, id: &str, state: v1::ContainerState) {
+        let status = v1::ContainerStatus { state: state.into(), ..Default::default() };
+        let statuses = vec![v1::ReportedStatus { container_id: id.to_owned(), status: Some(status) }];
+        let message = agent_message::Message::Status(v1::StatusReport { statuses });
+        self.sender.send(v1::AgentMessage { message: Some(message) }).await.expect("open");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_gets_a_complete_set_and_then_differences() {
+    let manager = Manager::start().await;
+    let mut agent = Agent::connect(&manager, "node1").await;
+    let first = agent.assignments().await;
+    assert_eq!((first.kind(), first.changed.len()), (v1::AssignmentKind::Complete, 0));
+
+    manager.create("web", 2).await;
+    let mut assigned = Vec::new();
+    let mut at = first.results_in;
+    while assigned.len() < 2 {
+        let next = agent.assignments().await;
+        assert_eq!((next.kind(), next.applies_to), (v1::AssignmentKind::Incremental, at));
+        at = next.results_in;
+        assigned.extend(next.changed);
+    }
+    for assignment in &assigned {
+        assert_eq!(assignment.desired_state(), v1::ContainerState::Running);
+        agent.report(&assignment.container_id, v1::ContainerState::Running).await;
+    }
+    let delete = v1::DeleteServiceRequest { service: "web".to_owned(), request_id: String::new() };
+    manager.services().delete_service(delete).await.expect("deleted");
+    let mut leaving = Vec::new();
+    while leaving.len() < 2 {
+        leaving.extend(agent.assignments().await.changed);
+    }
+    // The agent is asked about each until it has reported its end.
+    for assignment in &leaving {
+        assert_eq!(assignment.desired_state(), v1::ContainerState::Removed);
+        agent.report(&assignment.container_id, v1::ContainerState::Shutdown).await;
+    }
+    let mut removed = Vec::new();
+    while removed.len() < 2 {
+        removed.extend(agent.assignments().await.removed);
+    }
+    // A session of a node that nobody registered is refused.
+    let (sender, outgoing) = tokio::sync::mpsc::channel(1);
+    let hello = v1::Hello { node_id: "stranger".to_owned(), boot_id: String::new() };
+    let hello = v1::AgentMessage { message: Some(agent_message::Message::Hello(hello)) };
+    sender.send(hello).await.expect("open");
+    let refused = DispatcherClient::new(manager.channel.clone()).session(ReceiverStream::new(outgoing)).await;
+    assert_eq!(refused.expect_err("refused").code(), Code::NotFound);
+    manager.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_shows_what_is_there_and_every_change_after() {
+    let manager = Manager::start().await;
+    manager.create("web", 1).await;
+    let mut agent = Agent::connect(&manager, "node1").await;
+    let assignment = loop {
+        if let Some(assignment) = agent.assignments().await.changed.pop() {
+            break assignment;
+        }
+    };
+    let listed = manager.containers().list_containers(v1::ListContainersRequest::default()).await.expect("a list");
+    let revision = listed.into_inner().revision;
+    let watch = async |since_revision| {
+        let request = v1::WatchContainersRequest { service: String::new(), since_revision };
+        manager.containers().watch_containers(request).await.map(tonic::Response::into_inner)
+    };
+    let mut from_start = watch(0).await.expect("a watch");
+    let mut from_list = watch(revision).await.expect("a watch");
+    let state_of = |response: v1::WatchContainersResponse| match response.change {
+        Some(Change::Changed(container)) => (container.id.clone(), container.status.unwrap_or_default().state()),
+        other => panic!("not a change: {other:?}"),
+    };
+    let (id, _) = state_of(from_start.next().await.expect("open").expect("a message"));
+    assert_eq!(id, assignment.container_id);
+
+    agent.report(&assignment.container_id, v1::ContainerState::Running).await;
+    for watch in [&mut from_start, &mut from_list] {
+        loop {
+            let response = tokio::time::timeout(Duration::from_secs(10), watch.next()).await;
+            let response = response.expect("in time").expect("open").expect("a message");
+            assert!(response.revision >= revision);
+            if state_of(response).1 == v1::ContainerState::Running {
+                break;
+            }
+        }
+    }
+    let delete = v1::DeleteServiceRequest { service: "web".to_owned(), request_id: String::new() };
+    manager.services().delete_service(delete).await.expect("deleted");
+    agent.report(&assignment.container_id, v1::ContainerState::Shutdown).await;
+    loop {
+        let response = tokio::time::timeout(Duration::from_secs(10), from_list.next()).await;
+        if let Some(Change::Deleted(id)) = response.expect("in time").expect("open").expect("a message").change {
+            assert_eq!(id, assignment.container_id);
+            break;
+        }
+    }
+    manager.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_node_is_down_and_can_be_removed() {
+    let manager = Manager::start().await;
+    let agent = Agent::connect(&manager, "node1").await;
+    let mut nodes = NodesClient::new(manager.channel.clone());
+    let remove = || v1::RemoveNodeRequest { node: "node1".to_owned() };
+    assert_eq!(nodes.remove_node(remove()).await.expect_err("it is up").code(), Code::FailedPrecondition);
+    drop(agent);
+    let mut status = v1::NodeStatus::Ready;
+    for _ in 0..100 {
+        let node = nodes.get_node(v1::GetNodeRequest { node: "node1".to_owned() }).await.expect("known").into_inner();
+        status = node.node.map(|node| node.status()).unwrap_or_default();
+        if status == v1::NodeStatus::Down {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(status, v1::NodeStatus::Down);
+    nodes.remove_node(remove()).await.expect("removed");
+    assert_eq!(nodes.remove_node(remove()).await.expect_err("gone").code(), Code::NotFound);
+    manager.stop().await;
+}
