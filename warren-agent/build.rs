@@ -12,10 +12,4 @@ fn main() {
     println!("cargo:rerun-if-changed={}", object.display());
     let bytes = fs::read(&object).unwrap_or_default();
     fs::write(&out, bytes).expect("OUT_DIR is writable");
-
-    println!("cargo:rerun-if-changed={}", manifest.join("../.git/HEAD").display());
-    let revision = std::process::Command::new("git").args(["rev-parse", "--short=12", "HEAD"]).output();
-    let revision = revision.ok().filter(|output| output.status.success()).map(|output| output.stdout);
-    let revision = revision.and_then(|bytes| String::from_utf8(bytes).ok());
-    println!("cargo:rustc-env=WARREN_REVISION={}", revision.as_deref().map_or("unknown", str::trim));
 }

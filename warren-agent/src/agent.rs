@@ -14,6 +14,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use warren_proto::v1;
 use warren_telemetry::{
     Checks, Measurement, Meters, ProcessSource, Series, Source,
+    build::BuildInfo,
     endpoint::{self, Endpoint},
     otlp,
     table::Emitter,
@@ -196,7 +197,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
 
     let meters = Meters::new("warren-agent", &node_id, &[Emitter::Agent, Emitter::Both]);
     meters.add_source(Arc::new(ProcessSource));
-    node::export_build_info(&meters);
+    meters.add_source(Arc::new(BuildInfo));
     for source in &sources {
         meters.add_source(Arc::new(Labelled { hostname: options.hostname.clone(), source: Arc::clone(source) }));
     }

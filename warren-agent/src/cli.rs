@@ -5,6 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 use clap::{Args, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 use warren_telemetry::{
+    build,
     logs::{self, Style},
     otlp::OtlpArguments,
 };
@@ -13,7 +14,7 @@ use crate::{agent, node, observe, probes};
 
 /// Warren's node agent: runs containers, times them and their DNS queries in the kernel.
 #[derive(Debug, Parser)]
-#[command(name = "warren-agent", args_override_self = true, version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("WARREN_REVISION"), ")"))]
+#[command(name = "warren-agent", args_override_self = true, version = build::LONG_VERSION)]
 pub struct Arguments {
     #[command(flatten)]
     logs: LogOptions,

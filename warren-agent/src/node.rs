@@ -1,28 +1,9 @@
 //! What a node is: its name, its resources, its software.
 
-use std::{collections::BTreeMap, fs, sync::Arc};
+use std::{collections::BTreeMap, fs};
 
 use warren_proto::v1;
-use warren_telemetry::{Measurement, Meters, Series, Source};
-
-/// This build's version.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// The commit it was built from.
-pub const REVISION: &str = env!("WARREN_REVISION");
-
-struct BuildInfo;
-
-impl Source for BuildInfo {
-    fn collect(&self) -> Vec<Series> {
-        let labels = [("version", VERSION), ("revision", REVISION)];
-        vec![Series::new("warren_build_info", &labels, Measurement::Gauge(1.0))]
-    }
-}
-
-/// Exports version and commit as `warren_build_info`.
-pub fn export_build_info(meters: &Meters) {
-    meters.add_source(Arc::new(BuildInfo));
-}
+use warren_telemetry::build;
 
 /// The machine's name.
 #[must_use]
@@ -39,7 +20,7 @@ pub fn describe(hostname: &str, labels: BTreeMap<String, String>, probes: v1::Pr
         hostname: hostname.to_owned(),
         labels,
         resources: Some(v1::ResourceAmounts { cpu_millis: cores as i64 * 1000, memory_bytes: memory_bytes() }),
-        agent_version: format!("{VERSION} ({REVISION})"),
+        agent_version: build::LONG_VERSION.to_owned(),
         architecture: std::env::consts::ARCH.to_owned(),
         kernel: uname.release().to_string_lossy().into_owned(),
         probes: Some(probes),

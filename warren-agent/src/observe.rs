@@ -9,10 +9,12 @@ use std::{
 
 use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use warren_telemetry::{Checks, Meters, ProcessSource, Series, Source, endpoint, otlp, table::Emitter};
+use warren_telemetry::{
+    Checks, Meters, ProcessSource, Series, Source, build::BuildInfo, endpoint, otlp, table::Emitter,
+};
 
 use crate::{
-    agent, node,
+    agent,
     probes::{self, DnsEvent, Groups, LifecycleEvent, Maps, Phase, ProbeSource, Sweep, drain_dns, drain_lifecycle},
     runtime,
 };
@@ -63,7 +65,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
 
     let meters = Meters::new("warren-agent", &options.hostname, &[Emitter::Agent, Emitter::Both]);
     meters.add_source(Arc::new(ProcessSource));
-    node::export_build_info(&meters);
+    meters.add_source(Arc::new(BuildInfo));
     let source = ProbeSource::new(Arc::clone(&maps), Arc::clone(&groups));
     meters.add_source(Arc::new(Labelled { hostname: options.hostname.clone(), source }));
 

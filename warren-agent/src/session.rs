@@ -88,7 +88,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Containers are listed this often even if no event says so.
 const REPAIR: Duration = Duration::from_secs(30);
 /// News of containers waits this long for more.
-const QUIET: Duration = Duration::from_millis(10);
+const QUIET: Duration = Duration::from_millis(2);
 /// A manager answers a hello within this time, or is as good as away.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 

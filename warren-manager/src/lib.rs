@@ -22,8 +22,3 @@ mod telemetry;
 mod validate;
 
 pub use manager::{Error, Options, run};
-
-/// This build's version.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// The commit it was built from.
-pub const REVISION: &str = env!("WARREN_REVISION");

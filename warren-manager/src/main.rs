@@ -6,11 +6,14 @@ use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use warren_manager::cli::ManagerArguments;
-use warren_telemetry::logs::{self, Style};
+use warren_telemetry::{
+    build,
+    logs::{self, Style},
+};
 
 /// Warren's manager: keeps the cluster's state in Raft, schedules, and tells the agents.
 #[derive(Debug, Parser)]
-#[command(name = "warren-manager", args_override_self = true, version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("WARREN_REVISION"), ")"))]
+#[command(name = "warren-manager", args_override_self = true, version = build::LONG_VERSION)]
 struct Arguments {
     /// What to log, as `level` or `module=level,...`.
     #[arg(long, env = "WARREN_LOG", default_value = "info")]

@@ -8,7 +8,7 @@ use std::{
 use opentelemetry::KeyValue;
 use tokio::time::Instant;
 use warren_proto::v1;
-use warren_telemetry::{Measurement, Meters, Series, Source};
+use warren_telemetry::{Meters, Series, Source, build::BuildInfo};
 
 use crate::{
     ids::NodeId,
@@ -103,17 +103,6 @@ impl Source for AgentSeries {
         self.collected.retain(&self.store.view());
         let table = self.collected.table();
         table.snapshots.values().flat_map(|snapshot| snapshot.series.clone()).collect()
-    }
-}
-
-/// This build's version and commit.
-#[derive(Debug)]
-struct BuildInfo;
-
-impl Source for BuildInfo {
-    fn collect(&self) -> Vec<Series> {
-        let labels = [("version", crate::VERSION), ("revision", crate::REVISION)];
-        vec![Series::new("warren_build_info", &labels, Measurement::Gauge(1.0))]
     }
 }
 

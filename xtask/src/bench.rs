@@ -9,15 +9,30 @@ use crate::{
 };
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct Arguments {}
+pub(crate) struct Arguments {
+    /// Only these: containers, packets, raft, memory.
+    sections: Vec<String>,
+}
 
-pub(crate) fn run(_arguments: Arguments) -> Result<()> {
+pub(crate) fn run(arguments: Arguments) -> Result<()> {
     setup::run(setup::Arguments { tests: true })?;
     build_ebpf::run()?;
     // Not --quiet: the first optimised build takes minutes.
     step("building everything optimised", cargo().args(["build", "--locked", "--workspace", "--release"]))?;
     step(
         "measuring",
-        cargo().args(["run", "--quiet", "--locked", "--release", "--package", "warren-tests", "--bin", "warren-bench"]),
+        cargo()
+            .args([
+                "run",
+                "--quiet",
+                "--locked",
+                "--release",
+                "--package",
+                "warren-tests",
+                "--bin",
+                "warren-bench",
+                "--",
+            ])
+            .args(&arguments.sections),
     )
 }

@@ -14,20 +14,19 @@ mod up;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
+use warren_telemetry::build::LONG_VERSION;
 
 use crate::{client::ClientArguments, error::Error, output::say};
 
 /// Warren runs containers on small and edge clusters, and times them in the kernel.
 #[derive(Debug, Parser)]
-#[command(name = "warren", version = VERSION, args_override_self = true)]
+#[command(name = "warren", version = LONG_VERSION, args_override_self = true)]
 struct Arguments {
     #[command(flatten)]
     client: ClientArguments,
     #[command(subcommand)]
     command: Command,
 }
-
-const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("WARREN_REVISION"), ")");
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -83,7 +82,7 @@ async fn run(arguments: Arguments) -> Result<(), Error> {
 }
 
 async fn version(client: &ClientArguments) -> Result<(), Error> {
-    say!("warren   {VERSION}");
+    say!("warren   {LONG_VERSION}");
     let manager = match client.cluster().await {
         Ok(mut cluster) => cluster.get_cluster_info(warren_proto::v1::GetClusterInfoRequest {}).await.ok(),
         Err(_) => None,

@@ -6,6 +6,7 @@
 //!
 //! Nothing here decides what is worth measuring: that is the components' part.
 
+pub mod build;
 pub mod endpoint;
 pub mod exposition;
 mod family;

@@ -65,51 +65,30 @@ const APPLY: &[f64] = &[0.00001, 0.00005, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.
 const REQUEST: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 /// Batch sizes.
 const BATCH: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 5000.0];
-/// What the kernel aggregates: bounds on powers of two seconds, which its exponential slots meet exactly; 30.5 us to 8 s.
-pub const KERNEL_FAST: &[f64] = &[
-    0.000030517578125,
-    0.00006103515625,
-    0.0001220703125,
-    0.000244140625,
-    0.00048828125,
-    0.0009765625,
-    0.001953125,
-    0.00390625,
-    0.0078125,
-    0.015625,
-    0.03125,
-    0.0625,
-    0.125,
-    0.25,
-    0.5,
-    1.0,
-    2.0,
-    4.0,
-    8.0,
-];
-/// Container operations, on powers of two seconds: 1 ms to 512 s.
-pub const KERNEL_SLOW: &[f64] = &[
-    0.0009765625,
-    0.001953125,
-    0.00390625,
-    0.0078125,
-    0.015625,
-    0.03125,
-    0.0625,
-    0.125,
-    0.25,
-    0.5,
-    1.0,
-    2.0,
-    4.0,
-    8.0,
-    16.0,
-    32.0,
-    64.0,
-    128.0,
-    256.0,
-    512.0,
-];
+/// Powers of two, from `2^first` on.
+const fn octaves<const N: usize>(first: i32) -> [f64; N] {
+    let mut bounds = [1.0; N];
+    let mut i = 0;
+    while i < N {
+        let mut exponent = first + i as i32;
+        while exponent < 0 {
+            bounds[i] /= 2.0;
+            exponent += 1;
+        }
+        while exponent > 0 {
+            bounds[i] *= 2.0;
+            exponent -= 1;
+        }
+        i += 1;
+    }
+    bounds
+}
+
+/// What the kernel aggregates: bounds on powers of two seconds, which its exponential slots meet exactly. For packets: 30.5 us
+/// to 8 s.
+const KERNEL_FAST: &[f64] = &octaves::<19>(-15);
+/// For container operations: 1 ms to 512 s.
+const KERNEL_SLOW: &[f64] = &octaves::<20>(-10);
 
 use Emitter::{Agent, Both, Manager};
 use Kind::{Counter, Gauge, Histogram};

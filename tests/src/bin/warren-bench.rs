@@ -22,11 +22,15 @@ use warren_raft::{Disconnected, Freeze, Node, Options, Profile, StateMachine, Un
 use warren_tests::{World, image_name, until};
 
 fn main() {
+    const SECTIONS: [(&str, fn()); 4] =
+        [("containers", containers), ("packets", packets), ("raft", raft), ("memory", memory)];
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
     println!("{}", machine());
-    containers();
-    packets();
-    raft();
-    memory();
+    for (name, measure) in SECTIONS {
+        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+            measure();
+        }
+    }
 }
 
 /// What this was measured on.

@@ -226,7 +226,10 @@ fn install(directory: &Path, kernel: &Kernel, config: &Config, cgroup: &Path, pr
     let epoch = maps::read_meta(directory).map(|meta| meta.epoch).ok().filter(|epoch| *epoch != 0);
 
     let pins: Vec<PathBuf> = maps::NAMES.iter().map(|name| directory.join(name)).collect();
+    // Parsed once: it is megabytes.
+    let btf = Btf::from_sys_fs().map_err(|error| Error::Btf(error.to_string()))?;
     let mut loader = EbpfLoader::new();
+    loader.btf(Some(&btf));
     loader.override_global("OFFSETS", &kernel.offsets, true);
     loader.override_global("CONFIG", config, true);
     for (name, pin) in maps::NAMES.iter().zip(&pins) {
@@ -235,7 +238,6 @@ fn install(directory: &Path, kernel: &Kernel, config: &Config, cgroup: &Path, pr
     let mut ebpf = loader.load(OBJECT).map_err(Box::new)?;
     name_runtimes(&mut ebpf)?;
 
-    let btf = Btf::from_sys_fs().map_err(|error| Error::Btf(error.to_string()))?;
     for program in PROGRAMS {
         let link = attach(&mut ebpf, program, &btf, cgroup, directory)?;
         let pin = link_pin(directory, program.name);

@@ -1,5 +1,6 @@
 use tonic::{Request, Response, Status};
 use warren_proto::v1::{self, cluster_server};
+use warren_telemetry::build;
 
 use super::Context;
 
@@ -27,7 +28,7 @@ impl cluster_server::Cluster for Cluster {
                 .into_iter()
                 .map(|member| v1::Manager { id: member.id, address: member.address, voter: member.voter })
                 .collect(),
-            version: format!("{} ({})", crate::VERSION, crate::REVISION),
+            version: build::LONG_VERSION.to_owned(),
         }))
     }
 }

@@ -16,8 +16,8 @@ use crate::{
     store::Store,
 };
 
-/// News waits this long for more of it.
-const QUIET: Duration = Duration::from_millis(50);
+/// News waits this long for more of it; while it is written, more comes together by itself.
+const QUIET: Duration = Duration::from_millis(5);
 /// Before trying again what consensus would not take.
 const RETRY: Duration = Duration::from_millis(500);
 

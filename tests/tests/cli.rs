@@ -1,0 +1,77 @@
+//! The command `warren`: tables for people, JSON for programs.
+
+use serde_json::Value;
+use warren_tests::{World, image_name, until};
+
+const WELL_BEHAVED: &str = "trap 'exit 0' TERM; while :; do sleep 0.05; done";
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+#[test]
+fn every_verb_shows_what_it_should() {
+    let world = World::with_warren("cli");
+    let options = ["--env", "COLOUR=blue", "--label", "tier=front", "--limit-memory", "64M", "--limit-cpu", "0.5"];
+    world.create("web", 2, &options, WELL_BEHAVED);
+
+    let table = world.warren(&["service", "ls"]).succeeded();
+    let row = table.lines().find(|line| line.contains(" web ")).expect("a row");
+    assert!(row.contains("replicated") && row.contains("2/2") && row.contains(image_name()), "{table}");
+    let inspected = world.warren(&["service", "inspect", "web"]).succeeded();
+    for words in ["COLOUR=blue", "tier=front", "500 millicores, 64 MiB", "2 of 2"] {
+        assert!(inspected.contains(words), "{words} is not in\n{inspected}");
+    }
+    let service = json(&world.warren(&["service", "inspect", "web", "--format", "json"]).succeeded());
+    assert_eq!(service["spec"]["container"]["env"]["COLOUR"], "blue");
+    assert_eq!(service["status"]["running"], 2);
+
+    let listed = json(&world.warren(&["container", "ls", "--service", "web", "--format", "json"]).succeeded());
+    let id = listed[0]["id"].as_str().expect("an id").to_owned();
+    let by_prefix = json(&world.warren(&["container", "inspect", &id[..18], "--format", "json"]).succeeded());
+    assert_eq!(by_prefix["id"], id.as_str());
+    let shown = world.warren(&["container", "inspect", &id]).succeeded();
+    assert!(shown.contains("running") && shown.contains(image_name()), "{shown}");
+    let on_node = world.warren(&["container", "ls", "--node", "node-1"]).succeeded();
+    assert_eq!(on_node.lines().count(), 3, "{on_node}");
+
+    let nodes = world.warren(&["node", "ls"]).succeeded();
+    let row = nodes.lines().find(|line| line.contains("node-1")).expect("a row");
+    assert!(row.contains("ready") && row.contains("kernel"), "{nodes}");
+    let node = json(&world.warren(&["node", "inspect", "node-1", "--format", "json"]).succeeded());
+    assert_eq!(node["description"]["probes"]["lifecycle"], true);
+    assert!(world.warren(&["node", "inspect", "node-1"]).succeeded().contains("timed by"));
+
+    let version = world.warren(&["version"]).succeeded();
+    let (own, manager) = version.trim().split_once('\n').expect("two lines");
+    assert_eq!(
+        own.split_whitespace().skip(1).collect::<Vec<_>>(),
+        manager.split_whitespace().skip(1).collect::<Vec<_>>()
+    );
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(world.warren(&["completion", shell]).succeeded().contains("warren"), "{shell}");
+    }
+
+    // What the service says has reached the container.
+    let (running, pid) = world.tasks().pop().expect("a task");
+    assert!(listed.as_array().is_some_and(|all| all.iter().any(|container| container["id"] == running.as_str())));
+    let environment = std::fs::read_to_string(format!("/proc/{pid}/environ")).expect("readable");
+    assert!(environment.split('\0').any(|entry| entry == "COLOUR=blue"), "{environment}");
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("readable");
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    assert_eq!((field("Seccomp:"), field("NoNewPrivs:")), (Some("2"), Some("1")));
+    // The 14 capabilities of containerd's default set.
+    assert_eq!(field("CapBnd:"), Some("00000000a80425fb"));
+}
+
+#[test]
+fn scaling_touches_no_container_that_stays() {
+    let world = World::with_warren("scale");
+    world.create("web", 3, &[], WELL_BEHAVED);
+    let before = world.tasks();
+    // Scaling alone touches nobody.
+    let _ = world.warren(&["service", "scale", "web", "4", "--wait"]).succeeded();
+    assert!(before.iter().all(|task| world.tasks().contains(task)));
+    let _ = world.warren(&["service", "scale", "web", "0", "--wait"]).succeeded();
+    until("nothing is left", || world.leftovers().is_empty().then_some(()));
+}
