@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming, transport::Endpoint};
@@ -87,8 +87,12 @@ const MAX_BACKOFF: Duration = Duration::from_secs(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Containers are listed this often even if no event says so.
 const REPAIR: Duration = Duration::from_secs(30);
+/// Longest that listing them may hold up the session.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
 /// News of containers waits this long for more.
 const QUIET: Duration = Duration::from_millis(2);
+/// A complete set of assignments is one message, environment and all.
+const MAX_MESSAGE: usize = 256 << 20;
 /// A manager answers a hello within this time, or is as good as away.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -171,7 +175,8 @@ impl Session<'_> {
         let (sender, outgoing) = mpsc::channel(16);
         let hello = v1::Hello { node_id: self.options.node_id.clone(), boot_id: self.options.epoch.clone() };
         send(&sender, agent_message::Message::Hello(hello)).await?;
-        let incoming = DispatcherClient::new(channel).session(ReceiverStream::new(outgoing)).await?;
+        let mut dispatcher = DispatcherClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        let incoming = dispatcher.session(ReceiverStream::new(outgoing)).await?;
         let mut incoming = incoming.into_inner();
         let mut period =
             tokio::time::timeout(WELCOME_TIMEOUT, welcome(&mut incoming)).await.unwrap_or(Err(Ended::NoWelcome))?;
@@ -180,12 +185,14 @@ impl Session<'_> {
         *backoff = FIRST_BACKOFF;
         tracing::info!(manager = self.options.manager, "in session with the manager");
         self.board.resend();
-        let mut heartbeat = tokio::time::interval(period);
+        let (set_period, periods) = watch::channel(period);
+        // Apart from everything else, so that a daemon that is slow to answer does not make the node look dead.
+        let _heartbeats = AbortOnDrop(tokio::spawn(heartbeats(sender.clone(), periods)));
         let mut telemetry = tokio::time::interval(self.options.telemetry_interval);
         let mut reap = tokio::time::interval(Duration::from_secs(1));
         let mut repair = tokio::time::interval(REPAIR);
         let (hints, mut started) = mpsc::channel(1);
-        let _watcher = AbortOnDrop(tokio::spawn(watch(supervisor.containerd(), hints)));
+        let _watcher = AbortOnDrop(tokio::spawn(follow_starts(supervisor.containerd(), hints)));
         loop {
             tokio::select! {
                 message = incoming.message() => {
@@ -193,7 +200,7 @@ impl Session<'_> {
                         Some(manager_message::Message::Assignments(message)) => supervisor.assign(message)?,
                         Some(manager_message::Message::HeartbeatPeriod(message)) => {
                             period = positive(message.period, period);
-                            heartbeat = tokio::time::interval(period);
+                            set_period.send_replace(period);
                         }
                         Some(manager_message::Message::Welcome(_)) | None => {}
                     }
@@ -205,7 +212,6 @@ impl Session<'_> {
                         send(&sender, agent_message::Message::Status(v1::StatusReport { statuses })).await?;
                     }
                 }
-                _ = heartbeat.tick() => send(&sender, agent_message::Message::Heartbeat(v1::Heartbeat {})).await?,
                 _ = telemetry.tick() => send(&sender, agent_message::Message::Telemetry(self.snapshot().await)).await?,
                 _ = reap.tick() => supervisor.reap(),
                 Some(()) = started.recv() => look(supervisor).await,
@@ -225,15 +231,30 @@ impl Session<'_> {
     }
 }
 
-/// Looks for strangers; a daemon that does not answer is asked again later.
+/// Looks for strangers; a daemon that does not answer in time is asked again later.
 async fn look(supervisor: &mut Supervisor) {
-    if let Err(error) = supervisor.look_for_strangers().await {
-        tracing::debug!(%error, "containers could not be listed");
+    match tokio::time::timeout(LOOK_TIMEOUT, supervisor.look_for_strangers()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "containers could not be listed"),
+        Err(_) => tracing::debug!("containers could not be listed in time"),
+    }
+}
+
+async fn heartbeats(to: mpsc::Sender<v1::AgentMessage>, mut periods: watch::Receiver<Duration>) {
+    loop {
+        let period = *periods.borrow_and_update();
+        if send(&to, agent_message::Message::Heartbeat(v1::Heartbeat {})).await.is_err() {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(period) => {}
+            changed = periods.changed() => if changed.is_err() { return },
+        }
     }
 }
 
 /// Follows the daemon's events, across its restarts.
-async fn watch(containerd: Containerd, hints: mpsc::Sender<()>) {
+async fn follow_starts(containerd: Containerd, hints: mpsc::Sender<()>) {
     while !hints.is_closed() {
         if let Err(error) = runtime::watch_starts(&containerd, &hints).await {
             tracing::debug!(%error, "containerd's events are not followed");

@@ -91,9 +91,8 @@ impl From<Error> for Status {
             Error::Store(store::Error::Rejected(Rejection::NameTaken(_))) => Self::already_exists(message),
             Error::Store(store::Error::Rejected(Rejection::Conflict(_))) => Self::aborted(message),
             Error::Store(store::Error::Rejected(Rejection::NotFound(_))) => Self::not_found(message),
-            Error::Store(store::Error::Rejected(Rejection::Unreadable(_)) | store::Error::Encoding(_)) => {
-                Self::internal(message)
-            }
+            Error::Store(store::Error::Encoding(_)) => Self::internal(message),
+            Error::Store(store::Error::Raft(warren_raft::Error::TooLarge(_))) => Self::invalid_argument(message),
             Error::Store(store::Error::Raft(_)) => Self::unavailable(message),
         }
     }

@@ -212,7 +212,8 @@ pub(crate) fn assignment(container: &Container) -> v1::Assignment {
         service_id: container.service.to_string(),
         service_name: container.service_name.clone(),
         slot: container.slot,
-        spec: Some(wire_container_spec(&container.spec)),
+        // To stop it, its agent needs no spec.
+        spec: (container.desired == Desired::Running).then(|| wire_container_spec(&container.spec)),
         resources: Some(wire_resources(&container.resources)),
         desired_state: wire_desired(container.desired).into(),
     }

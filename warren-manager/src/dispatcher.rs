@@ -50,6 +50,11 @@ impl Dispatcher {
         let mut period = self.liveness.period();
         loop {
             let view = state.borrow_and_update().clone();
+            if view.node(&node).is_none() {
+                // The agent registers again, if it is still there.
+                let _ = to.send(Err(Status::not_found("this node was removed from the cluster"))).await;
+                return;
+            }
             if let Some(message) = assigned.next(&view, &node)
                 && to.send(Ok(wrap(manager_message::Message::Assignments(message)))).await.is_err()
             {

@@ -140,6 +140,7 @@ pub async fn run_in(
     let metrics_listener = endpoint::bind(options.metrics_addr).await?;
     let tcp = TcpListener::bind(options.listen_addr).await.map_err(listen_error(options.listen_addr))?;
     let unix = bind_socket(&options.socket).await?;
+    let socket_inode = inode(&options.socket);
 
     let identity = data_dir::open(&options.data_dir, FIRST_MANAGER)?;
     let meters =
@@ -204,8 +205,10 @@ pub async fn run_in(
     // Streams like agents' sessions do not end by themselves.
     let _ = tokio::time::timeout(SHUTDOWN_PATIENCE, tasks.wait()).await;
     raft.shutdown().await;
-    // Whoever comes next removes it if this fails.
-    let _ = fs::remove_file(&options.socket);
+    // Unless a successor has replaced it already. Whoever comes next removes it if this fails.
+    if inode(&options.socket) == socket_inode {
+        let _ = fs::remove_file(&options.socket);
+    }
     Ok(())
 }
 
@@ -231,6 +234,13 @@ async fn bind_socket(path: &Path) -> Result<UnixListener, Error> {
     let listener = UnixListener::bind(path).map_err(failed())?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed())?;
     Ok(listener)
+}
+
+/// What tells a file from another of the same name.
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt as _;
+
+    fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// Lets root's calls through. The socket's permissions say the same, but root may have given them away.

@@ -75,6 +75,7 @@ pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health, now: Timestamp) -
         let down = container.node.as_ref().is_some_and(|node| health(node) == Health::Down);
         down && some_node_is_ready && container.pinned.is_none()
     };
+    let reachable = |node: &NodeId| health(node) == Health::Ready;
     for service in state.services() {
         let mut slots = BTreeMap::<(u32, Option<NodeId>), Slot>::new();
         for container in state.containers_of(&service.id) {
@@ -88,7 +89,7 @@ pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health, now: Timestamp) -
             Mode::Replicated(replicas) => (1..=replicas).map(|slot| (slot, None)).collect(),
             Mode::Global => state.nodes().map(|node| (0, Some(node.id.clone()))).collect(),
         };
-        service_slots(&mut plan, service, &slots, &wanted, &lost, now);
+        service_slots(&mut plan, service, &slots, &wanted, &lost, &reachable, now);
     }
     orphans(&mut plan, state);
     plan
@@ -100,6 +101,7 @@ fn service_slots(
     slots: &BTreeMap<(u32, Option<NodeId>), Slot>,
     wanted: &[(u32, Option<NodeId>)],
     lost: &impl Fn(&Container) -> bool,
+    reachable: &impl Fn(&NodeId) -> bool,
     now: Timestamp,
 ) {
     let empty = Slot::new();
@@ -114,26 +116,29 @@ fn service_slots(
         for container in slot.iter().filter(|container| lost(container)) {
             plan.remove(container);
         }
+        // A global service's container on a node that is away changes when the node is back; nobody waits for it.
+        let counts = key.1.as_ref().is_none_or(reachable);
         match slot.iter().find(runs) {
             Some(container) => {
-                if container.generation != service.generation && outdated.is_none() {
-                    outdated = Some(Arc::clone(container));
-                } else if container.status.state != ContainerState::Running {
-                    all_up = false;
+                let current = container.generation == service.generation;
+                match (current, container.status.state == ContainerState::Running) {
+                    // It serves nobody: there is nothing to wait for.
+                    (false, false) if counts => {
+                        plan.remove(container);
+                        all_up = false;
+                    }
+                    (false, true) if counts && outdated.is_none() => outdated = Some(Arc::clone(container)),
+                    (true, false) if counts => all_up = false,
+                    _ => {}
                 }
             }
-            None => {
-                all_up = false;
-                vacant(plan, service, key, slot, lost, now);
-            }
+            // A slot that stays empty keeps nobody waiting either.
+            None => all_up &= !(vacant(plan, service, key, slot, lost, now) && counts),
         }
         tidy(plan, slot, KEPT_PER_SLOT);
     }
-    if let Some(container) = outdated {
-        // One at a time, and one that is not up need not be waited for.
-        if all_up || container.status.state != ContainerState::Running {
-            plan.remove(&container);
-        }
+    if all_up && let Some(container) = outdated {
+        plan.remove(&container);
     }
     for slot in slots.iter().filter(|(key, _)| !wanted.contains(key)).map(|(_, slot)| slot) {
         for container in slot {
@@ -143,7 +148,7 @@ fn service_slots(
     }
 }
 
-/// Decides whether a slot without a container gets one, and when.
+/// Decides whether a slot without a container gets one, and when. Returns whether it will.
 fn vacant(
     plan: &mut Plan,
     service: &Arc<Service>,
@@ -151,13 +156,13 @@ fn vacant(
     slot: &Slot,
     lost: &impl Fn(&Container) -> bool,
     now: Timestamp,
-) {
+) -> bool {
     // The one before must be gone first, unless nobody can tell.
     if slot
         .iter()
         .any(|container| !container.status.state.is_terminal() && container.node.is_some() && !lost(container))
     {
-        return;
+        return true;
     }
     // What was removed on purpose or lost with its node did not end by itself: its slot is filled at once.
     let ended_by_itself =
@@ -172,14 +177,14 @@ fn vacant(
         };
         failures = failures_in_a_row(last);
         if !wanted || (policy.max_attempts > 0 && failures >= policy.max_attempts) {
-            return;
+            return false;
         }
         let doublings = failures.saturating_sub(1).min(16);
         let delay = policy.delay.saturating_mul(1 << doublings).min(MAX_DELAY.max(policy.delay));
         let due = last.status.finished_at.unwrap_or(last.status.changed_at).after(delay);
         if due > now {
             plan.wake(due);
-            return;
+            return true;
         }
     }
     plan.create.push(Creation {
@@ -189,6 +194,7 @@ fn vacant(
         replaces: ended_by_itself.is_some(),
         failures,
     });
+    true
 }
 
 /// Failures in a row, counting the one that just ended. One that ran well first begins a new row.

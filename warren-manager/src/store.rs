@@ -10,8 +10,9 @@ use crate::{
     state::{Change, Rejection, Reply, State, Transaction},
 };
 
-/// Changes in one log entry; more are split.
+/// Changes in one log entry, and their bytes; more are split.
 const MAX_CHANGES: usize = 200;
+const MAX_BYTES: usize = 1 << 20;
 
 /// Why nothing was read or written.
 #[derive(Debug, thiserror::Error)]
@@ -95,7 +96,7 @@ impl Store {
     ///
     /// When consensus was not to be had. Rejected changes are logged and left: whoever planned them plans again.
     pub async fn transact_each(&self, changes: Vec<Change>) -> Result<(), Error> {
-        let mut batches = changes.chunks(MAX_CHANGES).map(<[Change]>::to_vec).collect::<Vec<_>>();
+        let mut batches = batches(changes)?;
         batches.reverse();
         while let Some(changes) = batches.pop() {
             match self.transact(&Transaction { changes: changes.clone(), ..Transaction::default() }).await {
@@ -113,5 +114,44 @@ impl Store {
             }
         }
         Ok(())
+    }
+}
+
+/// Splits changes into what one log entry takes. A change that is larger by itself goes alone.
+fn batches(changes: Vec<Change>) -> Result<Vec<Vec<Change>>, serde_json::Error> {
+    let mut batches: Vec<Vec<Change>> = Vec::new();
+    let mut bytes = usize::MAX;
+    for change in changes {
+        let size = serde_json::to_vec(&change)?.len();
+        match batches.last_mut() {
+            Some(batch) if batch.len() < MAX_CHANGES && bytes.saturating_add(size) <= MAX_BYTES => {
+                bytes += size;
+                batch.push(change);
+            }
+            _ => {
+                bytes = size;
+                batches.push(vec![change]);
+            }
+        }
+    }
+    Ok(batches)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::ContainerId;
+
+    #[test]
+    fn entries_are_bounded_in_changes_and_bytes() {
+        let change = |len: usize| Change::Remove { id: ContainerId::from("x".repeat(len)) };
+        let sizes = |changes: Vec<Change>| {
+            let batches = batches(changes).expect("encodes");
+            batches.iter().map(Vec::len).collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(vec![]), [0usize; 0]);
+        assert_eq!(sizes(vec![change(10); 450]), [200, 200, 50]);
+        assert_eq!(sizes(vec![change(MAX_BYTES / 3); 4]), [2, 2]);
+        assert_eq!(sizes(vec![change(3 * MAX_BYTES), change(1)]), [1, 1]);
     }
 }

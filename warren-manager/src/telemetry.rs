@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use opentelemetry::KeyValue;
@@ -88,6 +89,9 @@ impl Collected {
     }
 }
 
+/// What a node said longer ago than this is no longer exported: its gauges would look alive.
+const STALE: Duration = Duration::from_secs(60);
+
 /// What the leader exports of the agents; a follower exports nothing of them.
 #[derive(Debug)]
 struct AgentSeries {
@@ -102,7 +106,15 @@ impl Source for AgentSeries {
         }
         self.collected.retain(&self.store.view());
         let table = self.collected.table();
-        table.snapshots.values().flat_map(|snapshot| snapshot.series.clone()).collect()
+        // A node that was set up anew has another id and the same name; only one of the two can be exported.
+        let mut newest = BTreeMap::<&str, &Snapshot>::new();
+        for snapshot in table.snapshots.values().filter(|snapshot| snapshot.received.elapsed() < STALE) {
+            let known = newest.entry(&snapshot.hostname).or_insert(snapshot);
+            if known.received < snapshot.received {
+                *known = snapshot;
+            }
+        }
+        newest.values().flat_map(|snapshot| snapshot.series.clone()).collect()
     }
 }
 

@@ -19,6 +19,8 @@ pub(crate) struct ClientArguments {
     manager: String,
 }
 
+/// A page of a list, its specs included.
+const MAX_MESSAGE: usize = 256 << 20;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl ClientArguments {
@@ -30,11 +32,11 @@ impl ClientArguments {
     }
 
     pub(crate) async fn services(&self) -> Result<ServicesClient<Channel>, Error> {
-        Ok(ServicesClient::new(self.channel().await?))
+        Ok(ServicesClient::new(self.channel().await?).max_decoding_message_size(MAX_MESSAGE))
     }
 
     pub(crate) async fn containers(&self) -> Result<ContainersClient<Channel>, Error> {
-        Ok(ContainersClient::new(self.channel().await?))
+        Ok(ContainersClient::new(self.channel().await?).max_decoding_message_size(MAX_MESSAGE))
     }
 
     pub(crate) async fn nodes(&self) -> Result<NodesClient<Channel>, Error> {

@@ -34,6 +34,9 @@ pub enum Error {
     /// No majority of managers answers.
     #[error("no majority of managers answers")]
     NoQuorum,
+    /// The command is larger than a log entry may be.
+    #[error("a change of {0} bytes is too large")]
+    TooLarge(usize),
     /// It may have been committed, or not: the leader changed meanwhile.
     #[error("the leader changed; the change may have been made or not")]
     Unknown,

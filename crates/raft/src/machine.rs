@@ -20,7 +20,12 @@ pub type Freeze = Box<dyn FnOnce() -> io::Result<Vec<u8>> + Send + Sync>;
 /// What commands are applied to. A pure function of the log: no clock, no randomness, no effects outside.
 pub trait StateMachine: Send + Sync + 'static {
     /// Applies one command and replies. `index` is the command's place in the log.
-    fn apply(&mut self, index: u64, command: &str) -> String;
+    ///
+    /// # Errors
+    ///
+    /// When the command cannot be read: a newer version wrote it. Consensus stops here, because a state without it would no
+    /// longer be everybody's.
+    fn apply(&mut self, index: u64, command: &str) -> io::Result<String>;
 
     /// Freezes the state as it is now; writing it down may come later.
     fn freeze(&self) -> Freeze;
@@ -98,7 +103,7 @@ impl RaftStateMachine<Config> for Machine {
             self.last_applied = Some(entry.log_id);
             let reply = match entry.payload {
                 EntryPayload::Blank => Reply::default(),
-                EntryPayload::Normal(proposal) => Reply(self.inner.apply(entry.log_id.index, &proposal.0)),
+                EntryPayload::Normal(proposal) => Reply(self.inner.apply(entry.log_id.index, &proposal.0)?),
                 EntryPayload::Membership(membership) => {
                     self.membership = StoredMembership::new(Some(entry.log_id), membership);
                     Reply::default()

@@ -67,6 +67,9 @@ pub struct Status {
     pub failure: Option<String>,
 }
 
+/// Escaped once more in the log it may grow by seven, still below what the log takes.
+const MAX_COMMAND: usize = 8 << 20;
+
 /// How long a start waits for what the log holds to be applied.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -147,8 +150,12 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// [`Error::NotLeader`] when nothing was done; [`Error::Unknown`] when it is not known.
+    /// [`Error::NotLeader`] or [`Error::TooLarge`] when nothing was done; [`Error::Unknown`] when it is not known.
     pub async fn propose(&self, command: String) -> Result<String, Error> {
+        // Refused before the log is touched: what the log cannot encode would stop consensus.
+        if command.len() > MAX_COMMAND {
+            return Err(Error::TooLarge(command.len()));
+        }
         match self.raft.client_write(Proposal(command)).await {
             Ok(written) => Ok(written.data.0),
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {

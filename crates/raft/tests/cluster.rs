@@ -16,10 +16,10 @@ use warren_raft::{Freeze, Node, Options, Profile, StateMachine, Transport, Trans
 struct Journal(Arc<Mutex<Vec<String>>>);
 
 impl StateMachine for Journal {
-    fn apply(&mut self, _index: u64, command: &str) -> String {
+    fn apply(&mut self, _index: u64, command: &str) -> io::Result<String> {
         let mut journal = self.0.lock().expect("no panics");
         journal.push(command.to_owned());
-        journal.len().to_string()
+        Ok(journal.len().to_string())
     }
 
     fn freeze(&self) -> Freeze {

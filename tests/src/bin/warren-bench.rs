@@ -176,8 +176,8 @@ fn packets() {
 struct Nothing;
 
 impl StateMachine for Nothing {
-    fn apply(&mut self, _index: u64, command: &str) -> String {
-        black_box(command.len()).to_string()
+    fn apply(&mut self, _index: u64, command: &str) -> io::Result<String> {
+        Ok(black_box(command.len()).to_string())
     }
 
     fn freeze(&self) -> Freeze {

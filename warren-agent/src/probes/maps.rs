@@ -237,12 +237,13 @@ impl Maps {
         written.containers.get(&cgroup, 0).ok().map(|container| (cgroup, container))
     }
 
-    /// Enters a container that ran before the probes did, so that its stop is timed. Does nothing if it is known.
+    /// Enters a container that ran before the probes did, so that its stop is timed. `stop_signals` has a bit for each signal
+    /// that begins one. Does nothing if it is known.
     ///
     /// # Errors
     ///
     /// When a map is full.
-    pub fn seed(&self, id: &str, cgroup: u64, init_tgid: u32, group: u32) -> Result<(), Error> {
+    pub fn seed(&self, id: &str, cgroup: u64, init_tgid: u32, group: u32, stop_signals: u64) -> Result<(), Error> {
         let key = container_key(id);
         // SAFETY: integers and bytes only, for which zero is a value.
         let mut entry: container::Container = unsafe { std::mem::zeroed() };
@@ -250,7 +251,7 @@ impl Maps {
         entry.flags = container::flag::SEEDED;
         entry.init_tgid = init_tgid;
         entry.group = group;
-        entry.stop_signals = container::DEFAULT_STOP_SIGNALS;
+        entry.stop_signals = stop_signals;
         entry.id = key;
         let mut written = self.written();
         if written.containers.get(&cgroup, 0).is_ok() {

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use warren_agent_ebpf::abi::container::flag;
+use warren_agent_ebpf::abi::{container::flag, group};
 use warren_proto::v1::{self, AssignmentKind, ContainerState};
 
 use super::{
@@ -63,9 +63,15 @@ impl Registrar for ProbeRegistrar {
     fn register(&self, id: &str, service: &str, stop_signal: u32) {
         let mut groups = self.1.lock().unwrap_or_else(PoisonError::into_inner);
         // SIGKILL always counts; see the programs.
-        let registered =
-            groups.number(&self.0, service).and_then(|group| self.0.register(id, group, 1 << (stop_signal & 63)));
-        if let Err(error) = registered {
+        let group = groups.number(&self.0, service).unwrap_or_else(|error| {
+            tracing::warn!(
+                service,
+                error = probes::describe(&error),
+                "DNS queries are accounted to the overflow group"
+            );
+            group::OVERFLOW
+        });
+        if let Err(error) = self.0.register(id, group, 1 << (stop_signal & 63)) {
             tracing::warn!(container = id, error = probes::describe(&error), "a container is not timed in the kernel");
         }
     }
@@ -180,7 +186,9 @@ impl Supervisor {
             Beginning::New if !to_run => Beginning::Ended(Ending::Cancelled),
             beginning => beginning,
         };
-        let worker = Worker::assigned(Arc::clone(&self.shared), assignment, beginning);
+        // What it was made with is on its record, an image's own signal included.
+        let stop = found.as_ref().map(|found| StopOptions::from_labels(&found.labels));
+        let worker = Worker::assigned(Arc::clone(&self.shared), assignment, beginning, stop);
         if !to_run {
             worker.remove();
         }
@@ -272,7 +280,9 @@ fn seed(maps: &Maps, groups: &Mutex<Groups>, found: &[Found]) {
         let Some((TaskState::Running, pid)) = container.task else { continue };
         let Some(cgroup) = probes::cgroup_of(pid) else { continue };
         let service = container.labels.get(super::worker::label::SERVICE).map_or("unknown", String::as_str);
-        let seeded = groups.number(maps, service).and_then(|group| maps.seed(&container.id, cgroup, pid, group));
+        let signals = 1 << (StopOptions::from_labels(&container.labels).signal & 63);
+        let seeded =
+            groups.number(maps, service).and_then(|group| maps.seed(&container.id, cgroup, pid, group, signals));
         if let Err(error) = seeded {
             tracing::warn!(container = container.id, error = probes::describe(&error), "its stop will not be timed");
         }

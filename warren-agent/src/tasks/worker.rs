@@ -93,14 +93,23 @@ fn now() -> pbjson_types::Timestamp {
 }
 
 impl Worker {
-    pub(super) fn assigned(shared: Arc<Shared>, assignment: v1::Assignment, beginning: Beginning) -> Spawned {
+    /// A worker for an assigned container. `stop` is how one that is there already is stopped.
+    pub(super) fn assigned(
+        shared: Arc<Shared>,
+        assignment: v1::Assignment,
+        beginning: Beginning,
+        stop: Option<StopOptions>,
+    ) -> Spawned {
         let id = assignment.container_id.clone();
-        let spec = assignment.spec.clone().unwrap_or_default();
-        let timeout = spec.stop_timeout.map_or(DEFAULT_STOP_TIMEOUT, |timeout| {
-            Duration::new(timeout.seconds.unsigned_abs(), timeout.nanos.unsigned_abs())
-        });
-        // An image's own signal is not known until the image is; see `prepare`.
-        let stop = StopOptions { signal: parse_signal(&spec.stop_signal).unwrap_or(SIGTERM), timeout };
+        let from_spec = || {
+            let spec = assignment.spec.clone().unwrap_or_default();
+            let timeout = spec.stop_timeout.map_or(DEFAULT_STOP_TIMEOUT, |timeout| {
+                Duration::new(timeout.seconds.unsigned_abs(), timeout.nanos.unsigned_abs())
+            });
+            // An image's own signal is not known until the image is; see `prepare`.
+            StopOptions { signal: parse_signal(&spec.stop_signal).unwrap_or(SIGTERM), timeout }
+        };
+        let stop = stop.unwrap_or_else(from_spec);
         Self::spawn(shared, id, Some(assignment), stop, beginning)
     }
 

@@ -211,6 +211,41 @@ fn a_changed_spec_replaces_one_container_at_a_time() {
 }
 
 #[test]
+fn an_update_is_not_held_up_by_containers_that_serve_nobody() {
+    let mut world = World::new(&["a"]);
+    let mut web = service("s", "web", 2);
+    web.spec.resources.reservations.cpu_millis = 60_000;
+    apply(&mut world.state, [put(web)]);
+    world.settle();
+    let states = |world: &World| world.live().iter().map(|c| c.status.state).collect::<Vec<_>>();
+    assert_eq!(states(&world), [ContainerState::Running, ContainerState::New], "the second does not fit");
+    let mut smaller = service("s", "web", 2);
+    smaller.generation = 2;
+    apply(&mut world.state, [put(smaller)]);
+    world.settle();
+    assert_eq!(states(&world), [ContainerState::Running, ContainerState::Running]);
+    assert!(world.live().iter().all(|c| c.generation == 2));
+
+    let mut global = World::new(&["a", "b"]);
+    let mut agent = service("s", "agent", 0);
+    agent.spec.mode = Mode::Global;
+    apply(&mut global.state, [put(agent.clone())]);
+    global.settle();
+    global.down = vec!["a"];
+    agent.generation = 2;
+    apply(&mut global.state, [put(agent)]);
+    global.settle();
+    let on = |world: &World, node: &str| {
+        let node = node.into();
+        world.live().iter().find(|c| c.pinned.as_ref() == Some(&node)).map(|c| c.generation)
+    };
+    assert_eq!((on(&global, "a"), on(&global, "b")), (Some(1), Some(2)));
+    global.down.clear();
+    global.settle();
+    assert_eq!((on(&global, "a"), on(&global, "b")), (Some(2), Some(2)));
+}
+
+#[test]
 fn a_global_service_follows_the_nodes() {
     let mut world = World::new(&["a", "b"]);
     let mut agent = service("s", "agent", 0);

@@ -5,7 +5,7 @@ use std::io;
 use tokio::sync::watch;
 use warren_raft::{Freeze, StateMachine};
 
-use super::{Rejection, Reply, State, Transaction};
+use super::{Reply, State, Transaction};
 
 /// Applies transactions and shows every new state to whoever looks.
 #[derive(Debug)]
@@ -24,13 +24,15 @@ impl Machine {
 }
 
 impl StateMachine for Machine {
-    fn apply(&mut self, index: u64, command: &str) -> String {
-        let reply: Reply = match serde_json::from_str::<Transaction>(command) {
-            Ok(transaction) => self.state.apply(index, &transaction),
-            Err(error) => Err(Rejection::Unreadable(error.to_string())),
+    fn apply(&mut self, index: u64, command: &str) -> io::Result<String> {
+        let unreadable = |error: serde_json::Error| {
+            let why = format!("the log holds a command that this version cannot read: {error}");
+            io::Error::new(io::ErrorKind::InvalidData, why)
         };
+        let transaction: Transaction = serde_json::from_str(command).map_err(unreadable)?;
+        let reply: Reply = self.state.apply(index, &transaction);
         self.view.send_replace(self.state.clone());
-        serde_json::to_string(&reply).unwrap_or_default()
+        serde_json::to_string(&reply).map_err(io::Error::other)
     }
 
     fn freeze(&self) -> Freeze {

@@ -107,8 +107,6 @@ pub enum Rejection {
     Conflict(String),
     /// There is no such object.
     NotFound(String),
-    /// The command cannot be read: a newer manager wrote it.
-    Unreadable(String),
 }
 
 impl fmt::Display for Rejection {
@@ -117,7 +115,6 @@ impl fmt::Display for Rejection {
             Self::NameTaken(name) => write!(f, "a service named {name:?} exists already"),
             Self::Conflict(what) => write!(f, "{what} was changed by someone else; look again and repeat"),
             Self::NotFound(what) => write!(f, "there is no {what}"),
-            Self::Unreadable(why) => write!(f, "the log holds a command that this version cannot read: {why}"),
         }
     }
 }

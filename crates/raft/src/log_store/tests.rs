@@ -20,8 +20,8 @@ use crate::{
 struct Forgetful;
 
 impl StateMachine for Forgetful {
-    fn apply(&mut self, _index: u64, _command: &str) -> String {
-        String::new()
+    fn apply(&mut self, _index: u64, _command: &str) -> io::Result<String> {
+        Ok(String::new())
     }
 
     fn freeze(&self) -> Freeze {
