@@ -77,6 +77,8 @@ pub struct Offsets {
 pub struct Config {
     /// A DNS answer slower than this is reported on the ring, in nanoseconds. 0 reports none.
     pub dns_slow_ns: u64,
+    /// A DNS query that waited longer is the agent's to count, whatever comes; in nanoseconds, 0 is no limit.
+    pub dns_timeout_ns: u64,
     /// Ports taken for DNS, in network byte order; 0 is unused.
     pub dns_ports: [u16; 4],
     /// 1: only containers in the registry count. 0: every container of a known runtime.

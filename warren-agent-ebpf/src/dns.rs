@@ -19,7 +19,7 @@ use warren_agent_ebpf::abi::{
     dns::{Event, QUESTION_LEN},
 };
 
-use crate::maps::count;
+use crate::maps::{add, count};
 
 /// Lets the packet pass; the programs never do anything else.
 const PASS: i32 = 1;
@@ -39,30 +39,41 @@ struct Scratch {
     event: Event,
 }
 
-/// How often the two programs may interrupt one another on one CPU: a process sends, a softirq receives meanwhile.
+/// How many messages may be parsed at once on one CPU: a process sends, another preempts it, a softirq receives meanwhile.
 const SCRATCHES: u32 = 2;
 
 #[map]
 static DNS_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(SCRATCHES, 0);
+/// How many want each scratch; whoever finds to be the only one has it.
 #[map]
-static DNS_NESTING: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
+static DNS_CLAIMS: PerCpuArray<u64> = PerCpuArray::with_max_entries(SCRATCHES, 0);
 
-/// Runs `work` with a scratch of its own. Interrupts nest, so a plain depth counter is enough.
+/// Runs `work` with a scratch of its own. Claims are additions, so that it does not matter who interrupts whom.
 #[inline(always)]
 fn with_scratch(work: impl FnOnce(*mut Scratch)) {
-    let Some(depth) = DNS_NESTING.get_ptr_mut(0) else { return };
-    // SAFETY: this CPU's map value; whoever interrupts between these lines restores it before they go on.
-    unsafe {
-        let mine = core::ptr::read_volatile(depth);
-        if mine >= SCRATCHES {
-            count(counter::DNS_NESTED);
-            return;
+    let mut slot = 0;
+    while slot < SCRATCHES {
+        let Some(claims) = DNS_CLAIMS.get_ptr_mut(slot) else { return };
+        // SAFETY: this CPU's map value.
+        unsafe {
+            add(claims, 1);
+            if core::ptr::read_volatile(claims) == 1 {
+                break;
+            }
+            add(claims, u64::MAX);
         }
-        core::ptr::write_volatile(depth, mine + 1);
-        if let Some(scratch) = DNS_SCRATCH.get_ptr_mut(mine) {
-            work(scratch);
-        }
-        core::ptr::write_volatile(depth, mine);
+        slot += 1;
+    }
+    if slot >= SCRATCHES {
+        count(counter::DNS_NESTED);
+        return;
+    }
+    if let Some(scratch) = DNS_SCRATCH.get_ptr_mut(slot) {
+        work(scratch);
+    }
+    if let Some(claims) = DNS_CLAIMS.get_ptr_mut(slot) {
+        // SAFETY: this CPU's map value. Adding all ones takes one away.
+        unsafe { add(claims, u64::MAX) };
     }
 }
 

@@ -21,7 +21,7 @@ const RING_BYTES: u32 = 256 * 1024;
 /// Set by the agent before loading.
 #[unsafe(no_mangle)]
 pub(crate) static CONFIG: Config =
-    Config { dns_slow_ns: 0, dns_ports: [0; 4], registered_only: 0, oom_argument_is_pid: 0 };
+    Config { dns_slow_ns: 0, dns_timeout_ns: 0, dns_ports: [0; 4], registered_only: 0, oom_argument_is_pid: 0 };
 
 #[map]
 pub(crate) static LIFECYCLE_RING: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);
@@ -81,7 +81,7 @@ static SWEEP_INTENT: Array<SweepIntent> = Array::with_max_entries(1, 0);
 
 /// Adds to a counter in a map, atomically: an interrupt may run another program between a load and a store.
 #[inline(always)]
-unsafe fn add(to: *mut u64, value: u64) {
+pub(crate) unsafe fn add(to: *mut u64, value: u64) {
     // SAFETY: the caller passes a pointer into a map value, aligned to 8.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(to, value) };
 }

@@ -175,7 +175,6 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         Probing::Kernel(maps, groups) => {
             sources.push(Arc::new(ProbeSource::new(Arc::clone(maps), Arc::clone(groups))));
             tasks.spawn(sweep(Arc::clone(maps), options.dns_timeout, shutdown.clone()));
-            follow_kernel(maps, &board, &tasks, &shutdown);
             Some((Arc::clone(maps), Arc::clone(groups)))
         }
         Probing::Absent(_) => {
@@ -194,6 +193,11 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         board.clone(),
     )
     .await?;
+
+    if let Probing::Kernel(maps, _) = &probing {
+        // The containers are known now: what the rings have kept of them finds its place.
+        follow_kernel(maps, &board, &tasks, &shutdown);
+    }
 
     let meters = Meters::new("warren-agent", &node_id, &[Emitter::Agent, Emitter::Both]);
     meters.add_source(Arc::new(ProcessSource));
@@ -228,6 +232,9 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     Ok(())
 }
 
+/// Events read from the rings ahead of their use. When nobody keeps up, the rings fill and the kernel counts what it drops.
+pub(crate) const EVENTS_AHEAD: usize = 1024;
+
 /// Follows what the probes report one by one.
 fn follow_kernel(maps: &Arc<Maps>, board: &Board, tasks: &TaskTracker, shutdown: &CancellationToken) {
     let (lifecycle_ring, dns_ring) = match maps.rings() {
@@ -238,8 +245,8 @@ fn follow_kernel(maps: &Arc<Maps>, board: &Board, tasks: &TaskTracker, shutdown:
             return;
         }
     };
-    let (lifecycle_sender, mut lifecycle) = mpsc::unbounded_channel();
-    let (dns_sender, mut dns) = mpsc::unbounded_channel();
+    let (lifecycle_sender, mut lifecycle) = mpsc::channel(EVENTS_AHEAD);
+    let (dns_sender, mut dns) = mpsc::channel(EVENTS_AHEAD);
     tasks.spawn(drain_lifecycle(lifecycle_ring, lifecycle_sender));
     tasks.spawn(drain_dns(dns_ring, dns_sender));
     let (board, shutdown) = (board.clone(), shutdown.clone());
@@ -269,9 +276,7 @@ fn node_id(data_dir: &Path) -> io::Result<String> {
         Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} is empty", path.display()))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let id = format!("{:032x}", rand::random::<u128>());
-            let temporary = path.with_extension("new");
-            fs::write(&temporary, &id)?;
-            fs::rename(temporary, path)?;
+            tasks::write_durably(&path, id.as_bytes())?;
             Ok(id)
         }
         Err(error) => Err(error),

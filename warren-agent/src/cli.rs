@@ -73,6 +73,7 @@ impl ProbeArguments {
             pin_dir: self.bpf_pin_dir.clone(),
             dns_cgroup,
             registered_only,
+            dns_timeout: self.dns_timeout(),
             dns_slow: Duration::from_millis(self.dns_slow_ms),
             dns_ports: self.dns_ports.clone(),
         }

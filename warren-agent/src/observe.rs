@@ -16,7 +16,7 @@ use warren_telemetry::{
 use crate::{
     agent,
     probes::{self, DnsEvent, Groups, LifecycleEvent, Maps, Phase, ProbeSource, Sweep, drain_dns, drain_lifecycle},
-    runtime,
+    runtime, tasks,
 };
 
 /// How to observe.
@@ -69,18 +69,22 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let source = ProbeSource::new(Arc::clone(&maps), Arc::clone(&groups));
     meters.add_source(Arc::new(Labelled { hostname: options.hostname.clone(), source }));
 
-    let (lifecycle_sender, lifecycle) = mpsc::unbounded_channel();
-    let (dns_sender, dns) = mpsc::unbounded_channel();
+    let (lifecycle_sender, lifecycle) = mpsc::channel(agent::EVENTS_AHEAD);
+    let (dns_sender, dns) = mpsc::channel(agent::EVENTS_AHEAD);
     let (lifecycle_ring, dns_ring) = maps.rings()?;
-    let tasks = TaskTracker::new();
-    tasks.spawn(drain_lifecycle(lifecycle_ring, lifecycle_sender));
-    tasks.spawn(drain_dns(dns_ring, dns_sender));
-    tasks.spawn(sweep(Arc::clone(&maps), options.dns_timeout, shutdown.clone()));
+    let tracker = TaskTracker::new();
+    tracker.spawn(drain_lifecycle(lifecycle_ring, lifecycle_sender));
+    tracker.spawn(drain_dns(dns_ring, dns_sender));
+    tracker.spawn(sweep(Arc::clone(&maps), options.dns_timeout, shutdown.clone()));
+    match tokio::time::timeout(NAMING_TIMEOUT, runtime::all_containers(&options.containerd_socket)).await {
+        Ok(found) => tasks::seed(&maps, &groups, &found),
+        Err(_) => tracing::warn!("containerd does not answer: stops of containers that run already are not timed"),
+    }
     let namer = Namer { maps, groups, containerd: options.containerd_socket };
-    tasks.spawn(report(namer, lifecycle, dns, shutdown.clone()));
+    tracker.spawn(report(namer, lifecycle, dns, shutdown.clone()));
 
     if let Some(otlp) = &options.otlp {
-        tasks.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
+        tracker.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
     }
 
     let mut ready = Checks::default();
@@ -89,8 +93,8 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let endpoint = endpoint::Endpoint { meters, health: Checks::default(), ready };
     endpoint.serve(listener, shutdown.clone().cancelled_owned()).await?;
     shutdown.cancel();
-    tasks.close();
-    tasks.wait().await;
+    tracker.close();
+    tracker.wait().await;
     Ok(())
 }
 
@@ -106,6 +110,9 @@ pub(crate) async fn sweep(maps: Arc<Maps>, timeout: Duration, shutdown: Cancella
     }
 }
 
+/// Longest that a daemon is asked for a container's labels.
+const NAMING_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Finds out which service a container belongs to.
 struct Namer {
     maps: Arc<Maps>,
@@ -118,7 +125,8 @@ impl Namer {
         if event.cgroup == 0 {
             return;
         }
-        let Some(service) = runtime::service_of(&self.containerd, &event.id).await else { return };
+        let asked = tokio::time::timeout(NAMING_TIMEOUT, runtime::service_of(&self.containerd, &event.id)).await;
+        let Ok(Some(service)) = asked else { return };
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         let named = groups.number(&self.maps, &service).and_then(|number| self.maps.set_group(event.cgroup, number));
         if let Err(error) = named {
@@ -129,8 +137,8 @@ impl Namer {
 
 async fn report(
     namer: Namer,
-    mut lifecycle: mpsc::UnboundedReceiver<LifecycleEvent>,
-    mut dns: mpsc::UnboundedReceiver<DnsEvent>,
+    mut lifecycle: mpsc::Receiver<LifecycleEvent>,
+    mut dns: mpsc::Receiver<DnsEvent>,
     shutdown: CancellationToken,
 ) {
     loop {
@@ -138,8 +146,11 @@ async fn report(
             () = shutdown.cancelled() => return,
             Some(event) = lifecycle.recv() => {
                 log_lifecycle(&event);
-                if event.phase == Phase::Created {
-                    namer.name(&event).await;
+                // `runc run` says nothing of a create.
+                if matches!(event.phase, Phase::Created | Phase::Started)
+                    && shutdown.run_until_cancelled(namer.name(&event)).await.is_none()
+                {
+                    return;
                 }
             }
             Some(event) = dns.recv() => log_dns(&event),

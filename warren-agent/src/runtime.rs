@@ -12,7 +12,7 @@ mod spec;
 mod task;
 
 pub use archive::import;
-pub use client::{Containerd, connect, service_of};
+pub use client::{Containerd, all_containers, connect, service_label, service_of};
 pub use events::watch_starts;
 pub use image::{ImageName, InvalidImageName, LocalImage};
 pub use spec::{ContainerOptions, DEFAULT_STOP_TIMEOUT, parse_signal};

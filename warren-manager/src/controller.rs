@@ -23,7 +23,7 @@ use crate::{
 /// Looks again after this long even if nothing seems to have happened; also how often silence is noticed.
 const REPAIR: Duration = Duration::from_secs(1);
 /// What changes within this time is looked at together.
-const DEBOUNCE: Duration = Duration::from_millis(5);
+const DEBOUNCE: Duration = Duration::from_millis(1);
 
 /// Reconciles and schedules while this manager leads.
 #[derive(Debug)]

@@ -5,6 +5,7 @@ use std::{
     fs::{self, File},
     io::{self, Write as _},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,8 @@ pub(crate) struct SnapshotBytes(pub(crate) Vec<u8>);
 #[derive(Clone, Debug)]
 pub(crate) struct SnapshotStore {
     directory: PathBuf,
+    // One is built while another is installed: they take turns.
+    saving: Arc<Mutex<()>>,
 }
 
 fn damaged(why: impl std::fmt::Display) -> io::Error {
@@ -68,11 +71,18 @@ pub(crate) fn decode(snapshot: &SnapshotBytes) -> io::Result<(SnapshotMeta, Vec<
 impl SnapshotStore {
     pub(crate) fn open(directory: &Path) -> io::Result<Self> {
         fs::create_dir_all(directory)?;
-        Ok(Self { directory: directory.to_owned() })
+        Ok(Self { directory: directory.to_owned(), saving: Arc::default() })
     }
 
-    /// Replaces the snapshot. Durable when this returns.
+    /// Replaces the snapshot, unless the one that is there reaches further. Durable when this returns.
     pub(crate) fn save(&self, snapshot: &SnapshotBytes) -> io::Result<()> {
+        let _turn = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let reaches = |bytes: &SnapshotBytes| decode(bytes).ok().and_then(|(meta, _)| meta.last_log_id);
+        if let Some(known) = self.load()?
+            && reaches(&known) > reaches(snapshot)
+        {
+            return Ok(());
+        }
         let temporary = self.directory.join(format!("{NAME}.new"));
         let mut file = File::create(&temporary)?;
         file.write_all(&snapshot.0)?;

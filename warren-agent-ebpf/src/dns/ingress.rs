@@ -56,13 +56,19 @@ fn received(packet: Packet, segment: &Segment, scratch: *mut Scratch) {
             return;
         };
         let query = *query;
+        let now = bpf_ktime_get_ns();
+        let took = now - query.sent_ns;
+        // Too late: the agent's sweep may be counting this query as unanswered right now, or died doing so.
+        let timeout = constant(&CONFIG.dns_timeout_ns);
+        if timeout != 0 && took >= timeout {
+            count(counter::DNS_UNMATCHED);
+            return;
+        }
         // Whoever removes the entry accounts for the query: this program, or the agent's sweep.
         if DNS_PENDING.remove(&key).is_err() {
             count(counter::DNS_UNMATCHED);
             return;
         }
-        let now = bpf_ktime_get_ns();
-        let took = now - query.sent_ns;
         count(counter::DNS_MATCHED);
         if flags & FLAG_TRUNCATED != 0 {
             count(counter::DNS_TRUNCATED);

@@ -30,9 +30,13 @@ pub(crate) fn on_exit(ctx: BtfTracePointContext) -> i32 {
     }
     let tgid = current_tgid();
     if let Some(operation) = OPERATIONS.get_ptr(&tgid) {
-        // SAFETY: a map value.
-        unsafe { runtime_exited(task, operation) };
-        let _ = OPERATIONS.remove(&tgid);
+        // SAFETY: a map value, copied at once.
+        let operation = unsafe { *operation };
+        // The threads of a process may all look like the last when they exit together: who removes the entry is.
+        if OPERATIONS.remove(&tgid).is_ok() {
+            // SAFETY: a local.
+            unsafe { runtime_exited(task, &raw const operation) };
+        }
         return 0;
     }
     let Some((cgroup, container)) = container_of(current_cgroup()) else { return 0 };
@@ -53,7 +57,7 @@ pub(crate) fn on_exit(ctx: BtfTracePointContext) -> i32 {
 
 #[inline(always)]
 unsafe fn runtime_exited(task: Task, operation: *const Operation) -> Option<()> {
-    // SAFETY: the caller passes a map value; so are the containers below.
+    // SAFETY: the caller passes a valid operation; the containers below are map values.
     unsafe {
         let now = bpf_ktime_get_ns();
         let cgroup = (*operation).cgroup;

@@ -157,7 +157,7 @@ fn read<T: Copy>(bytes: &[u8]) -> Option<T> {
 /// # Errors
 ///
 /// When the ring can no longer be waited for.
-pub async fn drain_lifecycle(ring: RingBuf<MapData>, events: mpsc::UnboundedSender<LifecycleEvent>) -> io::Result<()> {
+pub async fn drain_lifecycle(ring: RingBuf<MapData>, events: mpsc::Sender<LifecycleEvent>) -> io::Result<()> {
     drain(ring, LifecycleEvent::read, events).await
 }
 
@@ -166,30 +166,33 @@ pub async fn drain_lifecycle(ring: RingBuf<MapData>, events: mpsc::UnboundedSend
 /// # Errors
 ///
 /// When the ring can no longer be waited for.
-pub async fn drain_dns(ring: RingBuf<MapData>, events: mpsc::UnboundedSender<DnsEvent>) -> io::Result<()> {
+pub async fn drain_dns(ring: RingBuf<MapData>, events: mpsc::Sender<DnsEvent>) -> io::Result<()> {
     drain(ring, DnsEvent::read, events).await
 }
 
-async fn drain<T>(
-    ring: RingBuf<MapData>,
-    read: fn(&[u8]) -> Option<T>,
-    events: mpsc::UnboundedSender<T>,
-) -> io::Result<()> {
+async fn drain<T>(ring: RingBuf<MapData>, read: fn(&[u8]) -> Option<T>, events: mpsc::Sender<T>) -> io::Result<()> {
     // SAFETY: the ring owns its descriptor, which stays the same and open as long as it lives.
     let mut ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?;
     loop {
         // What is there already wakes nobody: look first, wait then. Readiness is edge-triggered, so all must be taken
         // before it is cleared.
-        while let Some(record) = ring.get_mut().next() {
-            if let Some(event) = read(&record)
-                && events.send(event).is_err()
-            {
+        while let Some(event) = next(ring.get_mut(), read) {
+            if events.send(event).await.is_err() {
                 return Ok(());
             }
         }
         tokio::select! {
             ready = ring.readable_mut() => ready?.clear_ready(),
             () = events.closed() => return Ok(()),
+        }
+    }
+}
+
+/// The next record that can be read.
+fn next<T>(ring: &mut RingBuf<MapData>, read: fn(&[u8]) -> Option<T>) -> Option<T> {
+    loop {
+        if let Some(event) = read(&ring.next()?) {
+            return Some(event);
         }
     }
 }

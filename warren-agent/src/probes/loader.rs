@@ -33,6 +33,8 @@ pub struct Options {
     pub dns_cgroup: PathBuf,
     /// Count only containers that were registered beforehand, not everything that a known runtime makes.
     pub registered_only: bool,
+    /// A DNS query that waits longer counts as unanswered.
+    pub dns_timeout: Duration,
     /// DNS answers slower than this are reported one by one. Zero reports none.
     pub dns_slow: Duration,
     /// Ports taken for DNS; at most four.
@@ -93,7 +95,8 @@ pub(super) fn open(options: &Options) -> Result<Maps, Error> {
     let config = config(options, &kernel);
     let programs = fingerprint(&config, &cgroup);
     if !is_current(&directory, programs) {
-        install(&directory, &kernel, &config, &cgroup, programs).inspect_err(|_| detach(&directory))?;
+        install(&directory, &kernel, &config, &cgroup, programs)?;
+        release_memory();
     }
     remove_other_layouts(&options.pin_dir, &directory);
     Maps::from_pins(&directory, lock)
@@ -105,12 +108,26 @@ pub(super) fn open(options: &Options) -> Result<Maps, Error> {
 ///
 /// When the pins cannot be removed.
 pub(super) fn remove(pin_dir: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(pin_dir) {
-        Err(source) if source.kind() != ErrorKind::NotFound => {
-            Err(Error::Io { action: "removing", path: pin_dir.into(), source })
+    for layout in layouts(pin_dir) {
+        match fs::remove_dir_all(&layout) {
+            Err(source) if source.kind() != ErrorKind::NotFound => {
+                return Err(Error::Io { action: "removing", path: layout, source });
+            }
+            _ => {}
         }
-        _ => Ok(()),
     }
+    // Others may have pins there, or it may be bpffs itself: then it stays.
+    let _ = fs::remove_dir(pin_dir);
+    Ok(())
+}
+
+/// The directories that agents have made: their names are hashes.
+fn layouts(pin_dir: &Path) -> Vec<PathBuf> {
+    let is_hash = |name: &std::ffi::OsStr| {
+        name.to_str().is_some_and(|name| name.len() == 16 && u64::from_str_radix(name, 16).is_ok())
+    };
+    let entries = fs::read_dir(pin_dir).into_iter().flatten().flatten();
+    entries.filter(|entry| is_hash(&entry.file_name())).map(|entry| entry.path()).collect()
 }
 
 pub(super) fn link_pin(directory: &Path, program: &str) -> PathBuf {
@@ -186,8 +203,10 @@ fn config(options: &Options, kernel: &Kernel) -> Config {
     for (slot, port) in dns_ports.iter_mut().zip(&options.dns_ports) {
         *slot = port.to_be();
     }
+    let ns = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
     Config {
-        dns_slow_ns: u64::try_from(options.dns_slow.as_nanos()).unwrap_or(u64::MAX),
+        dns_slow_ns: ns(options.dns_slow),
+        dns_timeout_ns: ns(options.dns_timeout),
         dns_ports,
         registered_only: options.registered_only.into(),
         oom_argument_is_pid: kernel.oom_argument_is_pid.into(),
@@ -222,7 +241,6 @@ fn detach(directory: &Path) {
 }
 
 fn install(directory: &Path, kernel: &Kernel, config: &Config, cgroup: &Path, programs: u64) -> Result<(), Error> {
-    detach(directory);
     let epoch = maps::read_meta(directory).map(|meta| meta.epoch).ok().filter(|epoch| *epoch != 0);
 
     let pins: Vec<PathBuf> = maps::NAMES.iter().map(|name| directory.join(name)).collect();
@@ -237,13 +255,20 @@ fn install(directory: &Path, kernel: &Kernel, config: &Config, cgroup: &Path, pr
     }
     let mut ebpf = loader.load(OBJECT).map_err(Box::new)?;
     name_runtimes(&mut ebpf)?;
-
     for program in PROGRAMS {
-        let link = attach(&mut ebpf, program, &btf, cgroup, directory)?;
+        load(&mut ebpf, program, &btf)?;
+    }
+    // The verifier has accepted all of them: only now do the ones before go. What happens in the milliseconds until the new
+    // ones are attached is not seen; attaching them first would count it twice.
+    detach(directory);
+    let attached = PROGRAMS.into_iter().try_for_each(|program| {
+        let link = attach(&mut ebpf, program, cgroup, directory)?;
         let pin = link_pin(directory, program.name);
         // The pin keeps the program attached; the handle is not needed.
-        link.pin(&pin).map_err(|error| Error::Pin { path: pin, source: error.into() })?;
-    }
+        link.pin(&pin).map(drop).map_err(|error| Error::Pin { path: pin, source: error.into() })
+    });
+    attached.inspect_err(|_| detach(directory))?;
+    maps::make_room_for_overflow(directory)?;
     maps::write_meta(directory, Meta { epoch: epoch.unwrap_or_else(|| rand::random::<u64>().max(1)), programs })
 }
 
@@ -259,24 +284,43 @@ fn name_runtimes(ebpf: &mut Ebpf) -> Result<(), Error> {
     Ok(())
 }
 
-fn attach(ebpf: &mut Ebpf, program: Program, btf: &Btf, cgroup: &Path, pins: &Path) -> Result<FdLink, Error> {
-    let failed = |source: ProgramError| Error::Program { program: program.name, source: Box::new(source) };
-    let pin = program_pin(pins, program.name);
-    let pinning = |error: aya::pin::PinError| Error::Pin { path: pin.clone(), source: error.into() };
-    let found = ebpf
-        .program_mut(program.name)
-        .ok_or_else(|| Error::Btf(format!("the object has no program {}", program.name)))?;
+fn found<'a>(ebpf: &'a mut Ebpf, program: Program) -> Result<&'a mut aya::programs::Program, Error> {
+    let missing = || Error::Btf(format!("the object has no program {}", program.name));
+    ebpf.program_mut(program.name).ok_or_else(missing)
+}
+
+fn failed(program: Program) -> impl Fn(ProgramError) -> Error {
+    move |source| Error::Program { program: program.name, source: Box::new(source) }
+}
+
+fn load(ebpf: &mut Ebpf, program: Program, btf: &Btf) -> Result<(), Error> {
+    let found = found(ebpf, program)?;
     match program.hook {
         Hook::Tracepoint(tracepoint) => {
-            let loaded: &mut BtfTracePoint = found.try_into().map_err(failed)?;
-            loaded.load(tracepoint, btf).map_err(failed)?;
+            let loaded: Result<&mut BtfTracePoint, _> = found.try_into();
+            loaded.and_then(|loaded| loaded.load(tracepoint, btf)).map_err(failed(program))
+        }
+        Hook::Skb(_) => {
+            let loaded: Result<&mut CgroupSkb, _> = found.try_into();
+            loaded.and_then(CgroupSkb::load).map_err(failed(program))
+        }
+    }
+}
+
+fn attach(ebpf: &mut Ebpf, program: Program, cgroup: &Path, pins: &Path) -> Result<FdLink, Error> {
+    let failed = failed(program);
+    let pin = program_pin(pins, program.name);
+    let pinning = |error: aya::pin::PinError| Error::Pin { path: pin.clone(), source: error.into() };
+    let found = found(ebpf, program)?;
+    match program.hook {
+        Hook::Tracepoint(_) => {
+            let loaded: &mut BtfTracePoint = found.try_into().map_err(&failed)?;
             loaded.pin(&pin).map_err(pinning)?;
-            let id = loaded.attach().map_err(failed)?;
-            Ok(loaded.take_link(id).map_err(failed)?.into())
+            let id = loaded.attach().map_err(&failed)?;
+            Ok(loaded.take_link(id).map_err(&failed)?.into())
         }
         Hook::Skb(direction) => {
-            let loaded: &mut CgroupSkb = found.try_into().map_err(failed)?;
-            loaded.load().map_err(failed)?;
+            let loaded: &mut CgroupSkb = found.try_into().map_err(&failed)?;
             loaded.pin(&pin).map_err(pinning)?;
             let directory = fs::File::open(cgroup).map_err(|source| Error::Io {
                 action: "opening",
@@ -284,8 +328,8 @@ fn attach(ebpf: &mut Ebpf, program: Program, btf: &Btf, cgroup: &Path, pins: &Pa
                 source,
             })?;
             // `Single` through a BPF link is what the kernel calls multi: others may attach beside it.
-            let id = loaded.attach(directory, direction, CgroupAttachMode::Single).map_err(failed)?;
-            let link = loaded.take_link(id).map_err(failed)?;
+            let id = loaded.attach(directory, direction, CgroupAttachMode::Single).map_err(&failed)?;
+            let link = loaded.take_link(id).map_err(&failed)?;
             link.try_into().map_err(|error: aya::programs::links::LinkError| Error::Pin {
                 path: link_pin(pins, program.name),
                 source: error.into(),
@@ -296,15 +340,19 @@ fn attach(ebpf: &mut Ebpf, program: Program, btf: &Btf, cgroup: &Path, pins: &Pa
 
 /// Detaches programs of agents whose maps had another layout; their counts end with them.
 fn remove_other_layouts(pin_dir: &Path, current: &Path) {
-    let Ok(entries) = fs::read_dir(pin_dir) else { return };
-    for entry in entries.flatten() {
-        let path = entry.path();
-        let is_layout = entry.file_name().to_str().is_some_and(|name| u64::from_str_radix(name, 16).is_ok());
-        if path != current && is_layout {
-            tracing::info!(path = %path.display(), "replacing probes of another layout");
-            if let Err(error) = fs::remove_dir_all(&path) {
-                tracing::warn!(path = %path.display(), %error, "their pins could not be removed");
-            }
+    for path in layouts(pin_dir).into_iter().filter(|path| path != current) {
+        tracing::info!(path = %path.display(), "replacing probes of another layout");
+        if let Err(error) = fs::remove_dir_all(&path) {
+            tracing::warn!(path = %path.display(), %error, "their pins could not be removed");
         }
+    }
+}
+
+/// Gives the memory that parsing the kernel's types took back to the system: it is more than the agent needs from then on.
+fn release_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointers and may be called at any time.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }

@@ -4,12 +4,15 @@ use std::{
     fmt,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use warren_agent_ebpf::{
-    abi::{ContainerId, GroupName, ID_LEN, Meta, Registration, SweepIntent, container, counter, dns},
+    abi::{ContainerId, GroupName, ID_LEN, Meta, Registration, SweepIntent, container, counter, dns, group},
     histogram::Histogram,
 };
 
@@ -37,7 +40,7 @@ pub(super) const NAMES: [&str; 18] = [
     "SWEEP_INTENT",
 ];
 
-type Hash<K, V> = HashMap<MapData, K, V>;
+pub(super) type Hash<K, V> = HashMap<MapData, K, V>;
 
 /// Handles of the pinned maps.
 pub struct Maps {
@@ -46,6 +49,8 @@ pub struct Maps {
     counters: PerCpuArray<MapData, u64>,
     durations: Array<MapData, Histogram>,
     dns_durations: Hash<dns::HistogramKey, Histogram>,
+    /// The most that was ever found evicted; see [`Maps::evicted`].
+    evicted: AtomicU64,
     // Written by the agent: `aya` wants them mutable, and there is one writer at a time anyway.
     written: Mutex<Written>,
     // Released when the agent ends, however it does.
@@ -121,6 +126,7 @@ impl Maps {
             counters: open(directory, "COUNTERS")?,
             durations: open(directory, "DURATIONS")?,
             dns_durations: open(directory, "DNS_DURATIONS")?,
+            evicted: AtomicU64::new(0),
             written: Mutex::new(Written {
                 registry: open(directory, "REGISTRY")?,
                 containers: open(directory, "CONTAINERS")?,
@@ -199,15 +205,29 @@ impl Maps {
     ///
     /// When the kernel refuses the read.
     pub fn dns_statistics(&self) -> Result<DnsStatistics, Error> {
-        let timeouts = self.dns_timeouts().iter().map(|(_, count)| count).sum();
+        // What is sent first, and what becomes of it later: a query on its way counts rather twice than as evicted.
+        let sent = self.counter(counter::DNS_QUERIES)?;
+        let (pending, timeouts) = {
+            let written = self.written();
+            let timeouts = written.dns_timeouts.iter().flatten().map(|(_, count)| count).sum();
+            (written.dns_pending.keys().count() as u64, timeouts)
+        };
         Ok(DnsStatistics {
-            sent: self.counter(counter::DNS_QUERIES)?,
+            sent,
             retransmits: self.counter(counter::DNS_RETRANSMITS)?,
             matched: self.counter(counter::DNS_MATCHED)?,
             timeouts,
-            pending: self.written().dns_pending.keys().count() as u64,
+            pending,
             superseded: self.counter(counter::DNS_SUPERSEDED)? + self.counter(counter::DNS_PENDING_FULL)?,
         })
+    }
+
+    /// Queries evicted so far. Derived from counts that are read one after the other, so the largest finding stays: what is
+    /// exported as a counter must not fall.
+    #[must_use]
+    pub fn evicted(&self, statistics: &DnsStatistics) -> u64 {
+        let found = statistics.evicted();
+        self.evicted.fetch_max(found, Ordering::Relaxed).max(found)
     }
 
     /// Tells the programs of a container before the runtime creates it.
@@ -299,4 +319,37 @@ pub(super) fn read_meta(directory: &Path) -> Result<Meta, Error> {
 pub(super) fn write_meta(directory: &Path, value: Meta) -> Result<(), Error> {
     let mut meta: Array<MapData, Meta> = open(directory, "META")?;
     meta.set(0, value, 0).map_err(|source| Error::Map { map: "META", source })
+}
+
+/// Makes the entries that take what has no room of its own; once the maps are full it would be too late.
+pub(super) fn make_room_for_overflow(directory: &Path) -> Result<(), Error> {
+    let mut durations: Hash<dns::HistogramKey, Histogram> = open(directory, "DNS_DURATIONS")?;
+    let mut timeouts: Hash<dns::HistogramKey, u64> = open(directory, "DNS_TIMEOUTS")?;
+    for qtype in 0..dns::qtype::NAMES.len() as u8 {
+        for transport in 0..dns::transport::NAMES.len() as u8 {
+            for rcode in 0..dns::rcode::NAMES.len() as u8 {
+                let key = dns::HistogramKey { group: group::OVERFLOW, qtype, rcode, transport, _reserved: 0 };
+                // Existing ones hold counts and stay.
+                let made = if rcode == dns::rcode::TIMEOUT {
+                    insert_new(&mut timeouts, key, 0)
+                } else {
+                    insert_new(&mut durations, key, Histogram::EMPTY)
+                };
+                made.map_err(|source| Error::Map { map: "DNS_DURATIONS", source })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Inserts a value unless there is one.
+pub(super) fn insert_new<V: aya::Pod>(
+    map: &mut Hash<dns::HistogramKey, V>,
+    key: dns::HistogramKey,
+    value: V,
+) -> Result<(), MapError> {
+    match map.get(&key, 0) {
+        Err(MapError::KeyNotFound) => map.insert(key, value, 0),
+        other => other.map(drop),
+    }
 }

@@ -95,7 +95,7 @@ impl ProbeSource {
                 *failures.entry((service, code)).or_default() += count;
             }
         };
-        for (key, histogram) in self.maps.dns_durations() {
+        for (key, histogram) in self.maps.dns_durations().into_iter().filter(|(_, histogram)| histogram.count() > 0) {
             count(&key, histogram.count());
             durations
                 .entry((
@@ -106,7 +106,7 @@ impl ProbeSource {
                 .or_insert(Histogram::EMPTY)
                 .merge(&histogram);
         }
-        for (key, timeouts) in self.maps.dns_timeouts() {
+        for (key, timeouts) in self.maps.dns_timeouts().into_iter().filter(|(_, timeouts)| *timeouts > 0) {
             count(&key, timeouts);
         }
         for ((service, qtype, rcode), histogram) in durations {
@@ -154,7 +154,7 @@ impl ProbeSource {
         series.push(Series::new(
             "warren_probe_events_lost_total",
             &[("probe", "dns"), ("reason", "evicted")],
-            Measurement::Counter(statistics.evicted() as f64),
+            Measurement::Counter(self.maps.evicted(&statistics) as f64),
         ));
         Ok(())
     }

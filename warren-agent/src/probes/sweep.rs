@@ -7,9 +7,12 @@
 
 use std::time::Duration;
 
-use warren_agent_ebpf::abi::{SweepIntent, dns};
+use warren_agent_ebpf::abi::{SweepIntent, dns, group};
 
-use super::{Error, Maps, maps::Written};
+use super::{
+    Error, Maps,
+    maps::{Written, insert_new},
+};
 
 /// Sweeps of the queries that wait for an answer.
 #[derive(Clone, Copy, Debug)]
@@ -58,8 +61,13 @@ fn histogram_key(query: &dns::Pending) -> dns::HistogramKey {
 
 /// Counts one query; false when its answer was first.
 fn count_timeout(written: &mut Written, query: dns::PendingKey, pending: dns::Pending) -> Result<bool, Error> {
-    let key = histogram_key(&pending);
-    let count = written.dns_timeouts.get(&key, 0).unwrap_or(0) + 1;
+    let failed = |source| Error::Map { map: "DNS_TIMEOUTS", source };
+    let mut key = histogram_key(&pending);
+    // The counter must be there before the query is removed: without room for one, the overflow group's always is.
+    if insert_new(&mut written.dns_timeouts, key, 0).is_err() {
+        key.group = group::OVERFLOW;
+    }
+    let count = written.dns_timeouts.get(&key, 0).map_err(failed)? + 1;
     let intent = SweepIntent { query, sent_ns: pending.sent_ns, key, count };
     set_intent(written, intent)?;
     let removed = written.dns_pending.remove(&query).is_ok();

@@ -10,7 +10,7 @@ use containerd_client::{
     tonic::{Code, Request, transport::Channel},
 };
 
-use super::Error;
+use super::{Error, Found};
 
 /// How long a call may take that only reads or writes metadata.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -126,17 +126,38 @@ impl Containerd {
 const SERVICE_LABELS: [&str; 4] =
     ["warren.service", "com.docker.compose.service", "com.docker.swarm.service.name", "io.kubernetes.container.name"];
 
+/// The service that a container with these labels belongs to, whatever engine made it.
+#[must_use]
+pub fn service_label(labels: &HashMap<String, String>) -> Option<&str> {
+    SERVICE_LABELS.iter().find_map(|label| labels.get(*label)).map(String::as_str)
+}
+
+/// A connection to each namespace; none when nothing answers.
+async fn every_namespace(socket: &Path) -> Vec<Containerd> {
+    let Ok(channel) = containerd_client::connect(socket).await else { return Vec::new() };
+    let any = Containerd { channel, namespace: String::new(), lease: None };
+    let Ok(listed) = any.client().namespaces().list(api::ListNamespacesRequest::default()).await else {
+        return Vec::new();
+    };
+    let here = |namespace: api::Namespace| Containerd { namespace: namespace.name, ..any.clone() };
+    listed.into_inner().namespaces.into_iter().map(here).collect()
+}
+
 /// The service that a container of any engine on this containerd belongs to, by its labels.
 pub async fn service_of(socket: &Path, id: &str) -> Option<String> {
-    let channel = containerd_client::connect(socket).await.ok()?;
-    let any = Containerd { channel, namespace: String::new(), lease: None };
-    let namespaces = any.client().namespaces().list(api::ListNamespacesRequest::default()).await.ok()?.into_inner();
-    for namespace in namespaces.namespaces {
-        let here = Containerd { namespace: namespace.name, ..any.clone() };
+    for here in every_namespace(socket).await {
         let request = here.request(api::GetContainerRequest { id: id.to_owned() });
         let Ok(answer) = here.client().containers().get(request).await else { continue };
-        let labels = answer.into_inner().container?.labels;
-        return SERVICE_LABELS.iter().find_map(|label| labels.get(*label).cloned());
+        return service_label(&answer.into_inner().container?.labels).map(str::to_owned);
     }
     None
+}
+
+/// All containers of all engines on this containerd; none when it does not answer.
+pub async fn all_containers(socket: &Path) -> Vec<Found> {
+    let mut found = Vec::new();
+    for here in every_namespace(socket).await {
+        found.extend(here.containers().await.unwrap_or_default());
+    }
+    found
 }

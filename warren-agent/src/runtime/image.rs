@@ -197,15 +197,19 @@ impl Containerd {
     /// Makes the image's layers snapshots, unless they are, and returns the topmost's key. To be called under a lease.
     pub(super) async fn unpack(&self, image: &LocalImage) -> Result<String, Error> {
         let mut parent = String::new();
+        let mut unpacked = false;
         for (layer, diff_id) in image.layers.iter().zip(&image.diff_ids) {
             let chain = chain_id(&parent, diff_id);
             if !self.has_snapshot(&chain).await? {
                 self.unpack_layer(image, layer, diff_id, &parent, &chain).await?;
+                unpacked = true;
             }
             parent = chain;
         }
-        let label = format!("containerd.io/gc.ref.snapshot.{SNAPSHOTTER}");
-        self.label_blob(&image.config_digest, HashMap::from([(label, parent.clone())])).await?;
+        if unpacked {
+            let label = format!("containerd.io/gc.ref.snapshot.{SNAPSHOTTER}");
+            self.label_blob(&image.config_digest, HashMap::from([(label, parent.clone())])).await?;
+        }
         Ok(parent)
     }
 

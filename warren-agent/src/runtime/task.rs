@@ -74,7 +74,8 @@ impl Containerd {
         // The lease keeps the snapshot until the container's record does.
         let leased = self.with_lease().await?;
         let created = leased.create_leased(image, &options.id, spec, labels).await;
-        leased.end_lease().await;
+        // Nobody waits for its end.
+        tokio::spawn(leased.end_lease());
         if created.is_err() {
             self.remove_container(&options.id).await?;
         }

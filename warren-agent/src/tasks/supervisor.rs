@@ -274,12 +274,12 @@ fn beginning(found: Option<&Found>, cached: Option<&v1::ContainerStatus>) -> Beg
 }
 
 /// Enters running containers that the probes do not know, so that their stops are timed.
-fn seed(maps: &Maps, groups: &Mutex<Groups>, found: &[Found]) {
+pub(crate) fn seed(maps: &Maps, groups: &Mutex<Groups>, found: &[Found]) {
     let mut groups = groups.lock().unwrap_or_else(PoisonError::into_inner);
     for container in found {
         let Some((TaskState::Running, pid)) = container.task else { continue };
         let Some(cgroup) = probes::cgroup_of(pid) else { continue };
-        let service = container.labels.get(super::worker::label::SERVICE).map_or("unknown", String::as_str);
+        let service = runtime::service_label(&container.labels).unwrap_or("unknown");
         let signals = 1 << (StopOptions::from_labels(&container.labels).signal & 63);
         let seeded =
             groups.number(maps, service).and_then(|group| maps.seed(&container.id, cgroup, pid, group, signals));

@@ -137,6 +137,10 @@ impl Worker {
             worker.note(|status| status.pid = pid);
             worker.watch_exit();
         }
+        if let Some(Ending::Exited(code) | Ending::Stopped(code)) = worker.lifecycle.ending() {
+            let code = *code;
+            worker.note(|status| status.exit_code = Some(code));
+        }
         let task = tokio::spawn(worker.run(actions));
         Spawned { sender, task }
     }
@@ -322,8 +326,9 @@ impl Worker {
     }
 
     async fn signal(&self, signal: u32, all: bool) {
-        if let Err(error) = self.shared.containerd.kill_task(&self.id, signal, all).await {
-            tracing::warn!(container = self.id, signal, %error, "a container could not be signalled");
+        // A daemon that restarts gets the signal to deliver when it is back.
+        if let Err(ending) = retry(|| self.shared.containerd.kill_task(&self.id, signal, all)).await {
+            tracing::warn!(container = self.id, signal, ?ending, "a container could not be signalled");
         }
     }
 

@@ -14,8 +14,15 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(super) struct Services(pub(super) Context);
 
+/// Thousands of them are remembered.
+const MAX_REQUEST_ID: usize = 64;
+
 impl Services {
     async fn write(&self, request_id: String, change: Change) -> Result<(), Error> {
+        if request_id.len() > MAX_REQUEST_ID {
+            let why = format!("is longer than {MAX_REQUEST_ID} bytes");
+            return Err(validate::Invalid { field: "request_id", why }.into());
+        }
         self.0.store.transact(&Transaction { request_id, changes: vec![change] }).await?;
         Ok(())
     }

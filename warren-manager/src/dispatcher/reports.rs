@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// News waits this long for more of it; while it is written, more comes together by itself.
-const QUIET: Duration = Duration::from_millis(5);
+const QUIET: Duration = Duration::from_millis(1);
 /// Before trying again what consensus would not take.
 const RETRY: Duration = Duration::from_millis(500);
 
