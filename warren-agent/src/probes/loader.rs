@@ -284,7 +284,7 @@ fn name_runtimes(ebpf: &mut Ebpf) -> Result<(), Error> {
     Ok(())
 }
 
-fn found<'a>(ebpf: &'a mut Ebpf, program: Program) -> Result<&'a mut aya::programs::Program, Error> {
+fn found(ebpf: &mut Ebpf, program: Program) -> Result<&mut aya::programs::Program, Error> {
     let missing = || Error::Btf(format!("the object has no program {}", program.name));
     ebpf.program_mut(program.name).ok_or_else(missing)
 }
