@@ -69,6 +69,13 @@ fn a_manager_that_cannot_start_says_why_and_changes_nothing() {
     let open = World::run(world.manager_command().args(["--listen-addr", "0.0.0.0:0"])).failed(2);
     assert!(open.contains("0.0.0.0 is not a loopback address"), "{open}");
 
+    // A file that is no socket is nobody's to replace.
+    let precious = world.path("precious");
+    fs::write(&precious, "kept").expect("writable");
+    let refused = World::run(world.manager_command().arg("--socket").arg(&precious)).failed(7);
+    assert!(refused.contains("no socket"), "{refused}");
+    assert_eq!(fs::read_to_string(&precious).expect("still there"), "kept");
+
     // A data directory that a later version wrote.
     let identity = world.path("manager/manager.json");
     let kept = fs::read_to_string(&identity).expect("readable");

@@ -141,4 +141,9 @@ fn an_idle_cluster_writes_nothing() {
     let before = index();
     thread::sleep(Duration::from_secs(8));
     assert_eq!(index(), before, "heartbeats and telemetry must not reach the log");
+    // Longer than any timeout after its election, the manager is still fine.
+    thread::sleep(Duration::from_secs(3));
+    let (status, body) = world.get(world.manager_port, "/ready").expect("an answer");
+    assert_eq!(status, 200, "{body}");
+    assert_eq!(world.manager_metrics().sum("warren_raft_quorum_ok", &[]), 1.0);
 }

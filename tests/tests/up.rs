@@ -4,12 +4,9 @@ use std::process::Command;
 
 use warren_tests::{Process, World, free_port, until};
 
-#[test]
-fn up_shows_timed_containers_and_leaves_nothing() {
-    let world = World::empty("up");
+fn up(world: &World, arguments: &[&str]) -> Command {
     let name = world.cgroup_parent().trim_start_matches('/').to_owned();
-    let [api, metrics, agent] = [free_port(), free_port(), free_port()].map(|port| port.to_string());
-    let mut command: Command = World::binary("xtask");
+    let mut command = World::binary("xtask");
     command
         .args(["up", "--no-build", "--name", &name])
         .arg("--directory")
@@ -19,7 +16,35 @@ fn up_shows_timed_containers_and_leaves_nothing() {
         .arg(world.path("none.sock"))
         .arg("--socket")
         .arg(world.path("w.sock"))
-        .args(["--api-port", &api, "--metrics-port", &metrics, "--agent-metrics-port", &agent]);
+        .args(arguments);
+    command
+}
+
+#[test]
+fn up_touches_nothing_that_is_not_its_own() {
+    let mut world = World::empty("up-own");
+    let precious = world.path("up/precious");
+    std::fs::create_dir(world.path("up")).expect("writable");
+    std::fs::write(&precious, "kept").expect("writable");
+    let refused = World::run(&mut up(&world, &[])).failed(1);
+    assert!(refused.contains("holds something else"), "{refused}");
+    assert!(precious.exists());
+    let _ = World::run(up(&world, &[]).args(["--name", "../x"])).failed(1);
+
+    // Somebody's manager on the same socket, and somebody's service.
+    std::fs::remove_dir_all(world.path("up")).expect("removable");
+    world.start_manager();
+    let _ = world.warren(&["service", "create", "theirs", "--image", "x", "--replicas", "0"]).succeeded();
+    let refused = World::run(&mut up(&world, &[])).failed(1);
+    assert!(refused.contains("a manager answers on"), "{refused}");
+    assert!(world.warren(&["service", "ls"]).succeeded().contains(" theirs "));
+}
+
+#[test]
+fn up_shows_timed_containers_and_leaves_nothing() {
+    let world = World::empty("up");
+    let [api, metrics, agent] = [free_port(), free_port(), free_port()].map(|port| port.to_string());
+    let mut command = up(&world, &["--api-port", &api, "--metrics-port", &metrics, "--agent-metrics-port", &agent]);
     let up = Process::start("up", &mut command, world.directory.path());
     until("three containers are timed", || {
         let log = up.log();

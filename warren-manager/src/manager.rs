@@ -3,7 +3,7 @@
 use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -227,9 +227,11 @@ async fn bind_socket(path: &Path) -> Result<UnixListener, Error> {
     if tokio::net::UnixStream::connect(path).await.is_ok() {
         return Err(failed()(io::ErrorKind::AddrInUse.into()));
     }
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed()(error)),
-        _ => {}
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.file_type().is_socket() => fs::remove_file(path).map_err(failed())?,
+        Ok(_) => return Err(failed()(io::Error::other("it is there already, and no socket"))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed()(error)),
     }
     let listener = UnixListener::bind(path).map_err(failed())?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed())?;

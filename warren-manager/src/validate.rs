@@ -29,6 +29,10 @@ const MAX_IMAGE: usize = 255;
 /// Arguments, variables and labels together must fit into a process's arguments and a log entry.
 const MAX_TEXT: usize = 128 << 10;
 const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+/// Bytes or thousandths of a core: a pebibyte, or a million million cores. Sums of them cannot overflow.
+const MAX_AMOUNT: i64 = 1 << 50;
+/// Cores that a quota can express.
+const MAX_CPU_LIMIT: i64 = 1_000_000;
 /// The kernel refuses containers with less.
 const MIN_MEMORY: i64 = 4 << 20;
 
@@ -132,12 +136,15 @@ fn resources(wire: v1::Resources) -> Result<Resources, Invalid> {
         if amount < 0 {
             return invalid(field, format!("{amount} is negative"));
         }
+        if amount > MAX_AMOUNT {
+            return invalid(field, format!("{amount} is more than any machine has"));
+        }
     }
     if limits.memory_bytes != 0 && limits.memory_bytes < MIN_MEMORY {
         return invalid("spec.resources.limits.memory_bytes", format!("is less than {MIN_MEMORY}"));
     }
-    if limits.cpu_millis != 0 && limits.cpu_millis < 10 {
-        return invalid("spec.resources.limits.cpu_millis", "is less than 10");
+    if limits.cpu_millis != 0 && !(10..=MAX_CPU_LIMIT).contains(&limits.cpu_millis) {
+        return invalid("spec.resources.limits.cpu_millis", format!("is not between 10 and {MAX_CPU_LIMIT}"));
     }
     if limits.memory_bytes != 0 && reservations.memory_bytes > limits.memory_bytes {
         return invalid("spec.resources.reservations.memory_bytes", "is more than the limit");

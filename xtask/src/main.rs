@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 #[derive(Debug, Parser)]
-#[command(name = "cargo xtask", about)]
+#[command(name = "cargo xtask", about, args_override_self = true)]
 enum Command {
     /// Finds or installs what is missing: containerd and runc, protoc, the eBPF toolchain. Safe to repeat.
     Setup(setup::Arguments),

@@ -47,6 +47,31 @@ pub(crate) struct Arguments {
     no_build: bool,
 }
 
+impl Arguments {
+    /// Refuses what would touch things that are not this run's.
+    fn check(&self) -> Result<()> {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        if self.name.is_empty() || !self.name.chars().all(plain) {
+            bail!("--name: {:?} is not made of a-z, 0-9 and '-'", self.name);
+        }
+        if UnixStream::connect(&self.socket).is_ok() {
+            bail!("a manager answers on {} already: stop it, or give another --socket", self.socket.display());
+        }
+        let directory = self.directory();
+        let is_empty = fs::read_dir(&directory).map_or(true, |mut entries| entries.next().is_none());
+        if !is_empty && !directory.join(MARKER).exists() {
+            bail!("{} holds something else: it would be removed in the end", directory.display());
+        }
+        Ok(())
+    }
+
+    fn directory(&self) -> PathBuf {
+        self.directory.clone().unwrap_or_else(|| target().join("up"))
+    }
+}
+
+/// Marks a directory as made by this command, to be removed in the end.
+const MARKER: &str = ".warren-up";
 const SERVICE: &str = "demo";
 const REPLICAS: &str = "3";
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -62,6 +87,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         // Not --quiet: the first build takes minutes.
         step("building Warren", cargo().args(["build", "--locked", "--package", "warren-cli", "--profile", profile]))?;
     }
+    arguments.check()?;
     // Ctrl-C ends the wait below; the children are in groups of their own and do not see it.
     let (interrupt, interrupted) = mpsc::channel();
     // Nobody listens any more once the wait is over.
@@ -69,12 +95,15 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     ctrlc::set_handler(on_signal).context("signals cannot be handled")?;
 
     let warren = target().join(if arguments.release { "release" } else { "debug" }).join("warren");
-    let directory = arguments.directory.clone().unwrap_or_else(|| target().join("up"));
+    let directory = arguments.directory();
     let mut up = Up { arguments, warren, directory, containerd: None, manager_and_agent: None };
     let outcome = up.start().and_then(|()| up.show(&interrupted));
     println!("\n==> cleaning up");
-    let cleaned = up.clean_up();
-    outcome.and(cleaned)
+    if let Err(error) = up.clean_up() {
+        eprintln!("    {error:#}");
+        return outcome.and(Err(error));
+    }
+    outcome
 }
 
 struct Up {
@@ -92,6 +121,8 @@ impl Up {
 
     fn start(&mut self) -> Result<()> {
         fs::create_dir_all(&self.directory)?;
+        fs::write(self.directory.join(MARKER), "")?;
+        let _ = fs::remove_dir_all(self.directory.join("data"));
         if UnixStream::connect(&self.arguments.containerd_socket).is_ok() {
             println!("==> using the containerd on {}", self.arguments.containerd_socket.display());
         } else {
@@ -208,7 +239,7 @@ impl Up {
              logs           {}\n  \
              try            {warren} service ps {SERVICE}\n                 \
              {warren} service scale {SERVICE} 5\n                 \
-             {warren} node inspect\n\n\
+             {warren} node ls\n\n\
              Timed in the kernel, until Ctrl-C:\n",
             self.directory.display(),
         );
@@ -258,8 +289,32 @@ impl Up {
         Ok(containers.iter().map(line).collect())
     }
 
+    /// Removes containers that an agent which died has left; there are none otherwise. The namespace is this run's.
+    fn remove_containers(&self) {
+        let ctr = |arguments: &[&str]| {
+            let mut command = Command::new("ctr");
+            command.arg("--address").arg(self.containerd_socket()).args(["--namespace", &self.arguments.name]);
+            command.args(arguments).stderr(Stdio::null()).output().map(|output| output.stdout).unwrap_or_default()
+        };
+        let listed = ctr(&["containers", "ls", "--quiet"]);
+        for id in String::from_utf8_lossy(&listed).lines() {
+            ctr(&["tasks", "kill", "--signal", "SIGKILL", "--all", id]);
+            // Its end may take a moment.
+            for _ in 0..50 {
+                ctr(&["tasks", "delete", "--force", id]);
+                if !String::from_utf8_lossy(&ctr(&["tasks", "ls", "--quiet"])).contains(id) {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            ctr(&["containers", "delete", id]);
+        }
+    }
+
     fn clean_up(&mut self) -> Result<()> {
-        let listed = self.warren(&["service", "ls", "--format", "json"]).unwrap_or_default();
+        // Only what this run's own manager knows of.
+        let runs = self.manager_and_agent.as_mut().is_some_and(|child| child.try_wait().is_ok_and(|s| s.is_none()));
+        let listed = if runs { self.warren(&["service", "ls", "--format", "json"])? } else { String::new() };
         let services: Vec<Value> = serde_json::from_str(&listed).unwrap_or_default();
         for name in services.iter().filter_map(|service| service["spec"]["name"].as_str()) {
             if let Err(error) = self.warren(&["service", "rm", name, "--wait"]) {
@@ -271,6 +326,7 @@ impl Up {
             std::thread::sleep(Duration::from_millis(500));
             end(child);
         }
+        self.remove_containers();
         if let Some((child, _)) = self.containerd.take() {
             end(child);
         }

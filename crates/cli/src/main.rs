@@ -59,7 +59,11 @@ async fn main() -> ExitCode {
     match run(arguments).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            // containerd's and files' errors keep their cause apart.
+            match &error {
+                Error::Runtime(error) => eprintln!("error: {}", warren_agent::probes::describe(error)),
+                error => eprintln!("error: {error}"),
+            }
             error.exit_code().into()
         }
     }

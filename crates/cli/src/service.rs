@@ -62,7 +62,7 @@ pub(crate) struct WaitArguments {
     #[arg(long)]
     wait: bool,
     /// Seconds to wait at most.
-    #[arg(long, default_value_t = 60, requires = "wait")]
+    #[arg(long, default_value_t = 60, requires = "wait", value_parser = clap::value_parser!(u64).range(..=86_400))]
     timeout: u64,
 }
 
@@ -143,7 +143,11 @@ fn millis(text: &str) -> Result<i64, String> {
     if !cores.is_finite() || cores < 0.0 {
         return Err(format!("{text:?} is not a number of cores"));
     }
-    Ok((cores * 1000.0).round() as i64)
+    let millis = (cores * 1000.0).round() as i64;
+    if cores > 0.0 && millis == 0 {
+        return Err(format!("{text:?} is less than a thousandth of a core"));
+    }
+    Ok(millis)
 }
 
 /// Bytes, in powers of 1024.
@@ -172,10 +176,12 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         }
         Command::Scale { service, replicas, wait } => scale(client, service, replicas, wait).await,
         Command::Rm { services, wait } => {
+            // One that is not there keeps none of the others.
+            let mut outcome = Ok(());
             for service in services {
-                remove(client, service, wait).await?;
+                outcome = outcome.and(remove(client, service, wait).await);
             }
-            Ok(())
+            outcome
         }
     }
 }
@@ -397,6 +403,7 @@ mod tests {
         assert!(memory("99999999999999G").is_err());
         assert_eq!(millis("0.5"), Ok(500));
         assert!(millis("-1").is_err());
+        assert!(millis("0.0001").is_err());
         assert!(millis("NaN").is_err());
     }
 }

@@ -197,7 +197,11 @@ impl Node {
             is_leader: metrics.state == ServerState::Leader,
             last_log_index,
             applied_index: metrics.last_applied.index().unwrap_or(0),
-            quorum_age: metrics.last_quorum_acked.map(|at| at.into_inner().elapsed()),
+            // A lone voter is its own majority; nobody answers it.
+            quorum_age: match voters.as_slice() {
+                [only] if *only == metrics.id => Some(Duration::ZERO),
+                _ => metrics.last_quorum_acked.map(|at| at.into_inner().elapsed()),
+            },
             members: membership
                 .nodes()
                 .map(|(id, node)| Member { id: *id, address: node.addr.clone(), voter: voters.contains(id) })
