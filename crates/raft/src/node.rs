@@ -213,16 +213,6 @@ impl Node {
         }
     }
 
-    /// Waits for the status to change.
-    ///
-    /// # Errors
-    ///
-    /// When consensus has stopped.
-    pub async fn changed(&self) -> Result<(), Error> {
-        let mut metrics = self.raft.metrics();
-        metrics.changed().await.map_err(|_| Error::Stopped("it was shut down".to_owned()))
-    }
-
     /// Calls `on_change` with every new status until consensus stops. Statuses that follow quickly may be skipped.
     pub async fn watch(&self, mut on_change: impl FnMut(Status)) {
         let mut metrics = self.raft.metrics();
@@ -267,15 +257,6 @@ impl Node {
         voters.insert(id);
         self.raft.change_membership(voters, false).await.map_err(stopped)?;
         Ok(())
-    }
-
-    /// Has a snapshot built now.
-    ///
-    /// # Errors
-    ///
-    /// When consensus has stopped.
-    pub async fn snapshot(&self) -> Result<(), Error> {
-        self.raft.trigger().snapshot().await.map_err(|error| Error::Stopped(error.to_string()))
     }
 
     /// Stops taking part.
