@@ -9,4 +9,7 @@ mod world;
 pub use dns::{Answer, DnsServer, Transport, ask, ask_silently, script_that_asks};
 pub use metrics::{Metrics, Prometheus};
 pub use process::{Process, find, free_port, until, until_within};
+/// A shell script that runs until it is told to stop, and then does.
+pub const WELL_BEHAVED: &str = "trap 'exit 0' TERM; while :; do sleep 0.05; done";
+
 pub use world::{Output, World, image_name};

@@ -2,12 +2,12 @@
 
 use std::{fs, net::TcpListener, os::unix::process::CommandExt as _};
 
-use warren_tests::{World, image_name};
+use warren_tests::{WELL_BEHAVED, World, image_name};
 
 #[test]
 fn requests_that_cannot_be_are_refused() {
     let world = World::with_warren("refusals");
-    world.create("web", 1, &[], "trap 'exit 0' TERM; while :; do sleep 0.05; done");
+    world.create("web", 1, &[], WELL_BEHAVED);
     let create = |name: &str, options: &[&str]| {
         let mut arguments = vec!["service", "create", name, "--image", image_name()];
         arguments.extend(options);

@@ -1,9 +1,7 @@
 //! The command `warren`: tables for people, JSON for programs.
 
 use serde_json::Value;
-use warren_tests::{World, image_name, until};
-
-const WELL_BEHAVED: &str = "trap 'exit 0' TERM; while :; do sleep 0.05; done";
+use warren_tests::{WELL_BEHAVED, World, image_name, until};
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))

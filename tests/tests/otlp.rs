@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf, process::Command};
 
-use warren_tests::{Process, World, free_port, until};
+use warren_tests::{Process, WELL_BEHAVED, World, free_port, until};
 
 /// A collector that prints what it receives.
 fn collector(world: &World, port: u16) -> Process {
@@ -35,7 +35,7 @@ fn a_collector_receives_every_metric_and_the_kernels_buckets() {
     // The collector is away at first: nothing is lost, and it is said once.
     world.start_agent(&["--otlp-endpoint", &endpoint, "--otlp-interval-s", "1"]);
     world.wait_ready();
-    world.create("web", 2, &[], "trap 'exit 0' TERM; while :; do sleep 0.05; done");
+    world.create("web", 2, &[], WELL_BEHAVED);
     until("exports have failed", || {
         (world.agent_metrics().sum("warren_otlp_exports_total", &["result=\"failure\""]) >= 2.0).then_some(())
     });

@@ -8,7 +8,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use warren_tests::{Output, World, find, until};
+use warren_tests::{Output, WELL_BEHAVED, World, find, until};
 
 /// A bundle with busybox as its root, and runc's own state beside it.
 struct Runc<'a> {
@@ -75,7 +75,7 @@ impl Drop for Runc<'_> {
     }
 }
 
-const WELL_BEHAVED: [&str; 3] = ["/bin/sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done"];
+const ARGUMENTS: [&str; 3] = ["/bin/sh", "-c", WELL_BEHAVED];
 
 fn counts(world: &World) -> [f64; 3] {
     let metrics = world.agent_metrics();
@@ -96,7 +96,7 @@ fn create_and_start_apart_and_run_in_one() {
     // The host's other containers, if there are any, are counted too: what matters is the difference.
     let [create, start, stop] = counts(&world);
 
-    runc.configure("apart", &WELL_BEHAVED);
+    runc.configure("apart", &ARGUMENTS);
     assert_eq!(runc.run(&["create", "apart"]).code, 0);
     until_counts(&world, [create + 1.0, start, stop]);
     assert_eq!(runc.run(&["start", "apart"]).code, 0);
@@ -105,7 +105,7 @@ fn create_and_start_apart_and_run_in_one() {
     until_counts(&world, [create + 1.0, start + 1.0, stop + 1.0]);
 
     // One process that makes the container and runs it: a start, and no create of its own.
-    runc.configure("at-once", &WELL_BEHAVED);
+    runc.configure("at-once", &ARGUMENTS);
     assert_eq!(runc.run(&["run", "--detach", "at-once"]).code, 0);
     until_counts(&world, [create + 1.0, start + 2.0, stop + 1.0]);
     assert_eq!(runc.run(&["kill", "at-once", "TERM"]).code, 0);
@@ -129,7 +129,7 @@ fn a_container_that_was_never_started_is_a_failed_start() {
     let runc = Runc::new(&world);
     let failed = || world.agent_metrics().sum("warren_container_start_failures_total", &["reason=\"start\""]);
     let before = failed();
-    runc.configure("never", &WELL_BEHAVED);
+    runc.configure("never", &ARGUMENTS);
     assert_eq!(runc.run(&["create", "never"]).code, 0);
     assert_eq!(runc.run(&["delete", "--force", "never"]).code, 0);
     until("it is counted", || (failed() == before + 1.0).then_some(()));
@@ -151,7 +151,7 @@ fn a_cgroup_made_inside_a_container_is_the_containers() {
     world.start_observer(&[]);
     let runc = Runc::new(&world);
     let [create, start, stop] = counts(&world);
-    runc.configure("outer", &WELL_BEHAVED);
+    runc.configure("outer", &ARGUMENTS);
     assert_eq!(runc.run(&["create", "outer"]).code, 0);
     assert_eq!(runc.run(&["start", "outer"]).code, 0);
     until_counts(&world, [create + 1.0, start + 1.0, stop]);
@@ -172,7 +172,7 @@ fn containers_that_ran_before_the_probes_are_timed_when_they_stop() {
     world.start_manager();
     world.start_agent(&["--no-probes"]);
     until("the node is ready", || world.warren(&["node", "ls"]).stdout.contains(" ready ").then_some(()));
-    world.create("web", 2, &[], "trap 'exit 0' TERM; while :; do sleep 0.05; done");
+    world.create("web", 2, &[], WELL_BEHAVED);
     let before = world.tasks();
     world.agent.take().expect("it runs").kill();
 

@@ -2,9 +2,7 @@
 
 use std::{thread, time::Duration};
 
-use warren_tests::{World, until};
-
-const WELL_BEHAVED: &str = "trap 'exit 0' TERM; while :; do sleep 0.05; done";
+use warren_tests::{WELL_BEHAVED, World, until};
 
 fn counts(world: &World) -> [f64; 3] {
     let metrics = world.agent_metrics();

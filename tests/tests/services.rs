@@ -3,11 +3,9 @@
 use std::{process::Command, time::Duration};
 
 use serde_json::Value;
-use warren_tests::{Prometheus, World, find, until, until_within};
+use warren_tests::{Prometheus, WELL_BEHAVED, World, find, until, until_within};
 
 /// A shell as pid 1 that ends when it is asked to.
-const WELL_BEHAVED: &str = "trap 'exit 0' TERM; while :; do sleep 0.05; done";
-
 fn nanos(container: &Value, by: &str, what: &str) -> f64 {
     // 64-bit integers are strings in protobuf's JSON.
     container["status"][by][what].as_str().and_then(|text| text.parse().ok()).unwrap_or(0.0)
