@@ -23,6 +23,21 @@ pub(crate) struct ClientArguments {
 const MAX_MESSAGE: usize = 256 << 20;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// All elements of a list: `page` asks for the page with a token and answers with its elements and the next page's token.
+pub(crate) async fn all_pages<T>(
+    mut page: impl AsyncFnMut(String) -> Result<(Vec<T>, String), Error>,
+) -> Result<Vec<T>, Error> {
+    let (mut all, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let (elements, next_page_token) = page(page_token).await?;
+        all.extend(elements);
+        if next_page_token.is_empty() {
+            return Ok(all);
+        }
+        page_token = next_page_token;
+    }
+}
+
 impl ClientArguments {
     async fn channel(&self) -> Result<Channel, Error> {
         let endpoint = Endpoint::from_shared(self.manager.clone());

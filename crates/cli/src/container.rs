@@ -4,7 +4,7 @@ use clap::Subcommand;
 use warren_proto::v1;
 
 use crate::{
-    client::ClientArguments,
+    client::{ClientArguments, all_pages},
     error::Error,
     output::{self, Format, FormatArguments},
 };
@@ -68,17 +68,13 @@ pub(crate) fn status(container: &v1::Container) -> v1::ContainerStatus {
 /// All containers, page by page.
 pub(crate) async fn list(client: &ClientArguments, service: String, node: String) -> Result<Vec<v1::Container>, Error> {
     let mut client = client.containers().await?;
-    let (mut containers, mut page_token) = (Vec::new(), String::new());
-    loop {
+    all_pages(async |page_token| {
         let (service, node) = (service.clone(), node.clone());
         let request = v1::ListContainersRequest { service, node, page_size: 0, page_token };
         let page = client.list_containers(request).await?.into_inner();
-        containers.extend(page.containers);
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            return Ok(containers);
-        }
-    }
+        Ok((page.containers, page.next_page_token))
+    })
+    .await
 }
 
 /// A state's name without the enumeration's.

@@ -4,7 +4,7 @@ use clap::Subcommand;
 use warren_proto::v1;
 
 use crate::{
-    client::ClientArguments,
+    client::{ClientArguments, all_pages},
     error::Error,
     output::{self, Format, FormatArguments},
 };
@@ -55,15 +55,11 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
 /// All nodes, page by page.
 pub(crate) async fn list(client: &ClientArguments) -> Result<Vec<v1::Node>, Error> {
     let mut client = client.nodes().await?;
-    let (mut nodes, mut page_token) = (Vec::new(), String::new());
-    loop {
+    all_pages(async |page_token| {
         let page = client.list_nodes(v1::ListNodesRequest { page_size: 0, page_token }).await?.into_inner();
-        nodes.extend(page.nodes);
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            return Ok(nodes);
-        }
-    }
+        Ok((page.nodes, page.next_page_token))
+    })
+    .await
 }
 
 fn status_name(node: &v1::Node) -> &'static str {

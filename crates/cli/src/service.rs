@@ -6,7 +6,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use warren_proto::v1::{self, service_spec::Mode};
 
 use crate::{
-    client::ClientArguments,
+    client::{ClientArguments, all_pages},
     container,
     error::Error,
     output::{self, Format, FormatArguments, say},
@@ -281,15 +281,11 @@ async fn wait_running(client: &ClientArguments, name: &str, wait: WaitArguments)
 
 async fn ls(client: &ClientArguments, format: Format) -> Result<(), Error> {
     let mut api = client.services().await?;
-    let (mut services, mut page_token) = (Vec::new(), String::new());
-    loop {
+    let services = all_pages(async |page_token| {
         let page = api.list_services(v1::ListServicesRequest { page_size: 0, page_token }).await?.into_inner();
-        services.extend(page.services);
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            break;
-        }
-    }
+        Ok((page.services, page.next_page_token))
+    })
+    .await?;
     if let Format::Json = format {
         return output::json(&services);
     }
