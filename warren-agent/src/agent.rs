@@ -88,7 +88,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The process's exit code: 4 when containerd is away, 6 without the rights, 7 for an address in use, 8 for a data
+    /// The process's exit code: 2 for a collector's address that is none, 4 when containerd is away, 6 without the rights, 7 for an address in use, 8 for a data
     /// directory that cannot be used.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
@@ -276,7 +276,7 @@ fn node_id(data_dir: &Path) -> io::Result<String> {
         Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} is empty", path.display()))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let id = format!("{:032x}", rand::random::<u128>());
-            tasks::write_durably(&path, id.as_bytes())?;
+            warren_durable::replace(&path, id.as_bytes())?;
             Ok(id)
         }
         Err(error) => Err(error),

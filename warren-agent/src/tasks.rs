@@ -8,7 +8,6 @@ mod timings;
 mod worker;
 
 pub use board::Board;
-pub(crate) use cache::write_durably;
 pub use cache::{Cache, CachedContainer};
 pub use lifecycle::{Action, Ending, Event, Lifecycle, Phase};
 pub(crate) use supervisor::seed;

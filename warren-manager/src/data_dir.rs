@@ -1,8 +1,7 @@
 //! The manager's data directory: whose it is and of which layout, in one small file beside what consensus keeps.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write as _},
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -89,12 +88,7 @@ fn create(directory: &Path, path: &Path, identity: &Identity) -> io::Result<()> 
     use std::os::unix::fs::DirBuilderExt as _;
 
     fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    let temporary = path.with_extension("new");
-    let mut file = File::create(&temporary)?;
-    file.write_all(&serde_json::to_vec_pretty(identity)?)?;
-    file.sync_all()?;
-    fs::rename(temporary, path)?;
-    File::open(directory)?.sync_all()
+    warren_durable::replace(path, &serde_json::to_vec_pretty(identity)?)
 }
 
 #[cfg(test)]

@@ -2,8 +2,7 @@
 //! error, never ignored: the log behind it is gone.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write as _},
+    fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -83,12 +82,7 @@ impl SnapshotStore {
         {
             return Ok(());
         }
-        let temporary = self.directory.join(format!("{NAME}.new"));
-        let mut file = File::create(&temporary)?;
-        file.write_all(&snapshot.0)?;
-        file.sync_all()?;
-        fs::rename(&temporary, self.directory.join(NAME))?;
-        File::open(&self.directory)?.sync_all()
+        warren_durable::replace(&self.directory.join(NAME), &snapshot.0)
     }
 
     /// The snapshot, if there is one.

@@ -1,23 +1,12 @@
 //! Assignments and statuses on disk, so that a restarted agent goes on where it was, with or without a manager.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write as _},
+    fs, io,
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 use warren_proto::v1;
-
-/// Replaces a file: after a power cut there is the old content or the new, never half of it.
-pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let temporary = path.with_extension("new");
-    let mut file = File::create(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(temporary, path)?;
-    path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
-}
 
 /// One container's file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -74,7 +63,7 @@ impl Cache {
     pub fn store(&self, container: &CachedContainer) {
         let path = self.path(&container.assignment.container_id);
         let bytes = serde_json::to_vec(container).map_err(io::Error::other);
-        let written = bytes.and_then(|bytes| write_durably(&path, &bytes));
+        let written = bytes.and_then(|bytes| warren_durable::replace(&path, &bytes));
         if let Err(error) = written {
             tracing::warn!(path = %path.display(), %error, "a container cannot be cached");
         }
