@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -380,6 +381,20 @@ impl World {
         left
     }
 
+    /// containerd's shims that live, by process id.
+    fn shims(&self) -> Vec<i32> {
+        let socket = self.containerd_socket().display().to_string();
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let is_shim = |pid: &i32| {
+            // Empty for one that has ended and was not yet waited for.
+            let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let mut arguments = command.split(|byte| *byte == 0);
+            arguments.next().is_some_and(|program| program.ends_with(b"containerd-shim-runc-v2"))
+                && arguments.any(|argument| argument == socket.as_bytes())
+        };
+        processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_shim).collect()
+    }
+
     /// The parent cgroup's directories, one a hierarchy.
     fn cgroups(&self) -> Vec<PathBuf> {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
@@ -394,7 +409,10 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        self.agent = None;
+        // Asked, not killed: it lets containerd finish deleting tasks, which otherwise leaves their shims behind.
+        if let Some(agent) = self.agent.take().filter(|_| !std::thread::panicking()) {
+            let _ = agent.terminate();
+        }
         self.manager = None;
         if self.containerd.is_some() {
             for id in self.ctr(&["containers", "ls", "-q"]).stdout.lines() {
@@ -409,7 +427,13 @@ impl Drop for World {
                 }
                 let _ = self.ctr(&["containers", "delete", id]);
             }
+            if !std::thread::panicking() {
+                until("containerd's shims end with their tasks", || self.shims().is_empty().then_some(()));
+            }
             self.stop_containerd();
+            for shim in self.shims() {
+                let _ = Pid::from_raw(shim).map(|pid| kill_process(pid, Signal::KILL));
+            }
         }
         // Nothing of it may stay: neither programs in the kernel nor directories.
         let _ = fs::remove_dir_all(self.pins());

@@ -220,6 +220,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         sources,
         epoch: probing.epoch(),
     };
+    let actions = supervisor.actions();
     tasks.spawn(session::run(session, supervisor, board, link, shutdown.clone()));
     tracing::info!(metrics = %options.metrics_addr, hostname = options.hostname, "the agent runs");
     started();
@@ -229,8 +230,15 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     }
     tasks.close();
     tasks.wait().await;
+    actions.close();
+    if tokio::time::timeout(ACTIONS_PATIENCE, actions.wait()).await.is_err() {
+        tracing::warn!("ending while containerd is at work on a container: the next agent finds what is left of it");
+    }
     Ok(())
 }
+
+/// How long an ending agent waits for containerd to finish what it was asked to do.
+const ACTIONS_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Events read from the rings ahead of their use. When nobody keeps up, the rings fill and the kernel counts what it drops.
 pub(crate) const EVENTS_AHEAD: usize = 1024;

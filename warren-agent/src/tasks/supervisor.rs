@@ -6,6 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use tokio_util::task::TaskTracker;
 use warren_agent_ebpf::abi::{container::flag, group};
 use warren_proto::v1::{self, AssignmentKind, ContainerState};
 
@@ -120,6 +121,7 @@ impl Supervisor {
             timings: options.timings,
             registrar,
             cgroup_parent: options.cgroup_parent,
+            actions: TaskTracker::new(),
         });
         let found = shared.containerd.containers().await?;
         if let Some((maps, groups)) = &options.probes {
@@ -240,6 +242,13 @@ impl Supervisor {
     #[must_use]
     pub fn containerd(&self) -> Containerd {
         self.shared.containerd.clone()
+    }
+
+    /// What is being done to containers now. An agent that ends closes it, so that nothing else is begun, and waits: a call
+    /// that is cut off while containerd deletes a task leaves the task's shim behind for good.
+    #[must_use]
+    pub fn actions(&self) -> TaskTracker {
+        self.shared.actions.clone()
     }
 
     /// Forgets containers that are gone and no longer assigned: the manager knows of their end.

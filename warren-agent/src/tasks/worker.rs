@@ -8,6 +8,7 @@ use std::{
 };
 
 use tokio::sync::mpsc;
+use tokio_util::task::TaskTracker;
 use warren_proto::v1::{self, ContainerState};
 
 use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Phase, RuntimePhase, Timings};
@@ -63,6 +64,8 @@ pub(super) struct Shared {
     pub(super) timings: Arc<Timings>,
     pub(super) registrar: Arc<dyn Registrar>,
     pub(super) cgroup_parent: PathBuf,
+    /// The actions being carried out. Once it is closed, no other is begun.
+    pub(super) actions: TaskTracker,
 }
 
 /// A container that was found on containerd, or was not.
@@ -148,6 +151,10 @@ impl Worker {
     async fn run(mut self, mut actions: Vec<Action>) {
         loop {
             for action in std::mem::take(&mut actions) {
+                if self.shared.actions.is_closed() {
+                    return;
+                }
+                let _in_progress = self.shared.actions.token();
                 self.act(action).await;
             }
             if self.lifecycle.phase() == Phase::Gone {
