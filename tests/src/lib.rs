@@ -4,11 +4,13 @@
 mod dns;
 mod metrics;
 mod process;
+mod watch;
 mod world;
 
 pub use dns::{Answer, DnsServer, Transport, ask, ask_silently, script_that_asks};
 pub use metrics::{Metrics, Prometheus};
 pub use process::{Process, find, free_port, until, until_within};
+pub use watch::Watch;
 /// A shell script that runs until it is told to stop, and then does.
 pub const WELL_BEHAVED: &str = "trap 'exit 0' TERM; while :; do sleep 0.05; done";
 

@@ -151,6 +151,12 @@ impl World {
         format!("unix://{}", self.path("w.sock").display())
     }
 
+    /// Where the manager's API is for everyone on the machine.
+    #[must_use]
+    pub fn api_address(&self) -> String {
+        format!("http://127.0.0.1:{}", self.api_port)
+    }
+
     /// Starts containerd.
     pub fn start_containerd(&mut self) {
         let config = self.path("containerd.toml");

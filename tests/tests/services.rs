@@ -3,7 +3,8 @@
 use std::{process::Command, time::Duration};
 
 use serde_json::Value;
-use warren_tests::{Prometheus, WELL_BEHAVED, World, find, until, until_within};
+use warren_proto::v1::Timing;
+use warren_tests::{Prometheus, WELL_BEHAVED, Watch, World, find, until, until_within};
 
 /// A shell as pid 1 that ends when it is asked to.
 fn nanos(container: &Value, by: &str, what: &str) -> f64 {
@@ -15,41 +16,62 @@ fn state(container: &Value) -> &str {
     container["status"]["state"].as_str().unwrap_or("")
 }
 
+/// What the runtime's own timing exceeds the kernel's by, in milliseconds: the least, the median, and the most.
+fn excess(timings: &[(u64, u64)]) -> [f64; 3] {
+    let mut excess: Vec<f64> = timings
+        .iter()
+        .map(|(kernel, runtime)| {
+            assert!(*kernel > 0 && *runtime > 0, "not timed: {timings:?}");
+            (*runtime as f64 - *kernel as f64) / 1e6
+        })
+        .collect();
+    excess.sort_by(f64::total_cmp);
+    [excess[0], excess[excess.len() / 2], excess[excess.len() - 1]]
+}
+
 #[test]
 fn ten_containers_are_timed_in_the_kernel_and_counted_by_prometheus() {
     let world = World::with_warren("ten");
-    world.create("web", 10, &[], WELL_BEHAVED);
-    let containers = until("the kernel's timings are known", || {
-        let containers = world.containers("web");
-        let timed = |c: &Value| nanos(c, "kernel", "createNanos") > 0.0 && nanos(c, "kernel", "startNanos") > 0.0;
-        (containers.len() == 10 && containers.iter().all(timed)).then_some(containers)
-    });
-    for container in &containers {
-        for what in ["createNanos", "startNanos"] {
-            let (kernel, runtime) = (nanos(container, "kernel", what), nanos(container, "runtime", what));
-            // The kernel's duration lies within the runtime's call, except that the payload is executed up to a few
-            // milliseconds after a start has returned.
-            let slack = if what == "startNanos" { 20e6 } else { 1e6 };
-            assert!(kernel > 0.0 && kernel <= runtime + slack, "{what}: kernel {kernel} ns, runtime {runtime} ns");
-            // And it is the bulk of it: what containerd and its shim add before runc runs is bounded.
-            assert!(runtime - kernel < 2e9, "{what}: kernel {kernel} ns, runtime {runtime} ns");
-        }
-    }
     // Watched to their end: a container's record is deleted with its service.
-    let watched: Vec<String> = containers.iter().filter_map(|c| c["id"].as_str().map(str::to_owned)).collect();
-    assert_eq!(
-        world.tasks().iter().map(|(id, _)| id.clone()).collect::<std::collections::BTreeSet<_>>(),
-        watched.into_iter().collect()
-    );
+    let watch = Watch::start(&world.api_address());
+    let names: Vec<String> = (0..10).map(|i| format!("web-{i}")).collect();
+    // One after the other, so that a duration is not the others' doing.
+    for name in &names {
+        world.create(name, 1, &[], WELL_BEHAVED);
+    }
+    for name in &names {
+        let _ = world.warren(&["service", "rm", name, "--wait"]).succeeded();
+    }
+    let timings = until("all timings are known", || {
+        let timings: Vec<_> = watch
+            .seen()
+            .into_values()
+            .map(|container| container.status.unwrap_or_default())
+            .map(|status| (status.kernel.unwrap_or_default(), status.runtime.unwrap_or_default()))
+            .collect();
+        let complete = timings.iter().filter(|(k, r)| k.stop_nanos > 0 && r.stop_nanos > 0).count() == 10;
+        complete.then_some(timings)
+    });
+    let of = |nanos: fn(&Timing) -> u64| excess(&timings.iter().map(|(k, r)| (nanos(k), nanos(r))).collect::<Vec<_>>());
+    // The kernel's duration lies within the runtime's call around it. What the call adds was measured as 71 ms before
+    // `runc create` is executed, which start containerd's shim, 28 ms before the stop signal exists, and about as much
+    // as the start is short of its end: its payload is executed from 8.9 ms before the call returns to 1.3 ms after.
+    // Medians, with room for a slow machine; one container alone may wait for a processor.
+    let [least, median, most] = of(|timing| timing.create_nanos);
+    println!("create: the runtime's call takes {least:.1}, {median:.1}, {most:.1} ms longer");
+    assert!(least > 0.0 && median < 150.0, "create: {least} {median} {most}");
+    let [least, median, most] = of(|timing| timing.start_nanos);
+    println!("start: {least:.1}, {median:.1}, {most:.1} ms");
+    assert!(least > -20.0 && (-2.0..20.0).contains(&median), "start: {least} {median} {most}");
+    let [least, median, most] = of(|timing| timing.stop_nanos);
+    println!("stop: {least:.1}, {median:.1}, {most:.1} ms");
+    assert!(least > 0.0 && median < 80.0, "stop: {least} {median} {most}");
 
-    let _ = world.warren(&["service", "scale", "web", "0"]).succeeded();
     let stopped = until("all have stopped", || {
         let metrics = world.manager_metrics();
         (metrics.sum("warren_container_stop_duration_seconds_count", &[]) == 10.0).then_some(metrics)
     });
     assert_eq!(stopped.sum("warren_container_exits_total", &["reason=\"completed\""]), 10.0);
-    let _ = world.warren(&["service", "rm", "web", "--wait"]).succeeded();
-
     for native in [false, true] {
         let directory = world.path(if native { "native" } else { "classic" });
         std::fs::create_dir(&directory).expect("writable");
