@@ -1,8 +1,8 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
-    time::Duration,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -27,7 +27,10 @@ pub struct Output {
 
 impl Output {
     fn of(command: &mut Command) -> Self {
-        let output = command.output().expect("the command can be run");
+        Self::from(&command.output().expect("the command can be run"))
+    }
+
+    fn from(output: &std::process::Output) -> Self {
         Self {
             code: output.status.code().unwrap_or(-1),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -193,7 +196,10 @@ impl World {
         for (variable, _) in std::env::vars_os().filter(|(v, _)| v.to_string_lossy().starts_with("WARREN_")) {
             command.env_remove(variable);
         }
-        command.env("RUST_BACKTRACE", "0");
+        command
+            .env("RUST_BACKTRACE", "0")
+            .env("WARREN_CONFIG_DIR", "/nonexistent")
+            .env_remove("OTEL_EXPORTER_OTLP_ENDPOINT");
         command
     }
 
@@ -214,7 +220,12 @@ impl World {
 
     /// Starts the manager and waits until it serves.
     pub fn start_manager(&mut self) {
-        let mut command = self.manager_command();
+        let command = self.manager_command();
+        self.start_manager_as(command);
+    }
+
+    /// Starts a manager by its command and waits until it serves.
+    pub fn start_manager_as(&mut self, mut command: Command) {
         self.manager = Some(Process::start("manager", &mut command, self.directory.path()));
         until("the manager is ready", || self.is_ready(self.manager_port).then_some(()));
     }
@@ -318,10 +329,19 @@ impl World {
         Output::of(&mut command)
     }
 
-    /// Runs a daemon that is expected to fail at once.
+    /// Runs a daemon that is expected to fail at once; one that does not is killed.
     #[must_use]
     pub fn run(command: &mut Command) -> Output {
-        Output::of(command)
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the command can be run");
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while child.try_wait().expect("a child").is_none() {
+            if Instant::now() > deadline {
+                let _ = child.kill();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let output = child.wait_with_output().expect("a child");
+        Output::from(&output)
     }
 
     /// Runs `ctr` in the agent's namespace.

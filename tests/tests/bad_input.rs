@@ -76,6 +76,19 @@ fn a_manager_that_cannot_start_says_why_and_changes_nothing() {
     assert!(refused.contains("no socket"), "{refused}");
     assert_eq!(fs::read_to_string(&precious).expect("still there"), "kept");
 
+    // Settings that are none.
+    let settings = world.path("settings");
+    fs::create_dir(&settings).expect("writable");
+    for (text, words) in [
+        ("metrics_adr = \"x\"", "there is no setting metrics-adr"),
+        ("otlp_interval_s = 0", "invalid value '0' for '--otlp-interval-s"),
+        ("[metrics]\nnative_histograms = ", "line 2"),
+    ] {
+        fs::write(settings.join("manager.toml"), text).expect("writable");
+        let refused = World::run(world.manager_command().env("WARREN_CONFIG_DIR", &settings)).failed(2);
+        assert!(refused.contains("manager.toml") && refused.contains(words), "{refused}");
+    }
+
     // A data directory that a later version wrote.
     let identity = world.path("manager/manager.json");
     let kept = fs::read_to_string(&identity).expect("readable");

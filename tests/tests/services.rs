@@ -96,6 +96,27 @@ fn ten_containers_are_timed_in_the_kernel_and_counted_by_prometheus() {
 }
 
 #[test]
+fn native_histograms_can_be_switched_off() {
+    let mut world = World::with_containerd("classic");
+    let settings = world.path("settings");
+    std::fs::create_dir(&settings).expect("writable");
+    std::fs::write(settings.join("manager.toml"), "[metrics]\nnative_histograms = \"off\"\n").expect("writable");
+    let mut manager = world.manager_command();
+    manager.env("WARREN_CONFIG_DIR", &settings);
+    world.start_manager_as(manager);
+    world.start_agent(&[]);
+    world.wait_ready();
+    world.create("web", 1, &[], WELL_BEHAVED);
+    // This server takes native histograms, and then keeps no classic series of a histogram that has both.
+    let prometheus = Prometheus::scraping(world.manager_port, &world.path("settings"), true);
+    let selector = "warren_container_create_duration_seconds_count{source=\"kernel\"}";
+    until("the classic series is there", || (prometheus.query(selector) == Some(1.0)).then_some(()));
+    let prometheus = Prometheus::scraping(world.agent_port, &world.directory.path().join("agent"), true);
+    assert_eq!(prometheus.query("histogram_count(warren_container_create_duration_seconds)"), Some(1.0));
+    assert_eq!(prometheus.query(selector), None);
+}
+
+#[test]
 fn promtool_complains_about_the_six_gauges_only() {
     let world = World::with_warren("promtool");
     for port in [world.manager_port, world.agent_port] {

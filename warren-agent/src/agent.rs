@@ -17,6 +17,7 @@ use warren_telemetry::{
     build::BuildInfo,
     endpoint::{self, Endpoint},
     otlp,
+    signals::Identity,
     table::Emitter,
 };
 
@@ -54,12 +55,14 @@ pub struct Options {
     pub dns_timeout: Duration,
     /// Between telemetry snapshots.
     pub telemetry_interval: Duration,
-    /// Where metrics are pushed to, if anywhere.
-    pub otlp: Option<otlp::Options>,
+    /// What becomes of metrics.
+    pub telemetry: warren_telemetry::Options,
 }
 
 /// The exit code for an address that another process uses.
 pub(crate) const ADDRESS_IN_USE: u8 = 7;
+/// The exit code for a collector's address that is none.
+pub(crate) const BAD_ENDPOINT: u8 = 2;
 
 /// Why an agent could not start.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +96,7 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Otlp(_) => 2,
+            Self::Otlp(_) => BAD_ENDPOINT,
             Self::NotRoot => 6,
             Self::Runtime(error) if error.is_transient() => 4,
             Self::Runtime(_) => 1,
@@ -151,6 +154,16 @@ impl Source for ProbesAbsent {
     }
 }
 
+pub(crate) fn own_identity(instance: &str) -> Identity {
+    Identity { service: "warren-agent", instance: instance.to_owned() }
+}
+
+/// What the agent of a data directory is, in OpenTelemetry's terms. What is wrong with the directory, [`run`] says.
+#[must_use]
+pub fn identity(data_dir: &Path) -> Identity {
+    own_identity(&node_id(data_dir).unwrap_or_default())
+}
+
 /// Runs an agent until `shutdown` is cancelled; `started` is called once it serves. Containers and probes stay.
 ///
 /// # Errors
@@ -199,19 +212,24 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         follow_kernel(maps, &board, &tasks, &shutdown);
     }
 
-    let meters = Meters::new("warren-agent", &node_id, &[Emitter::Agent, Emitter::Both]);
+    let meters = Meters::new(&own_identity(&node_id), &[Emitter::Agent, Emitter::Both]);
     meters.add_source(Arc::new(ProcessSource));
     meters.add_source(Arc::new(BuildInfo));
     for source in &sources {
         meters.add_source(Arc::new(Labelled { hostname: options.hostname.clone(), source: Arc::clone(source) }));
     }
-    if let Some(otlp) = &options.otlp {
+    if let Some(otlp) = &options.telemetry.otlp {
         tasks.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
     }
     let link = Link::new();
     let pulse = Pulse::default();
     tasks.spawn(pulse.clone().run(containerd, shutdown.clone()));
-    let endpoint = Endpoint { meters, health: Checks::default(), ready: ready(&probing, &pulse, &link) };
+    let endpoint = Endpoint {
+        meters,
+        native_histograms: options.telemetry.native_histograms,
+        health: Checks::default(),
+        ready: ready(&probing, &pulse, &link),
+    };
     let session = session::Options {
         manager: options.manager.clone(),
         node_id,

@@ -1,23 +1,20 @@
-//! The agent's command line. Flags are stronger than `WARREN_*` variables.
+//! The agent's command line.
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
-use warren_telemetry::{
-    build,
-    logs::{self, Style},
-    otlp::OtlpArguments,
-};
+use warren_telemetry::{build, cli::TelemetryArguments, otlp::InvalidEndpoint};
 
 use crate::{agent, node, observe, probes};
+
+/// The file with an agent's settings, in the configuration's directory.
+pub const FILE: &str = "agent.toml";
 
 /// Warren's node agent: runs containers, times them and their DNS queries in the kernel.
 #[derive(Debug, Parser)]
 #[command(name = "warren-agent", args_override_self = true, version = build::LONG_VERSION)]
 pub struct Arguments {
-    #[command(flatten)]
-    logs: LogOptions,
     #[command(subcommand)]
     command: Command,
 }
@@ -28,24 +25,6 @@ enum Command {
     Run(AgentArguments),
     /// Times every container and DNS query of this host, whoever runs them, and serves /metrics. Needs no manager.
     Observe(ObserveArguments),
-}
-
-/// How to log.
-#[derive(Args, Clone, Debug)]
-pub struct LogOptions {
-    /// What to log, as `level` or `module=level,...`.
-    #[arg(long, env = "WARREN_LOG", default_value = "info", global = true)]
-    pub log: String,
-    /// Log JSON objects, one a line.
-    #[arg(long, env = "WARREN_LOG_JSON", global = true)]
-    pub log_json: bool,
-}
-
-impl LogOptions {
-    /// Starts logging.
-    pub fn init(&self) {
-        logs::init(&self.log, if self.log_json { Style::Json } else { Style::Text });
-    }
 }
 
 /// How to time things in the kernel.
@@ -98,8 +77,8 @@ pub struct AgentArguments {
     /// The node's name; the machine's unless given.
     #[arg(long, env = "WARREN_HOSTNAME")]
     pub hostname: Option<String>,
-    /// A label of the node, as name=value; may be repeated.
-    #[arg(long = "label", value_parser = parse_label)]
+    /// A label of the node, as name=value; may be repeated, or be a list with commas.
+    #[arg(long = "label", env = "WARREN_LABELS", value_delimiter = ',', value_parser = parse_label)]
     pub labels: Vec<(String, String)>,
     /// Where to serve /metrics, /health, /ready and /live.
     #[arg(long, env = "WARREN_AGENT_METRICS_ADDR", default_value = "0.0.0.0:9465")]
@@ -107,9 +86,9 @@ pub struct AgentArguments {
     #[command(flatten)]
     /// What it uses on its node.
     pub node: NodeArguments,
-    /// Where metrics are pushed to.
+    /// How to log, and what becomes of telemetry.
     #[command(flatten)]
-    pub otlp: OtlpArguments,
+    pub telemetry: TelemetryArguments,
 }
 
 /// What the agent uses on its node.
@@ -125,7 +104,7 @@ pub struct NodeArguments {
     #[arg(long, env = "WARREN_CGROUP_PARENT", default_value = "/warren")]
     pub cgroup_parent: PathBuf,
     /// Time containers around the runtime's calls instead of in the kernel.
-    #[arg(long)]
+    #[arg(long, env = "WARREN_NO_PROBES")]
     pub no_probes: bool,
     /// Seconds between telemetry snapshots.
     #[arg(long, env = "WARREN_TELEMETRY_INTERVAL_S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
@@ -162,7 +141,7 @@ impl AgentArguments {
             probes: (!node.no_probes).then_some(probes),
             dns_timeout: node.probes.dns_timeout(),
             telemetry_interval: Duration::from_secs(node.telemetry_interval_s),
-            otlp: self.otlp.options(),
+            telemetry: self.telemetry.options(),
         }
     }
 }
@@ -170,7 +149,7 @@ impl AgentArguments {
 #[derive(Args, Debug)]
 struct ObserveArguments {
     /// Where to serve /metrics, /health, /ready and /live.
-    #[arg(long, env = "WARREN_METRICS_ADDR", default_value = "0.0.0.0:9465")]
+    #[arg(long, env = "WARREN_AGENT_METRICS_ADDR", default_value = "0.0.0.0:9465")]
     metrics_addr: SocketAddr,
     /// The node's name in metrics; the machine's unless given.
     #[arg(long, env = "WARREN_HOSTNAME")]
@@ -182,18 +161,17 @@ struct ObserveArguments {
     #[arg(long, env = "WARREN_CONTAINERD_SOCKET", default_value = "/run/containerd/containerd.sock")]
     containerd_socket: PathBuf,
     /// Detach the probes and forget their counts when observing ends.
-    #[arg(long)]
+    #[arg(long, env = "WARREN_DETACH")]
     detach: bool,
     #[command(flatten)]
     probes: ProbeArguments,
     #[command(flatten)]
-    otlp: OtlpArguments,
+    telemetry: TelemetryArguments,
 }
 
 /// Runs a command; what goes wrong is one line on stderr. Exit codes are those of [`agent::Error::exit_code`].
 #[must_use]
 pub fn main(arguments: Arguments) -> ExitCode {
-    arguments.logs.init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error.into()),
@@ -209,24 +187,36 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     if error.is::<warren_telemetry::endpoint::BindError>() {
         return agent::ADDRESS_IN_USE.into();
     }
+    if error.is::<InvalidEndpoint>() {
+        return agent::BAD_ENDPOINT.into();
+    }
     error.downcast_ref::<agent::Error>().map_or(ExitCode::FAILURE, |error| error.exit_code().into())
 }
 
 async fn run(command: Command) -> anyhow::Result<()> {
     let shutdown = cancelled_by_signals()?;
     match command {
-        Command::Run(arguments) => agent::run(arguments.options(), shutdown, || ()).await?,
+        Command::Run(arguments) => {
+            let signals = arguments.telemetry.start(&agent::identity(&arguments.data_dir))?;
+            let outcome = agent::run(arguments.options(), shutdown, || ()).await;
+            signals.shutdown().await;
+            outcome?;
+        }
         Command::Observe(arguments) => {
+            let hostname = arguments.hostname.unwrap_or_else(node::hostname);
+            let signals = arguments.telemetry.start(&agent::own_identity(&hostname))?;
             let detach = arguments.detach.then(|| arguments.probes.bpf_pin_dir.clone());
             let options = observe::Options {
                 metrics_addr: arguments.metrics_addr,
-                hostname: arguments.hostname.unwrap_or_else(node::hostname),
+                hostname,
                 dns_timeout: arguments.probes.dns_timeout(),
                 probes: arguments.probes.options(arguments.dns_cgroup, false),
                 containerd_socket: arguments.containerd_socket,
-                otlp: arguments.otlp.options(),
+                telemetry: arguments.telemetry.options(),
             };
-            observe::run(options, shutdown).await?;
+            let outcome = observe::run(options, shutdown).await;
+            signals.shutdown().await;
+            outcome?;
             if let Some(pin_dir) = detach {
                 probes::Maps::remove(&pin_dir)?;
             }

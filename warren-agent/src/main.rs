@@ -2,9 +2,8 @@
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
-use warren_agent::cli::Arguments;
+use warren_agent::cli;
 
 fn main() -> ExitCode {
-    warren_agent::cli::main(Arguments::parse())
+    cli::main(warren_config::parse(cli::FILE))
 }

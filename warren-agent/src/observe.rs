@@ -32,8 +32,8 @@ pub struct Options {
     pub containerd_socket: PathBuf,
     /// How long a DNS query may wait before it counts as unanswered.
     pub dns_timeout: Duration,
-    /// Where metrics are pushed to, if anywhere.
-    pub otlp: Option<otlp::Options>,
+    /// What becomes of metrics.
+    pub telemetry: warren_telemetry::Options,
 }
 
 /// Adds the `node` label to what a source contributes.
@@ -63,7 +63,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let maps = Arc::new(tokio::task::spawn_blocking(move || Maps::open(&probe_options)).await??);
     let groups = Arc::new(Mutex::new(Groups::load(&maps)));
 
-    let meters = Meters::new("warren-agent", &options.hostname, &[Emitter::Agent, Emitter::Both]);
+    let meters = Meters::new(&agent::own_identity(&options.hostname), &[Emitter::Agent, Emitter::Both]);
     meters.add_source(Arc::new(ProcessSource));
     meters.add_source(Arc::new(BuildInfo));
     let source = ProbeSource::new(Arc::clone(&maps), Arc::clone(&groups));
@@ -83,14 +83,15 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let namer = Namer { maps, groups, containerd: options.containerd_socket };
     tracker.spawn(report(namer, lifecycle, dns, shutdown.clone()));
 
-    if let Some(otlp) = &options.otlp {
+    if let Some(otlp) = &options.telemetry.otlp {
         tracker.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
     }
 
     let mut ready = Checks::default();
     ready.add("probes", || Ok(()));
     tracing::info!(address = %listener.local_addr()?, "observing");
-    let endpoint = endpoint::Endpoint { meters, health: Checks::default(), ready };
+    let native_histograms = options.telemetry.native_histograms;
+    let endpoint = endpoint::Endpoint { meters, native_histograms, health: Checks::default(), ready };
     endpoint.serve(listener, shutdown.clone().cancelled_owned()).await?;
     shutdown.cancel();
     tracker.close();

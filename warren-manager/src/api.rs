@@ -98,6 +98,13 @@ impl From<Error> for Status {
     }
 }
 
+/// What the API serves, as encoded descriptors.
+const DESCRIPTORS: [&[u8]; 3] = [
+    warren_proto::FILE_DESCRIPTOR_SET,
+    tonic_health::pb::FILE_DESCRIPTOR_SET,
+    tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+];
+
 /// All services of the API.
 #[must_use]
 pub fn router(context: &Context, dispatcher: Dispatcher) -> tonic::service::Routes {
@@ -112,9 +119,11 @@ pub fn router(context: &Context, dispatcher: Dispatcher) -> tonic::service::Rout
         .add_service(ClusterServer::new(cluster::Cluster(context.clone())))
         .add_service(DispatcherServer::new(dispatcher))
         .add_service(health);
+    // It knows its own description.
+    let [own, health, _] = DESCRIPTORS;
     let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(warren_proto::FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(own)
+        .register_encoded_file_descriptor_set(health)
         .build_v1();
     match reflection {
         Ok(reflection) => drop(routes.add_service(reflection)),

@@ -1,12 +1,15 @@
-//! The manager's command line. Flags are stronger than `WARREN_*` variables.
+//! The manager's command line.
 
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 
-use warren_telemetry::otlp::OtlpArguments;
+use warren_telemetry::cli::TelemetryArguments;
 
 use crate::{liveness, manager::Options};
+
+/// The file with a manager's settings, in the configuration's directory.
+pub const FILE: &str = "manager.toml";
 
 /// How a manager works.
 #[derive(Args, Clone, Debug)]
@@ -26,9 +29,9 @@ pub struct ManagerArguments {
     /// Log entries between snapshots.
     #[arg(long, env = "WARREN_SNAPSHOT_AFTER", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(10..))]
     pub snapshot_after: u64,
-    /// Where metrics are pushed to.
+    /// How to log, and what becomes of telemetry.
     #[command(flatten)]
-    pub otlp: OtlpArguments,
+    pub telemetry: TelemetryArguments,
 }
 
 impl ManagerArguments {
@@ -42,7 +45,7 @@ impl ManagerArguments {
             metrics_addr: self.metrics_addr,
             snapshot_after: self.snapshot_after,
             liveness: liveness::Timing::default(),
-            otlp: self.otlp.options(),
+            telemetry: self.telemetry.options(),
         }
     }
 }

@@ -73,8 +73,8 @@ impl Controller {
     async fn cycle(&self) -> Duration {
         let began = Instant::now();
         let outcome = self.reconcile().await;
-        self.metrics.reconciliations.add(1, &[]);
-        self.metrics.reconciliation_duration.record(began.elapsed().as_secs_f64(), &[]);
+        self.metrics.reconciliations.add(1);
+        self.metrics.reconciliation_duration.record(began.elapsed().as_secs_f64());
         let scheduled = match outcome {
             Ok(pause) => self.schedule().await.map(|()| pause),
             Err(error) => Err(error),
@@ -128,7 +128,7 @@ impl Controller {
         if batch == 0 {
             return Ok(());
         }
-        self.metrics.scheduling_batch.record(batch as f64, &[]);
+        self.metrics.scheduling_batch.record(batch as f64);
         let at = self.environment.now();
         let assignments =
             plan.assignments.iter().map(|(id, node)| Change::Assign { id: id.clone(), node: node.clone(), at });
@@ -139,10 +139,10 @@ impl Controller {
         self.store.transact_each(assignments.chain(refusals).collect()).await?;
 
         for (id, _) in &plan.assignments {
-            self.metrics.scheduled.add(1, &[]);
+            self.metrics.scheduled.add(1);
             self.decided("placed", "none");
             if let Some(container) = state.container(id) {
-                self.metrics.scheduling_latency.record(at.since(container.created_at).as_secs_f64(), &[]);
+                self.metrics.scheduling_latency.record(at.since(container.created_at).as_secs_f64());
             }
         }
         for (_, _, reason) in new_refusals {

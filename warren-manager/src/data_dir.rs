@@ -84,6 +84,12 @@ pub(crate) fn open(directory: &Path, new_id: u64) -> Result<Identity, Error> {
     }
 }
 
+/// Whose directory it is, if that can be read.
+pub(crate) fn known_id(directory: &Path) -> Option<u64> {
+    let identity: Identity = serde_json::from_slice(&fs::read(directory.join(FILE)).ok()?).ok()?;
+    Some(identity.id)
+}
+
 fn create(directory: &Path, path: &Path, identity: &Identity) -> io::Result<()> {
     use std::os::unix::fs::DirBuilderExt as _;
 
@@ -100,6 +106,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         assert_eq!(open(directory.path(), 7).expect("opens").id, 7);
         assert_eq!(open(directory.path(), 8).expect("opens again").id, 7);
+        assert_eq!(known_id(directory.path()), Some(7));
     }
 
     #[test]

@@ -21,4 +21,4 @@ mod store;
 mod telemetry;
 mod validate;
 
-pub use manager::{Error, Options, run};
+pub use manager::{Error, Options, identity, run};

@@ -6,30 +6,19 @@ use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use warren_manager::cli::ManagerArguments;
-use warren_telemetry::{
-    build,
-    logs::{self, Style},
-};
+use warren_telemetry::build;
 
 /// Warren's manager: keeps the cluster's state in Raft, schedules, and tells the agents.
 #[derive(Debug, Parser)]
 #[command(name = "warren-manager", args_override_self = true, version = build::LONG_VERSION)]
 struct Arguments {
-    /// What to log, as `level` or `module=level,...`.
-    #[arg(long, env = "WARREN_LOG", default_value = "info")]
-    log: String,
-    /// Log JSON objects, one a line.
-    #[arg(long, env = "WARREN_LOG_JSON")]
-    log_json: bool,
     #[command(flatten)]
     manager: ManagerArguments,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let style = if arguments.log_json { Style::Json } else { Style::Text };
-    logs::init(&logs::quiet(&arguments.log), style);
+    let Arguments { manager } = warren_config::parse(warren_manager::cli::FILE);
     let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {
         eprintln!("error: signals cannot be handled");
@@ -44,7 +33,15 @@ async fn main() -> ExitCode {
         }
         cancel.cancel();
     });
-    match warren_manager::run(arguments.manager.options(), shutdown, || ()).await {
+    let outcome = match manager.telemetry.start(&warren_manager::identity(&manager.data_dir)) {
+        Ok(signals) => {
+            let outcome = warren_manager::run(manager.options(), shutdown, || ()).await;
+            signals.shutdown().await;
+            outcome
+        }
+        Err(error) => Err(error.into()),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");

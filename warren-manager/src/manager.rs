@@ -18,6 +18,7 @@ use warren_telemetry::{
     Checks, Meters, ProcessSource,
     endpoint::{self, Endpoint},
     otlp,
+    signals::Identity,
     table::Emitter,
 };
 
@@ -49,8 +50,8 @@ pub struct Options {
     pub snapshot_after: u64,
     /// Heartbeats of agents.
     pub liveness: liveness::Timing,
-    /// Where metrics are pushed to, if anywhere.
-    pub otlp: Option<otlp::Options>,
+    /// What becomes of metrics.
+    pub telemetry: warren_telemetry::Options,
 }
 
 /// The first manager of a cluster.
@@ -113,6 +114,16 @@ fn listen_error(address: impl ToString) -> impl FnOnce(io::Error) -> Error {
     }
 }
 
+fn own_identity(id: u64) -> Identity {
+    Identity { service: "warren-manager", instance: id.to_string() }
+}
+
+/// What the manager of a data directory is, in OpenTelemetry's terms.
+#[must_use]
+pub fn identity(data_dir: &Path) -> Identity {
+    own_identity(data_dir::known_id(data_dir).unwrap_or(FIRST_MANAGER))
+}
+
 /// Runs a manager until `shutdown` is cancelled; `started` is called once it serves.
 ///
 /// # Errors
@@ -143,8 +154,7 @@ pub async fn run_in(
     let socket_inode = inode(&options.socket);
 
     let identity = data_dir::open(&options.data_dir, FIRST_MANAGER)?;
-    let meters =
-        Meters::new("warren-manager", &identity.id.to_string(), &[Emitter::Manager, Emitter::Agent, Emitter::Both]);
+    let meters = Meters::new(&own_identity(identity.id), &[Emitter::Manager, Emitter::Agent, Emitter::Both]);
     let metrics = Arc::new(ManagerMetrics::new(&meters));
     let raft_options = warren_raft::Options {
         id: identity.id,
@@ -178,12 +188,18 @@ pub async fn run_in(
     tasks.spawn(controller.run(shutdown.clone()));
     tasks.spawn(count_leader_changes(raft.clone(), Arc::clone(&metrics), shutdown.clone()));
 
-    if let Some(otlp) = &options.otlp {
+    if let Some(otlp) = &options.telemetry.otlp {
         tasks.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
     }
-    let endpoint = Endpoint { meters, health: health(&raft), ready: ready(&store, &options.data_dir) };
+    let endpoint = Endpoint {
+        meters,
+        native_histograms: options.telemetry.native_histograms,
+        health: health(&raft),
+        ready: ready(&store, &options.data_dir),
+    };
     tasks.spawn(log_failure("metrics", endpoint.serve(metrics_listener, shutdown.clone().cancelled_owned())));
-    let server = || Server::builder().layer(MetricsLayer::new(Arc::clone(&metrics)));
+    let measured = MetricsLayer::new(&metrics);
+    let server = || Server::builder().layer(measured.clone());
     tasks.spawn(log_failure(
         "the API on TCP",
         server()
@@ -270,7 +286,7 @@ async fn count_leader_changes(raft: Node, metrics: Arc<ManagerMetrics>, shutdown
     let count = raft.watch(|status| {
         if status.leader.is_some() && status.leader != known {
             known = status.leader;
-            metrics.leader_changes.add(1, &[]);
+            metrics.leader_changes.add(1);
         }
     });
     shutdown.run_until_cancelled(count).await;

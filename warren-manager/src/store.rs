@@ -3,6 +3,7 @@
 use std::{fmt, sync::Arc, time::Instant};
 
 use tokio::sync::watch;
+use tracing::Instrument as _;
 use warren_raft::Node;
 
 use crate::{
@@ -84,10 +85,11 @@ impl Store {
     /// When it was rejected, or consensus was not to be had.
     pub async fn transact(&self, transaction: &Transaction) -> Result<u64, Error> {
         let command = serde_json::to_string(transaction)?;
+        let span = tracing::info_span!("propose", changes = transaction.changes.len());
         let began = Instant::now();
-        let reply = self.node.propose(command).await?;
-        self.metrics.commit_duration.record(began.elapsed().as_secs_f64(), &[]);
-        serde_json::from_str::<Reply>(&reply)?.map_err(Error::Rejected)
+        let proposed = self.node.propose(command).instrument(span).await;
+        self.metrics.commit_duration.record(began.elapsed().as_secs_f64());
+        serde_json::from_str::<Reply>(&proposed?)?.map_err(Error::Rejected)
     }
 
     /// Makes changes that do not depend on one another: each succeeds or is moot by itself.

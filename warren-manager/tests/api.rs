@@ -35,7 +35,7 @@ impl Manager {
             metrics_addr: format!("127.0.0.1:{}", free_port()).parse().expect("an address"),
             snapshot_after: 1000,
             liveness: liveness::Timing { heartbeat: Duration::from_millis(100), tolerated: 5, max_rate: 500 },
-            otlp: None,
+            telemetry: warren_telemetry::Options::default(),
         };
         let shutdown = CancellationToken::new();
         let (started, serving) = tokio::sync::oneshot::channel();

@@ -53,9 +53,12 @@ enum Command {
     },
 }
 
+/// The file with the settings of this command, in the configuration's directory.
+const FILE: &str = "warren.toml";
+
 #[tokio::main]
 async fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = warren_config::parse(FILE);
     match run(arguments).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -94,4 +97,52 @@ async fn version(client: &ClientArguments) -> Result<(), Error> {
     let manager = manager.map_or_else(|| "does not answer".to_owned(), |info| info.into_inner().version);
     say!("manager  {manager}");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Args as _;
+    use warren_manager::cli::ManagerArguments;
+
+    use super::*;
+
+    const INTRODUCTION: &str = "# Configuration
+
+Every setting is a flag, an environment variable, and a key of a file, in that order of strength. The files are in
+`/etc/warren`, or where `WARREN_CONFIG_DIR` says; a file that is not there is empty.
+
+The words of a key may be joined by `_` or `-`, or be tables: `otlp_endpoint = \"...\"` and
+
+```toml
+[otlp]
+endpoint = \"http://127.0.0.1:4317\"
+```
+
+say the same. A list is an array. A key that is no setting of the program is an error, and so is a value that the flag would
+not take.
+
+Generated from the commands: `WARREN_BLESS=1 cargo test -p warren-cli` rewrites it, and the same test without the variable
+compares.
+
+";
+
+    #[test]
+    fn the_documented_settings_are_these() {
+        let manager = ManagerArguments::augment_args(clap::Command::new("warren-manager"));
+        let sections = [
+            warren_config::markdown(&manager, warren_manager::cli::FILE),
+            warren_config::markdown(&warren_agent::cli::Arguments::command(), warren_agent::cli::FILE),
+            warren_config::markdown(&Arguments::command(), FILE),
+        ];
+        let text = INTRODUCTION.to_owned() + &sections.join("\n");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/configuration.md");
+        if std::env::var_os("WARREN_BLESS").is_some() {
+            std::fs::write(path, &text).expect("docs/ is writable");
+        }
+        let documented = std::fs::read_to_string(path).expect("docs/configuration.md exists");
+        assert!(
+            documented == text,
+            "docs/configuration.md is out of date: run `WARREN_BLESS=1 cargo test -p warren-cli`"
+        );
+    }
 }

@@ -5,12 +5,12 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::Args;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
-use warren_agent::cli::{AgentArguments, LogOptions, NodeArguments, cancelled_by_signals};
-use warren_manager::cli::ManagerArguments;
-use warren_telemetry::{
-    logs::{self, Style},
-    otlp::OtlpArguments,
+use warren_agent::{
+    agent,
+    cli::{AgentArguments, NodeArguments, cancelled_by_signals},
 };
+use warren_manager::cli::ManagerArguments;
+use warren_telemetry::{cli::TelemetryArguments, signals::Identity};
 
 use crate::error::Error;
 
@@ -37,21 +37,17 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     node: NodeArguments,
     #[command(flatten)]
-    otlp: OtlpArguments,
-    #[command(flatten)]
-    logs: LogOptions,
+    telemetry: TelemetryArguments,
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
-    let style = if arguments.logs.log_json { Style::Json } else { Style::Text };
-    logs::init(&logs::quiet(&arguments.logs.log), style);
     let manager = ManagerArguments {
         data_dir: arguments.data_dir.join("manager"),
         listen_addr: arguments.listen_addr,
         socket: arguments.socket.clone(),
         metrics_addr: arguments.metrics_addr,
         snapshot_after: 5000,
-        otlp: arguments.otlp.clone(),
+        telemetry: arguments.telemetry.clone(),
     };
     let agent = AgentArguments {
         data_dir: arguments.data_dir.join("agent"),
@@ -60,8 +56,17 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
         labels: Vec::new(),
         metrics_addr: arguments.agent_metrics_addr,
         node: arguments.node,
-        otlp: arguments.otlp,
+        telemetry: arguments.telemetry,
     };
+    // One process, one subscriber: its spans and records are both parts'.
+    let instance = agent::identity(&agent.data_dir).instance;
+    let signals = agent.telemetry.start(&Identity { service: "warren", instance }).map_err(agent::Error::from)?;
+    let outcome = run_both(&manager, &agent).await;
+    signals.shutdown().await;
+    outcome
+}
+
+async fn run_both(manager: &ManagerArguments, agent: &AgentArguments) -> Result<(), Error> {
     let shutdown = cancelled_by_signals()?;
     // The agent goes first, so that its session is over when the manager ends.
     let manager_shutdown = CancellationToken::new();

@@ -12,13 +12,15 @@ use axum::{
 use flate2::{Compression, write::GzEncoder};
 use tokio::net::TcpListener;
 
-use crate::{Checks, Meters, exposition::Format};
+use crate::{Checks, Meters, cli::NativeHistograms, exposition::Format};
 
 /// What an endpoint serves.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     /// `/metrics`.
     pub meters: Meters,
+    /// Who gets native histograms.
+    pub native_histograms: NativeHistograms,
     /// `/health` and `/live`: whether the process does its work at all. A failing one is worth a restart.
     pub health: Checks,
     /// `/ready`: whether it can do all of its work now.
@@ -88,7 +90,10 @@ fn report(checks: &Checks) -> Response {
 }
 
 async fn metrics(State(endpoint): State<Endpoint>, headers: HeaderMap) -> Response {
-    let format = Format::negotiate(&joined(&headers, header::ACCEPT));
+    let format = match endpoint.native_histograms {
+        NativeHistograms::Auto => Format::negotiate(&joined(&headers, header::ACCEPT)),
+        NativeHistograms::Off => Format::Text,
+    };
     let gzip = accepts_gzip(&joined(&headers, header::ACCEPT_ENCODING));
     // Collecting takes locks and reads maps: not for a thread that serves others.
     let encoded = tokio::task::spawn_blocking(move || {

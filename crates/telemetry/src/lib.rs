@@ -7,6 +7,7 @@
 //! Nothing here decides what is worth measuring: that is the components' part.
 
 pub mod build;
+pub mod cli;
 pub mod endpoint;
 pub mod exposition;
 mod family;
@@ -15,11 +16,24 @@ pub mod logs;
 mod meters;
 pub mod otlp;
 mod process;
+mod semconv;
 mod series;
+pub mod signals;
 pub mod table;
+
+use cli::NativeHistograms;
 
 pub use family::{Family, Point, Value};
 pub use health::{Checks, Outcome};
 pub use meters::{GaugeObserver, Meters};
 pub use process::ProcessSource;
 pub use series::{Exponential, Measurement, Series, Source};
+
+/// What a process does with its metrics.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Who gets native histograms.
+    pub native_histograms: NativeHistograms,
+    /// Where metrics are pushed to, if anywhere.
+    pub otlp: Option<otlp::Options>,
+}

@@ -2,7 +2,14 @@
 
 use std::io::IsTerminal as _;
 
-use tracing_subscriber::{EnvFilter, fmt, prelude::*};
+use tracing_subscriber::{
+    EnvFilter, Layer as _,
+    filter::{FilterExt as _, filter_fn},
+    fmt,
+    prelude::*,
+};
+
+use crate::signals::Signals;
 
 /// How events are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -14,23 +21,29 @@ pub enum Style {
     Json,
 }
 
-/// Starts logging. `filter` is in `tracing_subscriber`'s syntax (`info`, `warren_agent=debug`); an invalid one counts as
-/// `info`. Does nothing when logging has been started before.
-pub fn init(filter: &str, style: Style) {
-    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
+/// Starts logging, to the collector too where `signals` have one. `filter` is in `tracing_subscriber`'s syntax (`info`,
+/// `warren_agent=debug`); an invalid one counts as `info`. Does nothing when logging has been started before.
+pub fn init(filter: &str, style: Style, signals: &Signals) {
+    let filter = quiet(filter);
     let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
-    let registry = tracing_subscriber::registry().with(filter);
-    let started = match style {
-        Style::Text => registry.with(layer.with_target(false)).try_init(),
-        Style::Json => registry.with(layer.json()).try_init(),
+    let stderr = match style {
+        Style::Text => layer.with_target(false).boxed(),
+        Style::Json => layer.json().boxed(),
     };
+    // Spans are for traces: a line says what happened, not within what.
+    let events = parse(&filter).and(filter_fn(|metadata| metadata.is_event()));
+    let registry = tracing_subscriber::registry();
+    let started = registry.with(stderr.with_filter(events)).with(signals.traces()).with(signals.logs(&filter));
     // Somebody else's subscriber is as good as ours.
-    drop(started);
+    drop(started.try_init());
+}
+
+pub(crate) fn parse(filter: &str) -> EnvFilter {
+    EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"))
 }
 
 /// A filter that leaves out what consensus's libraries say about every entry and file, unless the filter names them.
-#[must_use]
-pub fn quiet(filter: &str) -> String {
+fn quiet(filter: &str) -> String {
     const CHATTY: [&str; 3] = ["openraft", "raft_log", "chunked_wal"];
     let mut quiet = filter.to_owned();
     for library in CHATTY.into_iter().filter(|library| !filter.contains(library)) {

@@ -9,12 +9,14 @@ use opentelemetry::{
     KeyValue,
     metrics::{AsyncInstrument, Counter, Histogram, Meter, MeterProvider as _},
 };
-use opentelemetry_sdk::{Resource, metrics::SdkMeterProvider};
+use opentelemetry_sdk::metrics::SdkMeterProvider;
 use prometheus::Registry;
 
 use crate::{
     family::{Family, assemble},
+    semconv::SemanticConventions,
     series::Source,
+    signals::{ExportSource, Identity},
     table::{self, Emitter, Kind, Metric},
 };
 
@@ -32,6 +34,7 @@ struct Inner {
     meter: Meter,
     sources: Mutex<Vec<Arc<dyn Source>>>,
     resource: Vec<(&'static str, String)>,
+    conventions: SemanticConventions,
     since: SystemTime,
     exports: Counter<u64>,
     // Dropping the last handle of the provider would empty the registry.
@@ -45,13 +48,13 @@ impl fmt::Debug for Meters {
 }
 
 impl Meters {
-    /// Metrics of a process that emits those of `emitters`; `service` and `instance` are its OpenTelemetry resource.
+    /// Metrics of a process that emits those of `emitters`; `identity` is its OpenTelemetry resource.
     ///
     /// # Panics
     ///
     /// Never: the exporter's options are constants.
     #[must_use]
-    pub fn new(service: &'static str, instance: &str, emitters: &'static [Emitter]) -> Self {
+    pub fn new(identity: &Identity, emitters: &'static [Emitter]) -> Self {
         let registry = Registry::new();
         let exporter = opentelemetry_prometheus::exporter()
             .with_registry(registry.clone())
@@ -62,29 +65,20 @@ impl Meters {
             .scope_info_enabled(false)
             .build()
             .expect("constant options are valid");
-        let resource = Resource::builder_empty()
-            .with_service_name(service)
-            .with_attribute(KeyValue::new("service.instance.id", instance.to_owned()))
-            .build();
-        let provider = SdkMeterProvider::builder().with_resource(resource).with_reader(exporter).build();
+        let provider = SdkMeterProvider::builder().with_resource(identity.resource()).with_reader(exporter).build();
         // One meter: the same instrument under two would be two series of one name.
         let meter = provider.meter("warren");
         let exports = counter(&meter, "warren_otlp_exports_total");
         for succeeded in [true, false] {
-            exports.add(0, &[export_result(succeeded)]);
+            exports.add(0, &export_labels(succeeded));
         }
-        let resource = vec![
-            ("service.name", service.to_owned()),
-            ("service.instance.id", instance.to_owned()),
-            ("service.version", env!("CARGO_PKG_VERSION").to_owned()),
-            ("host.name", rustix::system::uname().nodename().to_string_lossy().into_owned()),
-        ];
         let inner = Inner {
             emitters,
             registry,
             meter,
-            sources: Mutex::default(),
-            resource,
+            sources: Mutex::new(vec![Arc::new(ExportSource)]),
+            resource: identity.attributes(),
+            conventions: SemanticConventions::new(identity.resource()),
             since: SystemTime::now(),
             exports,
             _provider: provider,
@@ -103,7 +97,18 @@ impl Meters {
     }
 
     pub(crate) fn count_export(&self, succeeded: bool) {
-        self.inner.exports.add(1, &[export_result(succeeded)]);
+        self.inner.exports.add(1, &export_labels(succeeded));
+    }
+
+    pub(crate) fn semantic_conventions(&self) -> &SemanticConventions {
+        &self.inner.conventions
+    }
+
+    /// OpenTelemetry's conventional histogram of served calls, which only collectors get. Its attributes are
+    /// `rpc.system.name`, `rpc.method`, `rpc.response.status_code` and, for a failed call, `error.type`.
+    #[must_use]
+    pub fn rpc_server_call_duration(&self) -> Histogram<f64> {
+        self.inner.conventions.rpc_server_call_duration()
     }
 
     /// The counter of this name.
@@ -190,8 +195,9 @@ fn counter(meter: &Meter, name: &'static str) -> Counter<u64> {
     meter.u64_counter(name).with_description(metric.help).with_unit(metric.unit).build()
 }
 
-fn export_result(succeeded: bool) -> KeyValue {
-    KeyValue::new("result", if succeeded { "success" } else { "failure" })
+fn export_labels(succeeded: bool) -> [KeyValue; 2] {
+    let result = if succeeded { "success" } else { "failure" };
+    [KeyValue::new("result", result), KeyValue::new("signal", "metrics")]
 }
 
 /// Reports a gauge's values in [`Meters::gauge`].

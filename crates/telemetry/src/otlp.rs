@@ -36,39 +36,20 @@ pub struct Options {
     pub endpoint: String,
     /// Between exports.
     pub interval: Duration,
-}
-
-/// The same as flags of a command.
-#[derive(Clone, Debug, Default, clap::Args)]
-pub struct OtlpArguments {
-    /// Push metrics to this OTLP collector too, like http://127.0.0.1:4317.
-    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
-    pub otlp_endpoint: Option<String>,
-    /// Seconds between pushes.
-    #[arg(long, env = "WARREN_OTLP_INTERVAL_S", default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..))]
-    pub otlp_interval_s: u64,
-}
-
-impl OtlpArguments {
-    /// As the exporter wants them; `None` when nothing is to be pushed.
-    #[must_use]
-    pub fn options(&self) -> Option<Options> {
-        let interval = Duration::from_secs(self.otlp_interval_s);
-        let endpoint = self.otlp_endpoint.clone().filter(|endpoint| !endpoint.is_empty())?;
-        Some(Options { endpoint, interval })
-    }
+    /// Whether OpenTelemetry's conventional metrics go too.
+    pub semantic_conventions: bool,
 }
 
 /// The endpoint is not an address.
 #[derive(Debug, thiserror::Error)]
 #[error("{endpoint:?} is not an OTLP endpoint: use http://host:port")]
 pub struct InvalidEndpoint {
-    endpoint: String,
+    pub(crate) endpoint: String,
 }
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// A collector that takes longer gets the next snapshot instead.
-const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Exports until `shutdown` completes, and once more then.
 ///
@@ -80,19 +61,14 @@ pub fn exporter(
     meters: Meters,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<impl Future<Output = ()> + Send + 'static, InvalidEndpoint> {
-    let invalid = || InvalidEndpoint { endpoint: options.endpoint.clone() };
-    let endpoint = Endpoint::from_shared(options.endpoint.clone()).map_err(|_| invalid())?;
-    if endpoint.uri().scheme_str() != Some("http") {
-        return Err(invalid());
-    }
-    let channel = endpoint.connect_timeout(CONNECT_TIMEOUT).timeout(EXPORT_TIMEOUT).connect_lazy();
+    let channel = check(&options.endpoint)?.connect_timeout(CONNECT_TIMEOUT).timeout(EXPORT_TIMEOUT).connect_lazy();
     // A collector answers in the request's compression.
     let client = MetricsServiceClient::new(channel)
         .send_compressed(CompressionEncoding::Gzip)
         .accept_compressed(CompressionEncoding::Gzip);
-    let interval = options.interval;
+    let (interval, conventions) = (options.interval, options.semantic_conventions);
     Ok(async move {
-        let exporter = Exporter { client, meters };
+        let exporter = Exporter { client, meters, conventions };
         let mut tick = tokio::time::interval(interval);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut shutdown = std::pin::pin!(shutdown);
@@ -117,16 +93,24 @@ pub fn exporter(
     })
 }
 
+/// A collector's address, if it is one.
+pub(crate) fn check(endpoint: &str) -> Result<Endpoint, InvalidEndpoint> {
+    let invalid = || InvalidEndpoint { endpoint: endpoint.to_owned() };
+    let parsed = Endpoint::from_shared(endpoint.to_owned()).map_err(|_| invalid())?;
+    if parsed.uri().scheme_str() == Some("http") { Ok(parsed) } else { Err(invalid()) }
+}
+
 struct Exporter {
     client: MetricsServiceClient<Channel>,
     meters: Meters,
+    conventions: bool,
 }
 
 impl Exporter {
     async fn export(&self) -> Result<(), tonic::Status> {
-        let meters = self.meters.clone();
+        let (meters, conventions) = (self.meters.clone(), self.conventions);
         // Collecting takes locks and reads maps: not for a thread that serves others.
-        let request = tokio::task::spawn_blocking(move || request(&meters)).await;
+        let request = tokio::task::spawn_blocking(move || request(&meters, conventions)).await;
         let request = request.map_err(|error| tonic::Status::internal(error.to_string()))?;
         let exported = self.client.clone().export(request).await.map(drop);
         self.meters.count_export(exported.is_ok());
@@ -145,7 +129,7 @@ fn attribute(key: &str, value: &str) -> KeyValue {
 }
 
 /// Everything there is to export now.
-pub(crate) fn request(meters: &Meters) -> ExportMetricsServiceRequest {
+pub(crate) fn request(meters: &Meters, conventions: bool) -> ExportMetricsServiceRequest {
     let now = nanos(SystemTime::now());
     let families = meters.families();
     let metrics = families.iter().filter(|family| !family.points.is_empty());
@@ -154,12 +138,16 @@ pub(crate) fn request(meters: &Meters) -> ExportMetricsServiceRequest {
         metrics: metrics.map(|family| metric(family, nanos(meters.since()), now)).collect(),
         ..Default::default()
     };
+    let mut scopes = vec![scope];
+    if conventions {
+        scopes.extend(meters.semantic_conventions().collect());
+    }
     let attributes = meters.resource().iter().map(|(key, value)| attribute(key, value)).collect();
     let resource = Resource { attributes, ..Default::default() };
     ExportMetricsServiceRequest {
         resource_metrics: vec![ResourceMetrics {
             resource: Some(resource),
-            scope_metrics: vec![scope],
+            scope_metrics: scopes,
             ..Default::default()
         }],
     }
@@ -252,7 +240,11 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::{Measurement, Series, Source};
+    use crate::{Measurement, Series, Source, signals::Identity};
+
+    fn identity(service: &'static str) -> Identity {
+        Identity { service, instance: "1".to_owned() }
+    }
 
     struct Stops;
 
@@ -267,13 +259,13 @@ mod tests {
 
     #[test]
     fn kernel_histograms_keep_their_buckets_and_others_their_bounds() {
-        let meters = Meters::new("warren-manager", "1", &[Emitter::Manager, Emitter::Agent]);
+        let meters = Meters::new(&identity("warren-manager"), &[Emitter::Manager, Emitter::Agent]);
         meters.add_source(Arc::new(Stops));
         let commit = meters.histogram("warren_raft_commit_duration_seconds");
         for seconds in [0.0004, 0.003, 100.0] {
             commit.record(seconds, &[]);
         }
-        let request = request(&meters);
+        let request = request(&meters, false);
         let metrics = &request.resource_metrics[0].scope_metrics[0].metrics;
         let data = |name: &str| metrics.iter().find(|m| m.name == name).and_then(|m| m.data.clone()).expect("exported");
         let Data::ExponentialHistogram(stops) = data("warren_container_stop_duration_seconds") else {
@@ -292,10 +284,43 @@ mod tests {
     }
 
     #[test]
+    fn conventional_metrics_are_a_second_set() {
+        let meters = Meters::new(&identity("warren-manager"), &[Emitter::Both]);
+        let status = opentelemetry::KeyValue::new("rpc.response.status_code", "OK");
+        meters.rpc_server_call_duration().record(0.02, &[status]);
+        let names = |conventions| -> Vec<String> {
+            let request = request(&meters, conventions);
+            let scopes = request.resource_metrics.into_iter().flat_map(|resource| resource.scope_metrics);
+            scopes.flat_map(|scope| scope.metrics).map(|metric| metric.name).collect()
+        };
+        let own = names(false);
+        assert!(own.iter().all(|name| !name.contains('.')), "{own:?}");
+        let both = names(true);
+        let second: Vec<_> = both.iter().filter(|name| name.contains('.')).map(String::as_str).collect();
+        assert_eq!(
+            second,
+            [
+                "process.cpu.time",
+                "process.memory.usage",
+                "process.memory.virtual",
+                "process.thread.count",
+                "process.unix.file_descriptor.count",
+                "process.uptime",
+                "rpc.server.call.duration"
+            ]
+        );
+        assert_eq!(both.len(), own.len() + second.len());
+    }
+
+    #[test]
     fn an_endpoint_is_an_http_address() {
         for endpoint in ["", "127.0.0.1:4317", "ftp://x", "https://x:1"] {
-            let options = Options { endpoint: endpoint.to_owned(), interval: Duration::from_secs(1) };
-            let meters = Meters::new("warren-agent", "1", &[Emitter::Agent]);
+            let options = Options {
+                endpoint: endpoint.to_owned(),
+                interval: Duration::from_secs(1),
+                semantic_conventions: false,
+            };
+            let meters = Meters::new(&identity("warren-agent"), &[Emitter::Agent]);
             assert!(exporter(&options, meters, async {}).is_err(), "{endpoint:?}");
         }
     }

@@ -172,7 +172,7 @@ metrics! {
     warren_probe_runs_total Counter Agent "{run}" ["node" "program"] &[]; "Runs of a BPF program; counted while the kernel's BPF statistics are on"
     warren_probe_run_seconds_total Counter Agent "s" ["node" "program"] &[]; "Time in a BPF program; counted while the kernel's BPF statistics are on"
     // Every process
-    warren_otlp_exports_total Counter Both "{export}" ["result"] &[]; "Exports of metrics by OTLP"
+    warren_otlp_exports_total Counter Both "{export}" ["result" "signal"] &[]; "Batches exported by OTLP: of metrics, traces and logs"
     warren_build_info Gauge Both "" ["version" "revision"] &[]; "1, with the version as labels"
     process_cpu_seconds_total Counter Both "s" [] &[]; "User and system CPU time"
     process_resident_memory_bytes Gauge Both "By" [] &[]; "Resident memory"

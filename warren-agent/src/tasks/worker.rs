@@ -9,6 +9,7 @@ use std::{
 
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
+use tracing::{Instrument as _, Span};
 use warren_proto::v1::{self, ContainerState};
 
 use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Phase, RuntimePhase, Timings};
@@ -155,7 +156,8 @@ impl Worker {
                     return;
                 }
                 let _in_progress = self.shared.actions.token();
-                self.act(action).await;
+                let span = self.span(&action);
+                self.act(action).instrument(span).await;
             }
             if self.lifecycle.phase() == Phase::Gone {
                 self.shared.registrar.unregister(&self.id);
@@ -168,6 +170,20 @@ impl Worker {
             }
             actions = self.lifecycle.on(event);
         }
+    }
+
+    /// The work on a container is what its traces show.
+    fn span(&self, action: &Action) -> Span {
+        let name = match action {
+            Action::Report => return Span::none(),
+            Action::Prepare => "container prepare",
+            Action::Start => "container start",
+            Action::Stop => "container stop",
+            Action::Kill => "container kill",
+            Action::Clean => "container clean",
+        };
+        let service = self.assignment.as_ref().map_or("", |assignment| &assignment.service_name);
+        tracing::info_span!("container", otel.name = name, container.id = self.id, warren.service = service)
     }
 
     /// Changes the container's status on the board and on disk.

@@ -91,7 +91,7 @@ impl services_server::Services for Services {
     ) -> Result<Response<v1::CreateServiceResponse>, Status> {
         let began = Instant::now();
         let service = self.create(request.into_inner()).await?;
-        self.0.metrics.service_create.record(began.elapsed().as_secs_f64(), &[]);
+        self.0.metrics.service_create.record(began.elapsed().as_secs_f64());
         Ok(Response::new(v1::CreateServiceResponse { service: Some(service) }))
     }
 
@@ -101,7 +101,7 @@ impl services_server::Services for Services {
     ) -> Result<Response<v1::UpdateServiceResponse>, Status> {
         let began = Instant::now();
         let service = self.update(request.into_inner()).await?;
-        self.0.metrics.service_update.record(began.elapsed().as_secs_f64(), &[]);
+        self.0.metrics.service_update.record(began.elapsed().as_secs_f64());
         Ok(Response::new(v1::UpdateServiceResponse { service: Some(service) }))
     }
 
@@ -111,7 +111,7 @@ impl services_server::Services for Services {
     ) -> Result<Response<v1::DeleteServiceResponse>, Status> {
         let began = Instant::now();
         self.delete(request.into_inner()).await?;
-        self.0.metrics.service_delete.record(began.elapsed().as_secs_f64(), &[]);
+        self.0.metrics.service_delete.record(began.elapsed().as_secs_f64());
         Ok(Response::new(v1::DeleteServiceResponse {}))
     }
 

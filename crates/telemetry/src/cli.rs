@@ -1,0 +1,105 @@
+//! What every process takes on its command line about its telemetry.
+
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use crate::{
+    Options, logs,
+    logs::Style,
+    otlp,
+    otlp::InvalidEndpoint,
+    signals::{Identity, Signals},
+};
+
+/// Whether scrapers that ask for it get native histograms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum NativeHistograms {
+    /// To scrapers that ask for the protobuf exposition.
+    #[default]
+    Auto,
+    /// To none: everyone gets classic buckets as text. Prometheus before 2.45 with native histograms on keeps no classic
+    /// buckets of a histogram that has both.
+    Off,
+}
+
+/// A kind of telemetry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Signal {
+    /// What the metrics endpoint shows.
+    Metrics,
+    /// Spans of API calls, of changes to the state, and of work on containers.
+    Traces,
+    /// What is written to stderr.
+    Logs,
+}
+
+/// How a process logs, and what becomes of its telemetry.
+#[derive(Args, Clone, Debug)]
+pub struct TelemetryArguments {
+    /// What to log, as `level` or `module=level,...`.
+    #[arg(long, env = "WARREN_LOG", default_value = "info")]
+    pub log: String,
+    /// Log JSON objects, one a line.
+    #[arg(long, env = "WARREN_LOG_JSON")]
+    pub log_json: bool,
+    /// Native histograms for scrapers that ask for them (auto), or for none (off).
+    #[arg(long, env = "WARREN_METRICS_NATIVE_HISTOGRAMS", default_value = "auto", hide_possible_values = true)]
+    pub metrics_native_histograms: NativeHistograms,
+    /// Push telemetry to this OTLP collector too, like http://127.0.0.1:4317 (gRPC).
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    pub otlp_endpoint: Option<String>,
+    /// Seconds between pushes of metrics.
+    #[arg(long, env = "WARREN_OTLP_INTERVAL_S", default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..))]
+    pub otlp_interval_s: u64,
+    /// What is pushed: metrics, traces, logs.
+    #[arg(
+        long,
+        env = "WARREN_OTLP_SIGNALS",
+        default_value = "metrics,traces,logs",
+        value_delimiter = ',',
+        hide_possible_values = true
+    )]
+    pub otlp_signals: Vec<Signal>,
+    /// Push OpenTelemetry's conventional metrics too: rpc.server.call.duration and process.*.
+    #[arg(long, env = "WARREN_OTLP_SEMANTIC_CONVENTIONS")]
+    pub otlp_semantic_conventions: bool,
+}
+
+impl TelemetryArguments {
+    fn endpoint(&self) -> Option<&str> {
+        self.otlp_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty())
+    }
+
+    fn pushes(&self, signal: Signal) -> bool {
+        self.otlp_signals.contains(&signal)
+    }
+
+    /// What is done with metrics.
+    #[must_use]
+    pub fn options(&self) -> Options {
+        let otlp = self.endpoint().filter(|_| self.pushes(Signal::Metrics)).map(|endpoint| otlp::Options {
+            endpoint: endpoint.to_owned(),
+            interval: Duration::from_secs(self.otlp_interval_s),
+            semantic_conventions: self.otlp_semantic_conventions,
+        });
+        Options { native_histograms: self.metrics_native_histograms, otlp }
+    }
+
+    /// Starts logging, and pushing of traces and logs. Must be called within tokio.
+    ///
+    /// # Errors
+    ///
+    /// When the collector's endpoint is no address.
+    pub fn start(&self, identity: &Identity) -> Result<Signals, InvalidEndpoint> {
+        let signals = match self.endpoint() {
+            Some(endpoint) => {
+                Signals::start(endpoint, identity, self.pushes(Signal::Traces), self.pushes(Signal::Logs))?
+            }
+            None => Signals::default(),
+        };
+        let style = if self.log_json { Style::Json } else { Style::Text };
+        logs::init(&self.log, style, &signals);
+        Ok(signals)
+    }
+}
