@@ -1,6 +1,6 @@
 use std::{collections::BTreeMap, fs, path::Path, process::Command, time::Duration};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::process::{Process, find, free_port, until};
 
@@ -78,36 +78,67 @@ impl Prometheus {
     /// Starts one for the endpoint at `target`, with native histograms if wanted.
     #[must_use]
     pub fn scraping(target: u16, directory: &Path, native_histograms: bool) -> Self {
+        let options: &[&str] = if native_histograms { &["--enable-feature=native-histograms"] } else { &[] };
+        Self::start(directory, &[("warren", target)], None, options)
+    }
+
+    /// Starts one for several jobs, with alerting rules that are evaluated every second.
+    #[must_use]
+    pub fn with(directory: &Path, jobs: &[(&str, u16)], rules: &Path) -> Self {
+        Self::start(directory, jobs, Some(rules), &[])
+    }
+
+    fn start(directory: &Path, jobs: &[(&str, u16)], rules: Option<&Path>, options: &[&str]) -> Self {
         let port = free_port();
         let config = directory.join("prometheus.yml");
-        let text = format!(
-            "global: {{scrape_interval: 1s}}\nscrape_configs:\n  - job_name: warren\n    \
-             static_configs: [{{targets: ['127.0.0.1:{target}']}}]\n"
-        );
-        fs::write(&config, text).expect("writable");
+        let jobs: Vec<Value> = jobs
+            .iter()
+            .map(|(job, port)| json!({"job_name": job, "static_configs": [{"targets": [format!("127.0.0.1:{port}")]}]}))
+            .collect();
+        let text = json!({
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": Vec::from_iter(rules),
+            "scrape_configs": jobs,
+        });
+        // JSON is YAML.
+        fs::write(&config, text.to_string()).expect("writable");
         let mut command = Command::new(find("prometheus"));
         command
             .arg(format!("--config.file={}", config.display()))
             .arg(format!("--storage.tsdb.path={}", directory.join("tsdb").display()))
             .arg(format!("--web.listen-address=127.0.0.1:{port}"))
-            .arg("--log.level=warn");
-        if native_histograms {
-            command.arg("--enable-feature=native-histograms");
-        }
+            .arg("--log.level=warn")
+            .args(options);
         let prometheus = Self { port, _process: Process::start("prometheus", &mut command, directory) };
-        until("Prometheus has scraped", || (prometheus.query("up") == Some(1.0)).then_some(()));
+        until("Prometheus has scraped", || (prometheus.query("min(up)") == Some(1.0)).then_some(()));
         prometheus
+    }
+
+    fn get(&self, path: &str, query: Option<&str>) -> Option<Value> {
+        let agent = ureq::Agent::new_with_config(
+            ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(5))).build(),
+        );
+        let request = agent.get(format!("http://127.0.0.1:{}/api/v1/{path}", self.port));
+        let request = query.into_iter().fold(request, |request, query| request.query("query", query));
+        serde_json::from_str(&request.call().ok()?.body_mut().read_to_string().ok()?).ok()
+    }
+
+    /// What the API says of something.
+    #[must_use]
+    pub fn api(&self, what: &str) -> Option<Value> {
+        self.get(what, None)
+    }
+
+    /// How many series an expression gives; `None` if it is none.
+    #[must_use]
+    pub fn series(&self, expression: &str) -> Option<usize> {
+        Some(self.get("query", Some(expression))?["data"]["result"].as_array()?.len())
     }
 
     /// The value of an expression that gives one series; `None` if it gives none.
     #[must_use]
     pub fn query(&self, expression: &str) -> Option<f64> {
-        let agent = ureq::Agent::new_with_config(
-            ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(5))).build(),
-        );
-        let url = format!("http://127.0.0.1:{}/api/v1/query", self.port);
-        let answer = agent.get(url).query("query", expression).call().ok()?.body_mut().read_to_string().ok()?;
-        let answer: Value = serde_json::from_str(&answer).ok()?;
+        let answer = self.get("query", Some(expression))?;
         let results = answer["data"]["result"].as_array()?;
         assert!(results.len() <= 1, "{expression} gives several series: {answer}");
         results.first()?["value"][1].as_str()?.parse().ok()

@@ -2,6 +2,7 @@
 
 mod bench;
 mod build_ebpf;
+mod mixin;
 mod run;
 mod setup;
 mod test;
@@ -22,6 +23,8 @@ enum Command {
     Up(up::Arguments),
     /// Formats, lints, builds and tests everything, kernel and end to end included. What CI runs.
     Test(test::Arguments),
+    /// Renders dashboards and alerts from deploy/mixin.
+    Mixin,
     /// Measures Warren beside what one would use instead, in one run.
     Bench(bench::Arguments),
 }
@@ -32,6 +35,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf => build_ebpf::run(),
         Command::Up(arguments) => up::run(arguments),
         Command::Test(arguments) => test::run(arguments),
+        Command::Mixin => mixin::run(),
         Command::Bench(arguments) => bench::run(arguments),
     };
     match result {

@@ -6,12 +6,12 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     build_ebpf,
-    run::{find, step, target},
+    run::{find, step, workspace},
 };
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Also what only the tests need: Prometheus, dnsmasq, an OTLP collector.
+    /// Also what only the tests need: Prometheus, dnsmasq, an OTLP collector, jsonnet.
     #[arg(long)]
     pub(crate) tests: bool,
 }
@@ -59,24 +59,48 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         missing.push("libprotobuf-dev");
     }
     if arguments.tests && find("pip3").is_none() {
-        println!("pip is missing: it fetches an OTLP collector for tests");
+        println!("pip is missing: it fetches an OTLP collector and jsonnet for tests");
         missing.push("python3-pip");
     }
     install(&missing)?;
     if arguments.tests {
-        collector()?;
+        WHEELS.iter().try_for_each(unpack)?;
     }
     build_ebpf::setup()?;
     println!("==> this machine has all that Warren needs");
     Ok(())
 }
 
-/// An OpenTelemetry collector that comes as a Python package with a binary in it: unpacked, not installed.
-const COLLECTOR: &str = "rotel==0.0.1a15";
+/// What comes as a Python package with a binary in it, on a machine that has Debian's packages only: unpacked below `target`,
+/// not installed.
+struct Wheel {
+    requirement: &'static str,
+    directory: &'static str,
+    /// A file of it.
+    file: &'static str,
+    what: &'static str,
+}
 
-fn collector() -> Result<()> {
-    let directory = target().join("tools/rotel");
-    if directory.join("rotel/rotel-agent").exists() {
+const WHEELS: [Wheel; 2] = [
+    Wheel {
+        requirement: "rotel==0.0.1a15",
+        directory: "rotel",
+        file: "rotel/rotel-agent",
+        what: "an OTLP collector for tests",
+    },
+    Wheel {
+        requirement: "jsonnet==0.22.0",
+        directory: "jsonnet",
+        file: "_jsonnet.abi3.so",
+        what: "jsonnet, which renders dashboards and alerts",
+    },
+];
+
+fn unpack(wheel: &Wheel) -> Result<()> {
+    // Where the tests look, wherever builds go.
+    let directory = workspace().join("target/tools").join(wheel.directory);
+    let file = directory.join(wheel.file);
+    if file.exists() {
         return Ok(());
     }
     fs::create_dir_all(&directory)?;
@@ -84,15 +108,14 @@ fn collector() -> Result<()> {
     download
         .args(["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest"])
         .arg(&directory)
-        .arg(COLLECTOR);
-    step("fetching an OTLP collector for tests", &mut download)?;
+        .arg(wheel.requirement);
+    step(&format!("fetching {}", wheel.what), &mut download)?;
     let mut files = fs::read_dir(&directory)?.flatten().map(|entry| entry.path());
-    let wheel = files.find(|path| path.extension().is_some_and(|extension| extension == "whl"));
-    let wheel = wheel.context("pip fetched no wheel")?;
-    step("unpacking it", Command::new("python3").args(["-m", "zipfile", "--extract"]).arg(wheel).arg(&directory))?;
-    let binary = directory.join("rotel/rotel-agent");
-    fs::set_permissions(&binary, fs::Permissions::from_mode(0o755))
-        .with_context(|| format!("{} is not in the wheel", binary.display()))
+    let archive = files.find(|path| path.extension().is_some_and(|extension| extension == "whl"));
+    let archive = archive.context("pip fetched no wheel")?;
+    step("unpacking it", Command::new("python3").args(["-m", "zipfile", "--extract"]).arg(archive).arg(&directory))?;
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o755))
+        .with_context(|| format!("{} is not in the wheel", file.display()))
 }
 
 /// Installs Debian packages without starting the services in them; elsewhere, says what to install.
