@@ -15,7 +15,8 @@ import _jsonnet  # noqa: E402
 
 rendered = json.loads(_jsonnet.evaluate_file(str(HERE / "render.jsonnet")))
 stale = []
-for name, text in rendered.items():
+for name, content in rendered.items():
+    text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
     path = HERE.parent / name
     if "--check" in sys.argv:
         if not path.is_file() or path.read_text() != text:
