@@ -38,7 +38,7 @@ pub(crate) enum Command {
 pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {
     match command {
         Command::Ls { service, node, all, format } => {
-            let mut containers = list(client, service.unwrap_or_default(), node.unwrap_or_default()).await?;
+            let (mut containers, _) = list(client, service.unwrap_or_default(), node.unwrap_or_default()).await?;
             containers.retain(|container| all || !has_ended(container));
             show(client, &containers, format.format).await
         }
@@ -65,16 +65,24 @@ pub(crate) fn status(container: &v1::Container) -> v1::ContainerStatus {
     container.status.clone().unwrap_or_default()
 }
 
-/// All containers, page by page.
-pub(crate) async fn list(client: &ClientArguments, service: String, node: String) -> Result<Vec<v1::Container>, Error> {
+/// All containers, page by page, and the revision that a watch which is to miss none of their changes begins with.
+pub(crate) async fn list(
+    client: &ClientArguments,
+    service: String,
+    node: String,
+) -> Result<(Vec<v1::Container>, u64), Error> {
     let mut client = client.containers().await?;
-    all_pages(async |page_token| {
+    let mut revision = None;
+    let containers = all_pages(async |page_token| {
         let (service, node) = (service.clone(), node.clone());
         let request = v1::ListContainersRequest { service, node, page_size: 0, page_token };
         let page = client.list_containers(request).await?.into_inner();
+        // The first page's: what changed while the others were read is news.
+        revision.get_or_insert(page.revision);
         Ok((page.containers, page.next_page_token))
     })
-    .await
+    .await?;
+    Ok((containers, revision.unwrap_or_default()))
 }
 
 /// A state's name without the enumeration's.

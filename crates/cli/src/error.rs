@@ -27,8 +27,8 @@ pub(crate) enum Error {
     Refused(#[from] Box<Status>),
     #[error("{0}")]
     Usage(String),
-    #[error("service {service} has {running} of {desired} containers running after {} s{why}", timeout.as_secs())]
-    NotReady { service: String, running: u32, desired: u32, timeout: Duration, why: String },
+    #[error("service {service} has {running} of {desired} containers running after {} s{why}", after.as_secs())]
+    NotReady { service: String, running: u32, desired: u32, after: Duration, why: String },
     #[error("containers of {service} are still there after {} s", timeout.as_secs())]
     NotGone { service: String, timeout: Duration },
     #[error(transparent)]

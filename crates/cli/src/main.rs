@@ -10,6 +10,7 @@ mod node;
 mod output;
 mod service;
 mod up;
+mod wait;
 
 use std::process::ExitCode;
 

@@ -1,7 +1,5 @@
 //! `warren service ...`
 
-use std::time::{Duration, Instant};
-
 use clap::{Args, Subcommand, ValueEnum};
 use warren_proto::v1::{self, service_spec::Mode};
 
@@ -10,6 +8,7 @@ use crate::{
     container,
     error::Error,
     output::{self, Format, FormatArguments, say},
+    wait::{self, Follower, WaitArguments},
 };
 
 #[derive(Debug, Subcommand)]
@@ -54,16 +53,6 @@ pub(crate) enum Command {
         #[command(flatten)]
         wait: WaitArguments,
     },
-}
-
-#[derive(Args, Clone, Copy, Debug)]
-pub(crate) struct WaitArguments {
-    /// Wait until it is so.
-    #[arg(long)]
-    wait: bool,
-    /// Seconds to wait at most.
-    #[arg(long, default_value_t = 60, requires = "wait", value_parser = clap::value_parser!(u64).range(..=86_400))]
-    timeout: u64,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -171,7 +160,7 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         Command::Ls { format } => ls(client, format.format).await,
         Command::Inspect { service, format } => inspect(client, service, format.format).await,
         Command::Ps { service, format } => {
-            let containers = container::list(client, service, String::new()).await?;
+            let (containers, _) = container::list(client, service, String::new()).await?;
             container::show(client, &containers, format.format).await
         }
         Command::Scale { service, replicas, wait } => scale(client, service, replicas, wait).await,
@@ -227,9 +216,6 @@ fn spec(arguments: &CreateArguments) -> v1::ServiceSpec {
     }
 }
 
-/// Between looks at what is waited for.
-const POLL: Duration = Duration::from_millis(10);
-
 fn request_id() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
@@ -242,41 +228,12 @@ async fn create(arguments: CreateArguments, client: &ClientArguments) -> Result<
     let request = v1::CreateServiceRequest { spec: Some(spec(&arguments)), request_id: request_id() };
     let service = client.services().await?.create_service(request).await?.into_inner().service.unwrap_or_default();
     say!("{}", service.id);
-    wait_running(client, &arguments.name, arguments.wait).await
+    wait::running(client, &arguments.name, arguments.wait).await
 }
 
-async fn get(client: &ClientArguments, service: &str) -> Result<v1::Service, Error> {
+pub(crate) async fn get(client: &ClientArguments, service: &str) -> Result<v1::Service, Error> {
     let request = v1::GetServiceRequest { service: service.to_owned() };
     Ok(client.services().await?.get_service(request).await?.into_inner().service.unwrap_or_default())
-}
-
-async fn wait_running(client: &ClientArguments, name: &str, wait: WaitArguments) -> Result<(), Error> {
-    if !wait.wait {
-        return Ok(());
-    }
-    let timeout = Duration::from_secs(wait.timeout);
-    let deadline = Instant::now() + timeout;
-    loop {
-        let service = get(client, name).await?;
-        let status = service.status.unwrap_or_default();
-        let containers = container::list(client, service.id, String::new()).await?;
-        let live = containers.iter().filter(|container| !container::has_ended(container)).count();
-        if status.running == status.desired && live == status.desired as usize {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            let messages = containers.iter().map(|container| container::status(container).message);
-            let why = messages.rev().find(|message| !message.is_empty());
-            return Err(Error::NotReady {
-                service: name.to_owned(),
-                running: status.running,
-                desired: status.desired,
-                timeout,
-                why: why.map(|why| format!(": {why}")).unwrap_or_default(),
-            });
-        }
-        tokio::time::sleep(POLL).await;
-    }
 }
 
 async fn ls(client: &ClientArguments, format: Format) -> Result<(), Error> {
@@ -362,27 +319,21 @@ async fn scale(client: &ClientArguments, service: String, replicas: i64, wait: W
         request_id: request_id(),
     };
     client.services().await?.update_service(request).await?;
-    wait_running(client, &name, wait).await
+    wait::running(client, &name, wait).await
 }
 
 async fn remove(client: &ClientArguments, service: String, wait: WaitArguments) -> Result<(), Error> {
     let known = get(client, &service).await?;
+    // Before it is deleted: a service that is gone cannot be named.
+    let follower = if wait.wait { Some(Follower::start(client, &known.id).await?) } else { None };
     let request = v1::DeleteServiceRequest { service: known.id.clone(), request_id: request_id() };
     client.services().await?.delete_service(request).await?;
     let name = known.spec.unwrap_or_default().name;
     say!("{name}");
-    if !wait.wait {
-        return Ok(());
+    match follower {
+        Some(follower) => wait::gone(follower, &name, wait).await,
+        None => Ok(()),
     }
-    let timeout = Duration::from_secs(wait.timeout);
-    let deadline = Instant::now() + timeout;
-    while container::list(client, String::new(), String::new()).await?.iter().any(|c| c.service_id == known.id) {
-        if Instant::now() > deadline {
-            return Err(Error::NotGone { service: name, timeout });
-        }
-        tokio::time::sleep(POLL).await;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
