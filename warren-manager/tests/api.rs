@@ -289,3 +289,36 @@ async fn a_silent_node_is_down_and_can_be_removed() {
     assert_eq!(nodes.remove_node(remove()).await.expect_err("gone").code(), Code::NotFound);
     manager.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_api_describes_itself_and_its_health() {
+    use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+    use tonic_reflection::pb::v1::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+        server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+    };
+
+    let manager = Manager::start().await;
+    let health = HealthClient::new(manager.channel.clone()).check(HealthCheckRequest::default()).await;
+    assert_eq!(health.expect("answered").into_inner().status(), ServingStatus::Serving);
+
+    let ask = |question| ServerReflectionRequest { host: String::new(), message_request: Some(question) };
+    let questions = [
+        ask(MessageRequest::ListServices(String::new())),
+        ask(MessageRequest::FileContainingSymbol("warren.v1.Services.CreateService".to_owned())),
+        ask(MessageRequest::FileContainingSymbol("warren.v1.Nothing".to_owned())),
+    ];
+    let mut client = ServerReflectionClient::new(manager.channel.clone());
+    let answers = client.server_reflection_info(tokio_stream::iter(questions)).await.expect("answered").into_inner();
+    let answers: Vec<_> = answers.filter_map(|answer| answer.ok()?.message_response).collect().await;
+    let Some(MessageResponse::ListServicesResponse(list)) = answers.first() else { panic!("{answers:?}") };
+    let services: Vec<&str> = list.service.iter().map(|service| service.name.as_str()).collect();
+    for name in ["Services", "Containers", "Nodes", "Cluster", "Dispatcher"] {
+        assert!(services.contains(&format!("warren.v1.{name}").as_str()), "{name} is not among {services:?}");
+    }
+    let Some(MessageResponse::FileDescriptorResponse(file)) = answers.get(1) else { panic!("{answers:?}") };
+    let described = file.file_descriptor_proto.iter().any(|file| file.windows(13).any(|name| name == b"CreateService"));
+    assert!(described, "the file that has CreateService is not the answer");
+    assert!(matches!(answers.get(2), Some(MessageResponse::ErrorResponse(_)) | None), "{answers:?}");
+    manager.stop().await;
+}

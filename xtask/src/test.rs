@@ -57,3 +57,24 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         cargo().args(["test", "--package", "warren-tests", "--locked", "--", "--test-threads", "1"]),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, fs};
+
+    use crate::run::workspace;
+
+    #[test]
+    fn no_banned_crate_is_locked() {
+        let read = |file: &str| -> toml::Table {
+            fs::read_to_string(workspace().join(file)).expect("readable").parse().expect("TOML")
+        };
+        let (deny, lock) = (read("deny.toml"), read("Cargo.lock"));
+        let banned = deny["bans"]["deny"].as_array().expect("a list").iter().map(|ban| ban["crate"].clone());
+        let locked = lock["package"].as_array().expect("a list").iter();
+        let locked: BTreeSet<&str> = locked.filter_map(|package| package["name"].as_str()).collect();
+        assert!(locked.contains("tokio"), "the lock file is not read right");
+        let found: Vec<_> = banned.filter(|name| name.as_str().is_some_and(|name| locked.contains(name))).collect();
+        assert!(found.is_empty(), "{found:?}");
+    }
+}
