@@ -31,7 +31,8 @@ fn requests_that_cannot_be_are_refused() {
         (world.warren(&["node", "inspect", "nope"]), 3, "there is no node \"nope\""),
         (world.warren(&["--manager", "unix:///nowhere.sock", "node", "ls"]), 4, "no manager answers"),
         (world.warren_image_import(&world.path("no-such-file.tar")), 1, "no-such-file.tar"),
-        (world.warren_image_import(&world.path("containerd.toml")), 1, "not a usable image"),
+        (world.warren_image_import(&world.path("containerd.toml")), 1, "no uncompressed tar archive"),
+        (world.warren_image_import(std::path::Path::new("/dev/zero")), 1, "no regular file"),
     ] {
         let line = output.failed(code);
         assert!(line.contains(words), "{line:?} does not say {words:?}");

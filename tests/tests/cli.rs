@@ -46,6 +46,8 @@ fn every_verb_shows_what_it_should() {
         own.split_whitespace().skip(1).collect::<Vec<_>>(),
         manager.split_whitespace().skip(1).collect::<Vec<_>>()
     );
+    let version = json(&world.warren(&["version", "--format", "json"]).succeeded());
+    assert!(version["warren"].is_string() && version["manager"] == version["warren"], "{version}");
     for shell in ["bash", "zsh", "fish"] {
         assert!(world.warren(&["completion", shell]).succeeded().contains("warren"), "{shell}");
     }

@@ -35,18 +35,18 @@ fn current_cgroup() -> u64 {
 #[inline(always)]
 fn container_cgroup(cgroup: u64) -> u64 {
     // SAFETY: the value is copied at once.
-    unsafe { ALIASES.get(&cgroup).copied().unwrap_or(cgroup) }
+    unsafe { ALIASES.get(cgroup).copied().unwrap_or(cgroup) }
 }
 
 /// The container that `cgroup` belongs to, with the cgroup that is its key.
 #[inline(always)]
 fn container_of(cgroup: u64) -> Option<(u64, *mut Container)> {
-    if let Some(container) = CONTAINERS.get_ptr_mut(&cgroup) {
+    if let Some(container) = CONTAINERS.get_ptr_mut(cgroup) {
         return Some((cgroup, container));
     }
     // SAFETY: the value is copied at once.
-    let owner = unsafe { ALIASES.get(&cgroup).copied()? };
-    CONTAINERS.get_ptr_mut(&owner).map(|container| (owner, container))
+    let owner = unsafe { ALIASES.get(cgroup).copied()? };
+    CONTAINERS.get_ptr_mut(owner).map(|container| (owner, container))
 }
 
 /// Clears a container's state word by word: an assignment of zeros becomes a call to a byte loop that the verifier

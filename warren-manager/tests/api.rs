@@ -291,6 +291,29 @@ async fn a_silent_node_is_down_and_can_be_removed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_is_repeated_is_answered_like_the_first_time() {
+    let manager = Manager::start().await;
+    let seen = manager.create("web", 0).await;
+    let rename = || v1::UpdateServiceRequest {
+        service: "web".to_owned(),
+        spec: Some(spec("site", 0)),
+        version: seen.version,
+        request_id: "rename-1".to_owned(),
+    };
+    for _ in 0..2 {
+        let renamed = manager.services().update_service(rename()).await.expect("renamed").into_inner().service;
+        assert_eq!(renamed.and_then(|service| service.spec).map(|spec| spec.name).as_deref(), Some("site"));
+    }
+    let delete =
+        |request_id: &str| v1::DeleteServiceRequest { service: "site".to_owned(), request_id: request_id.to_owned() };
+    manager.services().delete_service(delete("delete-1")).await.expect("deleted");
+    manager.services().delete_service(delete("delete-1")).await.expect("answered again");
+    let another = manager.services().delete_service(delete("delete-2")).await.expect_err("it is gone");
+    assert_eq!(another.code(), Code::NotFound);
+    manager.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_api_describes_itself_and_its_health() {
     use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
     use tonic_reflection::pb::v1::{

@@ -17,7 +17,7 @@ use crate::{
 };
 
 const TARGET: &str = "bpfel-unknown-none";
-const BINARY: &str = "warren-probes";
+pub(crate) const BINARY: &str = "warren-probes";
 const LINKER_VERSION: &str = "0.13.0";
 
 /// A compiler that can build `core` for the BPF target.

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::{
     build_ebpf,
-    run::{cargo, find, step},
+    run::{cargo, find, step, workspace},
     setup,
 };
 
@@ -23,6 +23,15 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         step(
             "lints",
             cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--locked", "--", "--deny", "warnings"]),
+        )?;
+        step(
+            "lints of the kernel programs",
+            cargo()
+                .args(["clippy", "--quiet", "--profile", "ebpf", "--package", "warren-agent-ebpf", "--locked"])
+                .args(["--bin", build_ebpf::BINARY, "--features", "programs", "--", "--deny", "warnings"])
+                // They use unstable features; to lint them, the stable compiler will do, and this machine as the target.
+                .env("RUSTC_BOOTSTRAP", "1")
+                .env("CARGO_TARGET_DIR", workspace().join("target/ebpf-lints")),
         )?;
         step(
             "documentation",
@@ -62,7 +71,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
 mod tests {
     use std::{collections::BTreeSet, fs};
 
-    use crate::run::workspace;
+    use super::workspace;
 
     #[test]
     fn no_banned_crate_is_locked() {

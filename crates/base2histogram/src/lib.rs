@@ -151,7 +151,6 @@ impl AsciiChart {
 
     /// Adds a histogram under a name.
     #[must_use]
-    #[expect(clippy::should_implement_trait, reason = "the name is the published crate's")]
     pub fn add(mut self, name: impl Into<String>, histogram: Histogram) -> Self {
         self.lines.push((name.into(), histogram.percentile_stats()));
         self

@@ -17,7 +17,11 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
 use warren_telemetry::build::LONG_VERSION;
 
-use crate::{client::ClientArguments, error::Error, output::say};
+use crate::{
+    client::ClientArguments,
+    error::Error,
+    output::{Format, FormatArguments, say},
+};
 
 /// Warren runs containers on small and edge clusters, and times them in the kernel.
 #[derive(Debug, Parser)]
@@ -46,7 +50,10 @@ enum Command {
     #[command(subcommand)]
     Image(image::Command),
     /// Shows the versions of this command and of the manager.
-    Version,
+    Version {
+        #[command(flatten)]
+        format: FormatArguments,
+    },
     /// Writes a shell's completion script.
     Completion {
         /// Which shell.
@@ -81,7 +88,7 @@ async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Container(command) => container::run(command, &client).await,
         Command::Node(command) => node::run(command, &client).await,
         Command::Image(command) => image::run(command).await,
-        Command::Version => version(&client).await,
+        Command::Version { format } => version(&client, format.format).await,
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "warren", &mut std::io::stdout());
             Ok(())
@@ -89,15 +96,20 @@ async fn run(arguments: Arguments) -> Result<(), Error> {
     }
 }
 
-async fn version(client: &ClientArguments) -> Result<(), Error> {
-    say!("warren   {LONG_VERSION}");
+async fn version(client: &ClientArguments, format: Format) -> Result<(), Error> {
     let manager = match client.cluster().await {
         Ok(mut cluster) => cluster.get_cluster_info(warren_proto::v1::GetClusterInfoRequest {}).await.ok(),
         Err(_) => None,
     };
-    let manager = manager.map_or_else(|| "does not answer".to_owned(), |info| info.into_inner().version);
-    say!("manager  {manager}");
-    Ok(())
+    let manager = manager.map(|info| info.into_inner().version);
+    match format {
+        Format::Json => output::json(&serde_json::json!({"warren": LONG_VERSION, "manager": manager})),
+        Format::Table => {
+            say!("warren   {LONG_VERSION}");
+            say!("manager  {}", manager.as_deref().unwrap_or("does not answer"));
+            Ok(())
+        }
+    }
 }
 
 #[cfg(test)]

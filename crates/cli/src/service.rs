@@ -139,19 +139,24 @@ fn millis(text: &str) -> Result<i64, String> {
     Ok(millis)
 }
 
-/// Bytes, in powers of 1024.
+/// Bytes, in powers of 1024: `64M`, `64Mi`, `64MiB` and `0.0625G` are the same.
 fn memory(text: &str) -> Result<i64, String> {
-    let wrong = || format!("{text:?} is not an amount of memory: use a number with K, M, G or nothing behind it");
+    let wrong = || format!("{text:?} is not an amount of memory: use a number with K, M, G, T or nothing behind it");
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let factor: i64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
         "" | "b" => 1,
-        "k" | "kb" | "kib" => 1 << 10,
-        "m" | "mb" | "mib" => 1 << 20,
-        "g" | "gb" | "gib" => 1 << 30,
+        "k" | "ki" | "kb" | "kib" => 1 << 10,
+        "m" | "mi" | "mb" | "mib" => 1 << 20,
+        "g" | "gi" | "gb" | "gib" => 1 << 30,
+        "t" | "ti" | "tb" | "tib" => 1 << 40,
         _ => return Err(wrong()),
     };
-    let amount: i64 = digits.parse().map_err(|_| wrong())?;
-    amount.checked_mul(factor).ok_or_else(wrong)
+    if let Ok(amount) = digits.parse::<i64>() {
+        return amount.checked_mul(factor).ok_or_else(wrong);
+    }
+    let bytes = digits.parse::<f64>().map_err(|_| wrong())? * factor as f64;
+    // A fraction of a byte is a slip of the pen, and beyond 2^53 the number would not be what was written.
+    if bytes.fract() == 0.0 && bytes.abs() < 9e15 { Ok(bytes as i64) } else { Err(wrong()) }
 }
 
 pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {
@@ -346,7 +351,13 @@ mod tests {
         assert_eq!(memory("1GiB"), Ok(1 << 30));
         assert_eq!(memory("512"), Ok(512));
         assert!(memory("lots").is_err());
-        assert!(memory("1T").is_err());
+        assert_eq!(memory("64Mi"), Ok(64 << 20));
+        assert_eq!(memory("1.5G"), Ok(3 << 29));
+        assert_eq!(memory("1T"), Ok(1 << 40));
+        assert!(memory("0.0001K").is_err());
+        assert!(memory("1P").is_err());
+        assert!(memory("infG").is_err());
+        assert!(memory("").is_err());
         assert!(memory("99999999999999G").is_err());
         assert_eq!(millis("0.5"), Ok(500));
         assert!(millis("-1").is_err());

@@ -57,7 +57,7 @@ fn sent(packet: Packet, segment: &Segment, scratch: *mut Scratch) {
         let query = Pending {
             sent_ns: bpf_ktime_get_ns(),
             cgroup,
-            group: GROUPS.get(&cgroup).copied().unwrap_or(group::HOST),
+            group: GROUPS.get(cgroup).copied().unwrap_or(group::HOST),
             retransmits: 0,
             qtype,
             transport: (if segment.is_tcp { transport::TCP } else { 0 }
@@ -65,10 +65,10 @@ fn sent(packet: Packet, segment: &Segment, scratch: *mut Scratch) {
             .into(),
             _reserved: 0,
         };
-        if DNS_PENDING.insert(&key, &query, BPF_NOEXIST.into()).is_ok() {
+        if DNS_PENDING.insert(key, query, BPF_NOEXIST.into()).is_ok() {
             return;
         }
-        match DNS_PENDING.get_ptr_mut(&key) {
+        match DNS_PENDING.get_ptr_mut(key) {
             // The same question again: the user has waited since the first.
             Some(earlier) if (*earlier).qtype == qtype => {
                 (*earlier).retransmits += 1;
@@ -76,7 +76,7 @@ fn sent(packet: Packet, segment: &Segment, scratch: *mut Scratch) {
             }
             Some(_) => {
                 count(counter::DNS_SUPERSEDED);
-                if DNS_PENDING.insert(&key, &query, BPF_ANY.into()).is_err() {
+                if DNS_PENDING.insert(key, query, BPF_ANY.into()).is_err() {
                     count(counter::DNS_PENDING_FULL);
                 }
             }

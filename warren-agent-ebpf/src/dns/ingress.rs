@@ -51,7 +51,7 @@ fn received(packet: Packet, segment: &Segment, scratch: *mut Scratch) {
             tcp: segment.is_tcp.into(),
             _reserved: 0,
         };
-        let Some(query) = DNS_PENDING.get_ptr(&key) else {
+        let Some(query) = DNS_PENDING.get_ptr(key) else {
             count(counter::DNS_UNMATCHED);
             return;
         };
@@ -65,7 +65,7 @@ fn received(packet: Packet, segment: &Segment, scratch: *mut Scratch) {
             return;
         }
         // Whoever removes the entry accounts for the query: this program, or the agent's sweep.
-        if DNS_PENDING.remove(&key).is_err() {
+        if DNS_PENDING.remove(key).is_err() {
             count(counter::DNS_UNMATCHED);
             return;
         }

@@ -28,7 +28,7 @@ pub(crate) fn on_cgroup_mkdir(ctx: BtfTracePointContext) -> i32 {
     if !cgroup.is_v2() {
         return 0;
     }
-    match OPERATIONS.get_ptr_mut(&current_tgid()) {
+    match OPERATIONS.get_ptr_mut(current_tgid()) {
         // SAFETY: a map value.
         Some(operation) => unsafe { link(operation, cgroup) },
         None => inherit(cgroup),
@@ -41,11 +41,11 @@ pub(crate) fn on_cgroup_mkdir(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "cgroup_attach_task")]
 pub(crate) fn on_cgroup_attach(ctx: BtfTracePointContext) -> i32 {
     let cgroup = Cgroup(pointer_argument(&ctx, 0));
-    if !cgroup.is_v2() || CONTAINERS.get_ptr(&cgroup.id()).is_some() {
+    if !cgroup.is_v2() || CONTAINERS.get_ptr(cgroup.id()).is_some() {
         return 0;
     }
     let Some(parent) = Task(pointer_argument(&ctx, 2)).real_parent() else { return 0 };
-    if let Some(operation) = OPERATIONS.get_ptr_mut(&parent.tgid()) {
+    if let Some(operation) = OPERATIONS.get_ptr_mut(parent.tgid()) {
         // SAFETY: a map value.
         unsafe { link(operation, cgroup) };
     }
@@ -65,8 +65,8 @@ unsafe fn link(operation: *mut Operation, cgroup: Cgroup) {
             if level <= (*operation).level {
                 return;
             }
-            let _ = CONTAINERS.remove(&earlier);
-            let _ = GROUPS.remove(&earlier);
+            let _ = CONTAINERS.remove(earlier);
+            let _ = GROUPS.remove(earlier);
         }
         (*operation).cgroup = id;
         (*operation).level = level;
@@ -84,9 +84,9 @@ unsafe fn link(operation: *mut Operation, cgroup: Cgroup) {
             (&raw mut (*container).id).cast::<[u64; ID_LEN / 8]>(),
             1,
         );
-        let stored = CONTAINERS.insert(&id, &*container, BPF_ANY.into()).is_ok()
-            && IDS.insert(&(*operation).id, &id, BPF_ANY.into()).is_ok()
-            && GROUPS.insert(&id, &(*operation).group, BPF_ANY.into()).is_ok();
+        let stored = CONTAINERS.insert(id, *container, BPF_ANY.into()).is_ok()
+            && IDS.insert((*operation).id, id, BPF_ANY.into()).is_ok()
+            && GROUPS.insert(id, (*operation).group, BPF_ANY.into()).is_ok();
         if !stored {
             count(counter::LIFECYCLE_MAP_FULL);
         }
@@ -101,7 +101,7 @@ fn inherit(cgroup: Cgroup) {
     let id = cgroup.id();
     // SAFETY: a map value.
     let group = unsafe { (*container).group };
-    if ALIASES.insert(&id, &owner, BPF_ANY.into()).is_err() || GROUPS.insert(&id, &group, BPF_ANY.into()).is_err() {
+    if ALIASES.insert(id, owner, BPF_ANY.into()).is_err() || GROUPS.insert(id, group, BPF_ANY.into()).is_err() {
         count(counter::LIFECYCLE_MAP_FULL);
     }
 }
@@ -119,7 +119,7 @@ pub(crate) fn on_cgroup_populated(ctx: BtfTracePointContext) -> i32 {
         return 0;
     }
     let id = cgroup.id();
-    let Some(container) = CONTAINERS.get_ptr_mut(&id) else { return 0 };
+    let Some(container) = CONTAINERS.get_ptr_mut(id) else { return 0 };
     // SAFETY: a map value.
     unsafe { emptied(id, container) };
     0
@@ -170,11 +170,11 @@ pub(crate) fn on_cgroup_rmdir(ctx: BtfTracePointContext) -> i32 {
         return 0;
     }
     let id = cgroup.id();
-    let _ = GROUPS.remove(&id);
-    if ALIASES.remove(&id).is_ok() {
+    let _ = GROUPS.remove(id);
+    if ALIASES.remove(id).is_ok() {
         return 0;
     }
-    let Some(container) = CONTAINERS.get_ptr_mut(&id) else { return 0 };
+    let Some(container) = CONTAINERS.get_ptr_mut(id) else { return 0 };
     // SAFETY: a map value.
     unsafe {
         // A create that fails removes its cgroup before the runtime exits; the exit reports it.
@@ -183,10 +183,10 @@ pub(crate) fn on_cgroup_rmdir(ctx: BtfTracePointContext) -> i32 {
             emit(event::REMOVED, now, id, 0, container);
         }
         // A restart reuses the id with another cgroup.
-        if IDS.get(&(*container).id).is_some_and(|current| *current == id) {
-            let _ = IDS.remove(&(*container).id);
+        if IDS.get((*container).id).is_some_and(|current| *current == id) {
+            let _ = IDS.remove((*container).id);
         }
     }
-    let _ = CONTAINERS.remove(&id);
+    let _ = CONTAINERS.remove(id);
     0
 }

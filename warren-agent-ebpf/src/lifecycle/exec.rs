@@ -124,13 +124,13 @@ fn runtime_executed(task: Task) -> Option<()> {
         }
         if (*scratch).kind == operation::START {
             let cgroup = *IDS.get(id)?;
-            let container = CONTAINERS.get_ptr_mut(&cgroup)?;
+            let container = CONTAINERS.get_ptr_mut(cgroup)?;
             // Only once: a program of that name inside the container must not begin it again.
             if (*container).state == state::CREATED || (*container).state == state::CREATING {
                 (*container).start_began_ns = now;
                 (*container).state = state::STARTING;
             }
-        } else if OPERATIONS.insert(&current_tgid(), &*scratch, 0).is_err() {
+        } else if OPERATIONS.insert(current_tgid(), *scratch, 0).is_err() {
             count(counter::LIFECYCLE_MAP_FULL);
         }
     }

@@ -29,11 +29,11 @@ pub(crate) fn on_exit(ctx: BtfTracePointContext) -> i32 {
         return 0;
     }
     let tgid = current_tgid();
-    if let Some(operation) = OPERATIONS.get_ptr(&tgid) {
+    if let Some(operation) = OPERATIONS.get_ptr(tgid) {
         // SAFETY: a map value, copied at once.
         let operation = unsafe { *operation };
         // The threads of a process may all look like the last when they exit together: who removes the entry is.
-        if OPERATIONS.remove(&tgid).is_ok() {
+        if OPERATIONS.remove(tgid).is_ok() {
             // SAFETY: a local.
             unsafe { runtime_exited(task, &raw const operation) };
         }
@@ -63,7 +63,7 @@ unsafe fn runtime_exited(task: Task, operation: *const Operation) -> Option<()> 
         let cgroup = (*operation).cgroup;
         let took = now - (*operation).began_ns;
         let status = task.exit_status();
-        let known = CONTAINERS.get_ptr_mut(&cgroup);
+        let known = CONTAINERS.get_ptr_mut(cgroup);
 
         if status == 0 {
             let container = known?;

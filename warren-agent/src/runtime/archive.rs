@@ -31,6 +31,10 @@ impl Archive {
     fn open(path: &Path) -> Result<Self, Error> {
         let failed = |source| Error::Io { action: "reading", path: path.to_owned(), source };
         let mut entries = HashMap::new();
+        // Opening a pipe would wait for its writer, and it could not be read twice.
+        if !std::fs::metadata(path).map_err(failed)?.is_file() {
+            return Err(Error::bad_image(path.display().to_string(), "it is no regular file"));
+        }
         let mut archive = tar::Archive::new(File::open(path).map_err(failed)?);
         let listed: io::Result<()> = archive.entries_with_seek().and_then(|listing| {
             for entry in listing {
@@ -40,8 +44,8 @@ impl Archive {
             }
             Ok(())
         });
-        listed
-            .map_err(|error| Error::bad_image(path.display().to_string(), format!("it is no tar archive: {error}")))?;
+        // What the library says would quote the bytes.
+        listed.map_err(|_| Error::bad_image(path.display().to_string(), "it is no uncompressed tar archive"))?;
         Ok(Self { path: path.to_owned(), entries })
     }
 

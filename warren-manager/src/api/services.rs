@@ -55,6 +55,10 @@ impl Services {
     async fn update(&self, request: v1::UpdateServiceRequest) -> Result<v1::Service, Error> {
         let spec = validate::service_spec(request.spec)?;
         let state = self.0.store.read().await?;
+        if state.has_done(&request.request_id) {
+            // Repeated after a lost answer; a service that was renamed is no longer found as it was named.
+            return self.shown(&spec.name).or_else(|_| self.shown(&request.service));
+        }
         let known = lookup::service(&state, &request.service)?;
         let service = Service {
             updated_at: self.0.environment.now(),
@@ -71,6 +75,9 @@ impl Services {
 
     async fn delete(&self, request: v1::DeleteServiceRequest) -> Result<(), Error> {
         let state = self.0.store.read().await?;
+        if state.has_done(&request.request_id) {
+            return Ok(());
+        }
         let known = lookup::service(&state, &request.service)?;
         let change = Change::DeleteService { id: known.id.clone(), expected: Expected::Any };
         self.write(request.request_id, change).await
@@ -90,9 +97,9 @@ impl services_server::Services for Services {
         request: Request<v1::CreateServiceRequest>,
     ) -> Result<Response<v1::CreateServiceResponse>, Status> {
         let began = Instant::now();
-        let service = self.create(request.into_inner()).await?;
+        let service = self.create(request.into_inner()).await;
         self.0.metrics.service_create.record(began.elapsed().as_secs_f64());
-        Ok(Response::new(v1::CreateServiceResponse { service: Some(service) }))
+        Ok(Response::new(v1::CreateServiceResponse { service: Some(service?) }))
     }
 
     async fn update_service(
@@ -100,9 +107,9 @@ impl services_server::Services for Services {
         request: Request<v1::UpdateServiceRequest>,
     ) -> Result<Response<v1::UpdateServiceResponse>, Status> {
         let began = Instant::now();
-        let service = self.update(request.into_inner()).await?;
+        let service = self.update(request.into_inner()).await;
         self.0.metrics.service_update.record(began.elapsed().as_secs_f64());
-        Ok(Response::new(v1::UpdateServiceResponse { service: Some(service) }))
+        Ok(Response::new(v1::UpdateServiceResponse { service: Some(service?) }))
     }
 
     async fn delete_service(
@@ -110,8 +117,9 @@ impl services_server::Services for Services {
         request: Request<v1::DeleteServiceRequest>,
     ) -> Result<Response<v1::DeleteServiceResponse>, Status> {
         let began = Instant::now();
-        self.delete(request.into_inner()).await?;
+        let deleted = self.delete(request.into_inner()).await;
         self.0.metrics.service_delete.record(began.elapsed().as_secs_f64());
+        deleted?;
         Ok(Response::new(v1::DeleteServiceResponse {}))
     }
 

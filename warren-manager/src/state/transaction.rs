@@ -131,6 +131,12 @@ fn matches(expected: Expected, version: Option<u64>) -> bool {
 }
 
 impl State {
+    /// Whether the transaction of this request was applied, as far back as requests are remembered.
+    #[must_use]
+    pub fn has_done(&self, request_id: &str) -> bool {
+        matches!(self.replies.get(request_id), Some(Ok(_)))
+    }
+
     /// Applies a transaction at `index` of the log.
     pub fn apply(&mut self, index: u64, transaction: &Transaction) -> Reply {
         if let Some(reply) = self.replies.get(&transaction.request_id) {
