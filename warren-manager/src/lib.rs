@@ -8,6 +8,7 @@ pub mod cli;
 pub mod clock;
 mod controller;
 mod convert;
+pub mod core;
 mod data_dir;
 mod dispatcher;
 pub mod ids;

@@ -1,4 +1,4 @@
-//! The manager, put together.
+//! A manager as a process: its core, on the machine's own clock and disk, and its sockets.
 
 use std::{
     fs, io,
@@ -13,9 +13,9 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::{Server, server::UdsConnectInfo};
-use warren_raft::{Disconnected, Node, Profile};
+use warren_raft::{Disconnected, Files};
 use warren_telemetry::{
-    Checks, Meters, ProcessSource,
+    Meters, ProcessSource,
     endpoint::{self, Endpoint},
     otlp,
     signals::Identity,
@@ -23,16 +23,9 @@ use warren_telemetry::{
 };
 
 use crate::{
-    api::{self, Context, MetricsLayer},
-    clock::{Environment, System},
-    controller::Controller,
-    data_dir,
-    dispatcher::Dispatcher,
-    liveness::{self, Liveness},
-    metrics::ManagerMetrics,
-    state::{Change, Cluster, Machine, Transaction},
-    store::Store,
-    telemetry::{self, Collected},
+    clock::System,
+    core::{self, Core, Seams},
+    data_dir, liveness,
 };
 
 /// How a manager works.
@@ -130,20 +123,6 @@ pub fn identity(data_dir: &Path) -> Identity {
 ///
 /// When it cannot start. What fails later is logged and shown by `/ready`.
 pub async fn run(options: Options, shutdown: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
-    run_in(options, Arc::new(System), shutdown, started).await
-}
-
-/// Like [`run`], with time and chance from elsewhere.
-///
-/// # Errors
-///
-/// When it cannot start.
-pub async fn run_in(
-    options: Options,
-    environment: Arc<dyn Environment>,
-    shutdown: CancellationToken,
-    started: impl FnOnce(),
-) -> Result<(), Error> {
     if !options.listen_addr.ip().is_loopback() {
         return Err(Error::NotLoopback(options.listen_addr.ip()));
     }
@@ -153,64 +132,47 @@ pub async fn run_in(
     let unix = bind_socket(&options.socket).await?;
     let socket_inode = inode(&options.socket);
 
-    let identity = data_dir::open(&options.data_dir, FIRST_MANAGER)?;
-    let meters = Meters::new(&own_identity(identity.id), &[Emitter::Manager, Emitter::Agent, Emitter::Both]);
-    let metrics = Arc::new(ManagerMetrics::new(&meters));
-    let raft_options = warren_raft::Options {
-        id: identity.id,
+    let id = data_dir::open(&options.data_dir, FIRST_MANAGER)?.id;
+    let settings = core::Settings {
+        id,
         address: options.listen_addr.to_string(),
-        directory: options.data_dir.join("raft"),
-        profile: Profile::Lan,
         snapshot_after: options.snapshot_after,
+        liveness: options.liveness,
     };
-    let (machine, view) = Machine::new();
-    let observer: Arc<dyn warren_raft::Observer> = metrics.clone();
-    let raft = Node::start(&raft_options, Box::new(machine), Arc::new(Disconnected), observer).await?;
-    let store = Store::new(raft.clone(), view, Arc::clone(&metrics));
-    raft.recovered().await?;
-    found_cluster(&store, &*environment).await?;
-
-    let liveness = Liveness::new(options.liveness);
-    let collected = Collected::default();
+    let seams = Seams {
+        environment: Arc::new(System),
+        storage: Arc::new(Files::new(options.data_dir.join("raft"))),
+        transport: Arc::new(Disconnected),
+    };
+    let meters = Meters::new(&own_identity(id), &[Emitter::Manager, Emitter::Agent, Emitter::Both]);
     meters.add_source(Arc::new(ProcessSource));
-    telemetry::export(&meters, &store, &collected, &liveness, &metrics);
+    let core = Core::start(settings, seams, &meters, shutdown.clone()).await?;
 
-    let context = Context {
-        store: store.clone(),
-        liveness: liveness.clone(),
-        metrics: Arc::clone(&metrics),
-        environment: Arc::clone(&environment),
-    };
-    let dispatcher = Dispatcher::new(store.clone(), liveness.clone(), collected, Arc::clone(&metrics));
-    let routes = api::router(&context, dispatcher);
     let tasks = TaskTracker::new();
-    let controller = Controller::new(store.clone(), liveness, Arc::clone(&metrics), environment);
-    tasks.spawn(controller.run(shutdown.clone()));
-    tasks.spawn(count_leader_changes(raft.clone(), Arc::clone(&metrics), shutdown.clone()));
-
     if let Some(otlp) = &options.telemetry.otlp {
         tasks.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
     }
-    let endpoint = Endpoint {
-        meters,
-        native_histograms: options.telemetry.native_histograms,
-        health: health(&raft),
-        ready: ready(&store, &options.data_dir),
-    };
+    let mut ready = core.ready();
+    let probe = options.data_dir.join("writable");
+    ready.add("storage", move || {
+        let written = fs::write(&probe, b"").and_then(|()| fs::remove_file(&probe));
+        written.map_err(|error| format!("the data directory cannot be written: {error}"))
+    });
+    let endpoint =
+        Endpoint { meters, native_histograms: options.telemetry.native_histograms, health: core.health(), ready };
     tasks.spawn(log_failure("metrics", endpoint.serve(metrics_listener, shutdown.clone().cancelled_owned())));
-    let measured = MetricsLayer::new(&metrics);
-    let server = || Server::builder().layer(measured.clone());
+    let server = || Server::builder().layer(core.measured());
     tasks.spawn(log_failure(
         "the API on TCP",
         server()
-            .add_routes(routes.clone())
+            .add_routes(core.routes())
             .serve_with_incoming_shutdown(TcpListenerStream::new(tcp), shutdown.clone().cancelled_owned()),
     ));
     tasks.spawn(log_failure(
         "the API on the socket",
         server()
             .layer(tonic::service::InterceptorLayer::new(root_only))
-            .add_routes(routes)
+            .add_routes(core.routes())
             .serve_with_incoming_shutdown(UnixListenerStream::new(unix), shutdown.clone().cancelled_owned()),
     ));
     tracing::info!(api = %options.listen_addr, metrics = %options.metrics_addr, "the manager serves");
@@ -220,7 +182,7 @@ pub async fn run_in(
     tasks.close();
     // Streams like agents' sessions do not end by themselves.
     let _ = tokio::time::timeout(SHUTDOWN_PATIENCE, tasks.wait()).await;
-    raft.shutdown().await;
+    core.stop().await;
     // Unless a successor has replaced it already. Whoever comes next removes it if this fails.
     if inode(&options.socket) == socket_inode {
         let _ = fs::remove_file(&options.socket);
@@ -268,57 +230,4 @@ fn root_only(request: tonic::Request<()>) -> Result<tonic::Request<()>, tonic::S
         Some(credentials) if credentials.uid() == 0 => Ok(request),
         _ => Err(tonic::Status::permission_denied("only root may use this socket")),
     }
-}
-
-/// Gives a new cluster its identity.
-async fn found_cluster(store: &Store, environment: &dyn Environment) -> Result<(), Error> {
-    if store.view().cluster().is_none() {
-        let id = crate::ids::NodeId::generate(environment).to_string();
-        let cluster = Cluster { id, created_at: environment.now() };
-        let changes = vec![Change::FoundCluster(cluster)];
-        store.transact(&Transaction { changes, ..Transaction::default() }).await?;
-    }
-    Ok(())
-}
-
-async fn count_leader_changes(raft: Node, metrics: Arc<ManagerMetrics>, shutdown: CancellationToken) {
-    let mut known = None;
-    let count = raft.watch(|status| {
-        if status.leader.is_some() && status.leader != known {
-            known = status.leader;
-            metrics.leader_changes.add(1);
-        }
-    });
-    shutdown.run_until_cancelled(count).await;
-}
-
-fn health(raft: &Node) -> Checks {
-    let mut checks = Checks::default();
-    let raft = raft.clone();
-    checks.add("raft", move || raft.status().failure.map_or(Ok(()), Err));
-    checks
-}
-
-fn ready(store: &Store, data_dir: &Path) -> Checks {
-    let mut checks = Checks::default();
-    let raft = store.raft().clone();
-    checks.add("raft", move || {
-        let status = raft.status();
-        if let Some(failure) = status.failure {
-            return Err(failure);
-        }
-        if !telemetry::quorum_ok(&status) {
-            return Err("no leader with a majority is known".to_owned());
-        }
-        match status.last_log_index.saturating_sub(status.applied_index) {
-            0..1000 => Ok(()),
-            behind => Err(format!("{behind} log entries are not applied yet")),
-        }
-    });
-    let probe = data_dir.join("writable");
-    checks.add("storage", move || {
-        let written = fs::write(&probe, b"").and_then(|()| fs::remove_file(&probe));
-        written.map_err(|error| format!("the data directory cannot be written: {error}"))
-    });
-    checks
 }

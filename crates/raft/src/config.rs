@@ -1,10 +1,4 @@
-use std::{
-    fs::{self, File},
-    io::{self, Write as _},
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use openraft::SnapshotPolicy;
 
@@ -39,8 +33,6 @@ pub struct Options {
     pub id: u64,
     /// Where other managers reach it.
     pub address: String,
-    /// Holds the log and the snapshots.
-    pub directory: PathBuf,
     /// How far apart the managers are.
     pub profile: Profile,
     /// Log entries between snapshots.
@@ -53,8 +45,6 @@ const ELECTION_IN_SYNCS: u32 = 20;
 const KEPT_BEHIND_SNAPSHOT: u64 = 500;
 /// A whole snapshot's transfer.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(120);
-/// Appends timed to learn how fast the disk is.
-const SYNC_SAMPLES: usize = 5;
 
 impl Options {
     pub(crate) fn raft(&self, sync: Duration) -> Result<Arc<openraft::Config>, openraft::ConfigError> {
@@ -78,19 +68,4 @@ impl Options {
         };
         Ok(Arc::new(config.validate()?))
     }
-}
-
-/// How long this directory's disk takes to make a small write durable: the slowest of a few.
-pub(crate) fn measure_sync(directory: &Path) -> io::Result<Duration> {
-    let path = directory.join("sync-probe");
-    let mut file = File::create(&path)?;
-    let mut slowest = Duration::ZERO;
-    for _ in 0..SYNC_SAMPLES {
-        let began = Instant::now();
-        file.write_all(&[0; 256])?;
-        file.sync_data()?;
-        slowest = slowest.max(began.elapsed());
-    }
-    fs::remove_file(path)?;
-    Ok(slowest)
 }

@@ -1,24 +1,29 @@
 //! Consensus: an ordered, durable, replicated sequence of commands, applied to a state machine on every manager.
 //!
 //! This is the only crate that names openraft. What it adds: a log that acknowledges nothing before `fdatasync`, snapshots
-//! as one checked file each, timeouts that respect the disk, and plain types at its border. State machine, transport and
-//! observer are the users' ([`StateMachine`], [`Transport`], [`Observer`]), so that a simulation can bring its own.
+//! as one checked file each, timeouts that respect the disk, and plain types at its border. State machine,
+//! storage, transport and observer are the users' ([`StateMachine`], [`Storage`], [`Transport`], [`Observer`]), so that a
+//! simulation can bring its own.
 
 mod config;
+mod files;
 mod log_store;
 mod machine;
 mod network;
 mod node;
 mod observer;
 mod snapshot;
+pub mod storage;
 mod types;
-mod wal;
 
 pub use config::{Options, Profile};
+pub use files::Files;
 pub use machine::{Freeze, StateMachine};
 pub use network::{Disconnected, Transport, TransportError};
 pub use node::{Member, Node, Status};
 pub use observer::{Observer, SnapshotOperation, Unobserved};
+pub use storage::Storage;
+pub use types::{Entry, LogId, Vote};
 
 use std::io;
 
@@ -41,10 +46,10 @@ pub enum Error {
     #[error("the leader changed; the change may have been made or not")]
     Unknown,
     /// The log or the snapshots cannot be read or written.
-    #[error("the Raft storage in {directory} is unusable: {source}")]
+    #[error("the Raft storage in {place} is unusable: {source}")]
     Storage {
         /// Where.
-        directory: String,
+        place: String,
         /// Why.
         #[source]
         source: io::Error,

@@ -1,105 +1,46 @@
-//! The durable log, on `raft-log`: an entry is acknowledged when `fdatasync` has returned.
+//! The log as openraft drives it.
 
 use std::{
     fmt::Debug,
-    fs, io,
+    io,
     ops::{Bound, RangeBounds},
-    path::Path,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use openraft::{
     LogIdOptionExt as _, OptionalSend, RaftLogReader,
-    entry::RaftEntry as _,
     storage::{IOFlushed, LogState, RaftLogStorage},
 };
-use raft_log::{RaftLog, api::raft_log_writer::RaftLogWriter as _};
 use tokio::sync::oneshot;
 
 use crate::{
     Observer,
+    storage::{Log, Positions},
     types::{Config, Entry, LogId, Vote},
-    wal::{Waiter, Wal, WalLogId, WalPayload, WalVote},
 };
 
-const CHUNK_BYTES: usize = 16 << 20;
-const CACHE_BYTES: usize = 16 << 20;
-const CACHE_ITEMS: usize = 100_000;
-const READ_BUFFER_BYTES: usize = 256 << 10;
 /// Payload bytes sent to a follower in one message, beyond the first entry.
 const BATCH_BYTES: usize = 1 << 20;
 
-/// How long a sync waits for more appends. Consensus hands over entries one by one while the one before is being synced, and
-/// without any wait the writer would sync each alone instead of all that have queued up: 64 clients would not be served faster
-/// than one. A millisecond, the default, would be felt by every lone write.
-const BATCH_WAIT: Duration = Duration::from_micros(10);
-
-/// How long to wait for another user of the directory to let go: the previous one may still be ending.
-const LOCK_PATIENCE: Duration = Duration::from_secs(5);
-
 #[derive(Clone)]
 pub(crate) struct LogStore {
-    log: Arc<RwLock<RaftLog<Wal>>>,
+    log: Arc<RwLock<Box<dyn Log>>>,
     observer: Arc<dyn Observer>,
 }
 
-fn wal_config(directory: &Path) -> raft_log::Config {
-    let mut config = raft_log::Config::new(directory.to_string_lossy());
-    config.wal.chunk_max_size = Some(CHUNK_BYTES);
-    config.wal.read_buffer_size = Some(READ_BUFFER_BYTES);
-    config.wal.flush_batch_wait = Some(BATCH_WAIT);
-    config.log_cache_capacity = Some(CACHE_BYTES);
-    config.log_cache_max_items = Some(CACHE_ITEMS);
-    config
-}
-
 impl LogStore {
-    /// Opens the log in `directory`, which is made if need be. What a crash left half-written is dropped: it was never
-    /// acknowledged.
-    pub(crate) fn open(directory: &Path, observer: Arc<dyn Observer>) -> io::Result<Self> {
-        fs::create_dir_all(directory)?;
-        let deadline = Instant::now() + LOCK_PATIENCE;
-        let log = loop {
-            match RaftLog::open(Arc::new(wal_config(directory))) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(50));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(io::Error::new(error.kind(), "another manager uses it"));
-                }
-                other => break other?,
-            }
-        };
-        Ok(Self { log: Arc::new(RwLock::new(log)), observer })
+    pub(crate) fn new(log: Box<dyn Log>, observer: Arc<dyn Observer>) -> Self {
+        Self { log: Arc::new(RwLock::new(log)), observer }
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, RaftLog<Wal>> {
+    fn read(&self) -> RwLockReadGuard<'_, Box<dyn Log>> {
         // The log checks before it changes: a panic leaves it as it was.
         self.log.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, RaftLog<Wal>> {
+    fn write(&self) -> RwLockWriteGuard<'_, Box<dyn Log>> {
         self.log.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn entries(&self, from: u64, to: u64, max_bytes: usize) -> io::Result<Vec<Entry>> {
-        let mut entries = Vec::new();
-        if from >= to {
-            return Ok(entries);
-        }
-        let mut bytes = 0;
-        for item in self.read().read(from, to) {
-            let (WalLogId(log_id), WalPayload { payload }) = item?;
-            if let openraft::EntryPayload::Normal(proposal) = &payload {
-                bytes += proposal.0.len();
-            }
-            if bytes > max_bytes && !entries.is_empty() {
-                break;
-            }
-            entries.push(Entry { log_id, payload });
-        }
-        Ok(entries)
     }
 }
 
@@ -124,15 +65,15 @@ impl RaftLogReader<Config> for LogStore {
         range: RB,
     ) -> Result<Vec<Entry>, io::Error> {
         let (from, to) = bounds(&range);
-        self.entries(from, to, usize::MAX)
+        self.read().read(from, to, usize::MAX)
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
-        self.entries(start, end, BATCH_BYTES)
+        self.read().read(start, end, BATCH_BYTES)
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
-        Ok(self.read().log_state().vote().map(|vote| vote.0))
+        Ok(self.read().positions().vote)
     }
 }
 
@@ -140,9 +81,8 @@ impl RaftLogStorage<Config> for LogStore {
     type LogReader = Self;
 
     async fn get_log_state(&mut self) -> Result<LogState<Config>, io::Error> {
-        let log = self.read();
-        let state = log.log_state();
-        Ok(LogState { last_purged_log_id: state.purged().map(|id| id.0), last_log_id: state.last().map(|id| id.0) })
+        let Positions { purged, last, .. } = self.read().positions();
+        Ok(LogState { last_purged_log_id: purged, last_log_id: last })
     }
 
     async fn get_log_reader(&mut self) -> Self::LogReader {
@@ -151,24 +91,18 @@ impl RaftLogStorage<Config> for LogStore {
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
         let (sender, receiver) = oneshot::channel();
-        {
-            let mut log = self.write();
-            log.save_vote(WalVote(*vote))?;
-            log.flush(true, Some(Waiter::Caller(sender)))?;
-        }
+        // A caller that gave up does not want to know.
+        self.write().vote(*vote, Box::new(move |result| drop(sender.send(result))))?;
         receiver.await.map_err(|_| io::Error::other("the log's writer has ended"))?
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
         // Becomes durable with the next append; a lost one is found again by consensus.
-        if let Some(committed) = committed {
-            self.write().commit(WalLogId(committed))?;
-        }
-        Ok(())
+        committed.map_or(Ok(()), |committed| self.write().commit(committed))
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
-        Ok(self.read().log_state().committed().map(|id| id.0))
+        Ok(self.read().positions().committed)
     }
 
     async fn append<I>(&mut self, entries: I, callback: IOFlushed<Config>) -> Result<(), io::Error>
@@ -176,32 +110,26 @@ impl RaftLogStorage<Config> for LogStore {
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let entries: Vec<_> = entries
-            .into_iter()
-            .map(|entry| (WalLogId(entry.log_id()), WalPayload { payload: entry.payload }))
-            .collect();
         let began = Instant::now();
         let observer = Arc::clone(&self.observer);
-        let on_success = Box::new(move || observer.log_synced(began.elapsed()));
-        let mut log = self.write();
-        log.append(entries)?;
-        log.flush(true, Some(Waiter::Openraft { flushed: callback, on_success }))
+        let durable = Box::new(move |result: io::Result<()>| {
+            if result.is_ok() {
+                observer.log_synced(began.elapsed());
+            }
+            callback.io_completed(result);
+        });
+        self.write().append(entries.into_iter().collect(), durable)
     }
 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
         let mut log = self.write();
         let from = last_log_id.next_index();
-        if from < log.log_state().last().map(|id| id.0).next_index() {
-            log.truncate(from)?;
-        }
-        Ok(())
+        if from < log.positions().last.next_index() { log.truncate(from) } else { Ok(()) }
     }
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
         let mut log = self.write();
-        let state = log.log_state();
-        let (last, purged) = (state.last().map(|id| id.0), state.purged().map(|id| id.0));
-        let committed = state.committed().map(|id| id.0);
+        let Positions { committed, purged, last, .. } = log.positions();
         if log_id.index < purged.next_index() {
             return Ok(());
         }
@@ -209,9 +137,7 @@ impl RaftLogStorage<Config> for LogStore {
         if last.is_some_and(|last| last.index <= log_id.index && last > log_id) {
             log.truncate(committed.next_index().max(purged.next_index()))?;
         }
-        log.purge(WalLogId(log_id))?;
-        // Only a flush removes the files.
-        log.flush(true, None)
+        log.purge(log_id)
     }
 }
 

@@ -1,4 +1,4 @@
-use std::{collections::BTreeMap, fs, io, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 
 use openraft::{
     BasicNode, Instant as _, LogIdOptionExt as _, ReadPolicy, ServerState,
@@ -8,12 +8,12 @@ use openraft::{
 use serde::Serialize;
 
 use crate::{
-    Error, Observer, Options, StateMachine, Transport,
-    config::measure_sync,
+    Error, Observer, Options, StateMachine, Storage, Transport,
     log_store::LogStore,
     machine::Machine,
     network::{Message, Network},
     snapshot::SnapshotStore,
+    storage::Opened,
     types::{Config, Proposal},
 };
 
@@ -74,7 +74,7 @@ const MAX_COMMAND: usize = 8 << 20;
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Node {
-    /// Starts taking part: opens the log and the snapshot, and replays them into `machine`. A directory without a log
+    /// Starts taking part: opens the log and the snapshot, and replays them into `machine`. A storage without a log
     /// begins a new cluster of this manager alone.
     ///
     /// # Errors
@@ -82,11 +82,12 @@ impl Node {
     /// When the storage cannot be used.
     pub async fn start(
         options: &Options,
+        storage: Arc<dyn Storage>,
         machine: Box<dyn StateMachine>,
         transport: Arc<dyn Transport>,
         observer: Arc<dyn Observer>,
     ) -> Result<Self, Error> {
-        let node = Self::join(options, machine, transport, observer).await?;
+        let node = Self::join(options, storage, machine, transport, observer).await?;
         let members = BTreeMap::from([(options.id, BasicNode::new(&options.address))]);
         match node.raft.initialize(members).await {
             Ok(()) => {}
@@ -109,24 +110,16 @@ impl Node {
     /// When the storage cannot be used.
     pub async fn join(
         options: &Options,
+        storage: Arc<dyn Storage>,
         machine: Box<dyn StateMachine>,
         transport: Arc<dyn Transport>,
         observer: Arc<dyn Observer>,
     ) -> Result<Self, Error> {
-        let directory = options.directory.clone();
-        let storage_error =
-            |source: io::Error| Error::Storage { directory: options.directory.display().to_string(), source };
-        let opened = {
-            let observer = Arc::clone(&observer);
-            tokio::task::spawn_blocking(move || {
-                fs::create_dir_all(&directory)?;
-                let sync = measure_sync(&directory)?;
-                let log = LogStore::open(&directory.join("log"), observer)?;
-                let snapshots = SnapshotStore::open(&directory.join("snapshot"))?;
-                io::Result::Ok((sync, log, snapshots))
-            })
-        };
-        let (sync, log, snapshots) = opened.await.map_err(io::Error::other).flatten().map_err(storage_error)?;
+        let place = storage.place();
+        let storage_error = |source: io::Error| Error::Storage { place: place.clone(), source };
+        let opened = tokio::task::spawn_blocking(move || storage.open()).await;
+        let Opened { log, snapshots, sync } = opened.map_err(io::Error::other).flatten().map_err(storage_error)?;
+        let (log, snapshots) = (LogStore::new(log, Arc::clone(&observer)), SnapshotStore::new(snapshots));
         tracing::debug!(sync_ms = sync.as_secs_f64() * 1e3, "the disk's time to make a write durable");
         let config = options.raft(sync).map_err(|error| Error::Stopped(error.to_string()))?;
         let machine = Machine::new(machine, snapshots, observer);

@@ -1,19 +1,16 @@
-//! Snapshots as files: written beside, made durable, then renamed into place. One that does not match its checksum is an
-//! error, never ignored: the log behind it is gone.
+//! Snapshots as checked blocks. One that does not match its checksum is an error, never ignored: the log behind it is gone.
 
 use std::{
-    fs, io,
-    path::{Path, PathBuf},
+    fmt, io,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::types::SnapshotMeta;
+use crate::{storage::Snapshots, types::SnapshotMeta};
 
 const MAGIC: &[u8; 8] = b"WRNSNAP1";
-const NAME: &str = "current.snapshot";
 const CHECKSUM_LEN: usize = 32;
 const COMPRESSION_LEVEL: i32 = 3;
 
@@ -27,12 +24,17 @@ struct Head {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SnapshotBytes(pub(crate) Vec<u8>);
 
-/// The directory that holds the snapshot.
-#[derive(Clone, Debug)]
+/// Keeps the latest snapshot.
+#[derive(Clone)]
 pub(crate) struct SnapshotStore {
-    directory: PathBuf,
     // One is built while another is installed: they take turns.
-    saving: Arc<Mutex<()>>,
+    snapshots: Arc<Mutex<Box<dyn Snapshots>>>,
+}
+
+impl fmt::Debug for SnapshotStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SnapshotStore").finish_non_exhaustive()
+    }
 }
 
 fn damaged(why: impl std::fmt::Display) -> io::Error {
@@ -68,30 +70,26 @@ pub(crate) fn decode(snapshot: &SnapshotBytes) -> io::Result<(SnapshotMeta, Vec<
 }
 
 impl SnapshotStore {
-    pub(crate) fn open(directory: &Path) -> io::Result<Self> {
-        fs::create_dir_all(directory)?;
-        Ok(Self { directory: directory.to_owned(), saving: Arc::default() })
+    pub(crate) fn new(snapshots: Box<dyn Snapshots>) -> Self {
+        Self { snapshots: Arc::new(Mutex::new(snapshots)) }
     }
 
     /// Replaces the snapshot, unless the one that is there reaches further. Durable when this returns.
     pub(crate) fn save(&self, snapshot: &SnapshotBytes) -> io::Result<()> {
-        let _turn = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let snapshots = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
         let reaches = |bytes: &SnapshotBytes| decode(bytes).ok().and_then(|(meta, _)| meta.last_log_id);
-        if let Some(known) = self.load()?
+        if let Some(known) = snapshots.load()?.map(SnapshotBytes)
             && reaches(&known) > reaches(snapshot)
         {
             return Ok(());
         }
-        warren_durable::replace(&self.directory.join(NAME), &snapshot.0)
+        snapshots.save(&snapshot.0)
     }
 
     /// The snapshot, if there is one.
     pub(crate) fn load(&self) -> io::Result<Option<SnapshotBytes>> {
-        match fs::read(self.directory.join(NAME)) {
-            Ok(bytes) => Ok(Some(SnapshotBytes(bytes))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        let snapshots = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(snapshots.load()?.map(SnapshotBytes))
     }
 }
 
@@ -117,7 +115,8 @@ mod tests {
     #[test]
     fn the_latest_snapshot_is_found() {
         let directory = tempfile::tempdir().expect("a directory");
-        let store = SnapshotStore::open(directory.path()).expect("opens");
+        let file = crate::files::SnapshotFile::open(directory.path()).expect("opens");
+        let store = SnapshotStore::new(Box::new(file));
         assert_eq!(store.load().expect("loads"), None);
         for content in [b"one", b"two"] {
             store.save(&SnapshotBytes(content.to_vec())).expect("saves");

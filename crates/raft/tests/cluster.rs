@@ -9,7 +9,7 @@ use std::{
 };
 
 use futures::future::BoxFuture;
-use warren_raft::{Freeze, Node, Options, Profile, StateMachine, Transport, TransportError, Unobserved};
+use warren_raft::{Files, Freeze, Node, Options, Profile, StateMachine, Transport, TransportError, Unobserved};
 
 /// Keeps every command in order, and replies with how many there are.
 #[derive(Clone, Default)]
@@ -53,14 +53,12 @@ impl Transport for Channels {
     }
 }
 
-fn options(directory: &Path, id: u64) -> Options {
-    Options {
-        id,
-        address: format!("manager-{id}"),
-        directory: directory.join(id.to_string()),
-        profile: Profile::Lan,
-        snapshot_after: 20,
-    }
+fn files(directory: &Path, id: u64) -> Arc<Files> {
+    Arc::new(Files::new(directory.join(id.to_string())))
+}
+
+fn options(id: u64) -> Options {
+    Options { id, address: format!("manager-{id}"), profile: Profile::Lan, snapshot_after: 20 }
 }
 
 async fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
@@ -82,11 +80,11 @@ async fn three_managers_agree_and_survive_the_loss_of_one() {
     for id in 1..=3 {
         let journal = Journal::default();
         let (machine, transport) = (Box::new(journal.clone()), Arc::new(channels.clone()));
-        let options = options(directory.path(), id);
+        let (options, files) = (options(id), files(directory.path(), id));
         let node = if id == 1 {
-            Node::start(&options, machine, transport, Arc::new(Unobserved)).await
+            Node::start(&options, files, machine, transport, Arc::new(Unobserved)).await
         } else {
-            Node::join(&options, machine, transport, Arc::new(Unobserved)).await
+            Node::join(&options, files, machine, transport, Arc::new(Unobserved)).await
         };
         let node = node.expect("starts");
         channels.0.write().expect("no panics").insert(options.address, node.clone());
@@ -125,10 +123,15 @@ async fn a_restarted_manager_has_every_command_once() {
     let directory = tempfile::tempdir().expect("a directory");
     let start = async |journal: &Journal| {
         let transport = Arc::new(warren_raft::Disconnected);
-        let node =
-            Node::start(&options(directory.path(), 1), Box::new(journal.clone()), transport, Arc::new(Unobserved))
-                .await
-                .expect("starts");
+        let node = Node::start(
+            &options(1),
+            files(directory.path(), 1),
+            Box::new(journal.clone()),
+            transport,
+            Arc::new(Unobserved),
+        )
+        .await
+        .expect("starts");
         node.recovered().await.expect("recovers");
         node
     };

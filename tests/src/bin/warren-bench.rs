@@ -18,7 +18,7 @@ use std::{
 use aya::{Ebpf, EbpfLoader, TestRun as _, TestRunOptions, programs::CgroupSkb};
 use warren_agent::probes::OBJECT;
 use warren_agent_ebpf::abi::Config;
-use warren_raft::{Disconnected, Freeze, Node, Options, Profile, StateMachine, Unobserved};
+use warren_raft::{Disconnected, Files, Freeze, Node, Options, Profile, StateMachine, Unobserved};
 use warren_tests::{World, image_name, until};
 
 fn main() {
@@ -231,14 +231,12 @@ fn raft() {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
     let (one, many) = runtime.block_on(async {
-        let options = Options {
-            id: 1,
-            address: "nowhere".to_owned(),
-            directory: directory.path().join("raft"),
-            profile: Profile::Lan,
-            snapshot_after: 1_000_000,
+        let options =
+            Options { id: 1, address: "nowhere".to_owned(), profile: Profile::Lan, snapshot_after: 1_000_000 };
+        let node = {
+            let files = Arc::new(Files::new(directory.path().join("raft")));
+            Node::start(&options, files, Box::new(Nothing), Arc::new(Disconnected), Arc::new(Unobserved)).await
         };
-        let node = Node::start(&options, Box::new(Nothing), Arc::new(Disconnected), Arc::new(Unobserved)).await;
         let node = node.expect("starts");
         node.recovered().await.expect("recovers");
         let rates = (writes(&node, 1).await, writes(&node, 64).await);

@@ -1,4 +1,7 @@
-use std::path::PathBuf;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use openraft::{
     EntryPayload, StorageError,
@@ -11,6 +14,7 @@ use raft_log::{ChunkId, Dump, DumpApi as _, RaftLogRecord, WALRecord};
 use super::*;
 use crate::{
     Freeze, StateMachine, Unobserved,
+    files::{self, SnapshotFile, Wal, wal_config},
     machine::Machine,
     snapshot::SnapshotStore,
     types::{Proposal, StoredMembership},
@@ -33,13 +37,18 @@ impl StateMachine for Forgetful {
     }
 }
 
+fn store(directory: &Path) -> io::Result<LogStore> {
+    Ok(LogStore::new(Box::new(files::open(directory)?), Arc::new(Unobserved)))
+}
+
 struct Builder;
 
 impl StoreBuilder<Config, LogStore, Machine, tempfile::TempDir> for Builder {
     async fn build(&self) -> Result<(tempfile::TempDir, LogStore, Machine), StorageError<Config>> {
         let directory = tempfile::tempdir().expect("a directory");
-        let log = LogStore::open(&directory.path().join("log"), Arc::new(Unobserved)).expect("opens");
-        let snapshots = SnapshotStore::open(&directory.path().join("snapshot")).expect("opens");
+        let log = store(&directory.path().join("log")).expect("opens");
+        let snapshots = SnapshotFile::open(&directory.path().join("snapshot")).expect("opens");
+        let snapshots = SnapshotStore::new(Box::new(snapshots));
         Ok((directory, log, Machine::new(Box::new(Forgetful), snapshots, Arc::new(Unobserved))))
     }
 }
@@ -55,9 +64,9 @@ fn entry(index: u64, text: &str) -> Entry {
 }
 
 fn content(directory: &Path) -> io::Result<(Option<Vote>, Vec<Entry>)> {
-    let log = LogStore::open(directory, Arc::new(Unobserved))?;
-    let vote = log.read().log_state().vote().map(|vote| vote.0);
-    let entries = log.entries(0, u64::MAX, usize::MAX)?;
+    let log = store(directory)?;
+    let vote = log.read().positions().vote;
+    let entries = log.read().read(0, u64::MAX, usize::MAX)?;
     Ok((vote, entries))
 }
 
@@ -89,7 +98,7 @@ fn a_log_cut_anywhere_holds_the_whole_records_before_the_cut() {
     let vote = Vote::new_committed(1, 1);
     let written: Vec<_> = (1..=40).map(|i| entry(i, &"x".repeat((i as usize * 37) % 300))).collect();
     Config::run(async {
-        let mut log = LogStore::open(origin.path(), Arc::new(Unobserved)).expect("opens");
+        let mut log = store(origin.path()).expect("opens");
         log.save_vote(&vote).await.expect("saves");
         for entry in &written {
             log.blocking_append([entry.clone()]).await.expect("appends");
@@ -129,7 +138,7 @@ fn a_log_cut_anywhere_holds_the_whole_records_before_the_cut() {
 fn a_damaged_record_is_an_error_and_not_a_shorter_log() {
     let origin = tempfile::tempdir().expect("a directory");
     Config::run(async {
-        let mut log = LogStore::open(origin.path(), Arc::new(Unobserved)).expect("opens");
+        let mut log = store(origin.path()).expect("opens");
         for i in 1..=10 {
             log.blocking_append([entry(i, "some command")]).await.expect("appends");
         }
@@ -157,8 +166,8 @@ fn a_damaged_record_is_an_error_and_not_a_shorter_log() {
 #[test]
 fn one_directory_serves_one_manager() {
     let directory = tempfile::tempdir().expect("a directory");
-    let _first = LogStore::open(directory.path(), Arc::new(Unobserved)).expect("opens");
-    let second = LogStore::open(directory.path(), Arc::new(Unobserved));
+    let _first = store(directory.path()).expect("opens");
+    let second = store(directory.path());
     assert_eq!(second.err().map(|error| error.kind()), Some(io::ErrorKind::WouldBlock));
 }
 
@@ -169,7 +178,7 @@ fn a_membership_survives_the_disk() {
     let leader = openraft::impls::leader_id_adv::LeaderId { term: 3, node_id: 7 };
     let written = Entry { log_id: LogId::new(leader, 1), payload: EntryPayload::Membership(membership) };
     Config::run(async {
-        let mut log = LogStore::open(directory.path(), Arc::new(Unobserved)).expect("opens");
+        let mut log = store(directory.path()).expect("opens");
         log.blocking_append([written.clone()]).await.expect("appends");
     });
     assert_eq!(content(directory.path()).expect("opens").1, [written]);

@@ -2,11 +2,13 @@
 
 use std::io::{self, Read, Write};
 
-use openraft::{entry::RaftPayload as _, storage::IOFlushed, vote::RaftLeaderId as _};
+use openraft::{entry::RaftPayload as _, vote::RaftLeaderId as _};
 use raft_log::codeq::{Decode, Encode};
-use tokio::sync::oneshot;
 
-use crate::types::{Config, LogId, Payload, Vote};
+use crate::{
+    storage::Durable,
+    types::{LogId, Payload, Vote},
+};
 
 /// The log's types.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -24,23 +26,11 @@ pub(crate) struct WalPayload {
 }
 
 /// Who waits for a write to be durable.
-pub(crate) enum Waiter {
-    Openraft { flushed: IOFlushed<Config>, on_success: Box<dyn FnOnce() + Send> },
-    Caller(oneshot::Sender<io::Result<()>>),
-}
+pub(crate) struct Waiter(pub(crate) Durable);
 
 impl raft_log::Callback for Waiter {
     fn send(self, result: Result<(), io::Error>) {
-        match self {
-            Self::Openraft { flushed, on_success } => {
-                if result.is_ok() {
-                    on_success();
-                }
-                flushed.io_completed(result);
-            }
-            // A caller that gave up does not want to know.
-            Self::Caller(sender) => drop(sender.send(result)),
-        }
+        (self.0)(result);
     }
 }
 

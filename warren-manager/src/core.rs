@@ -1,0 +1,197 @@
+//! A manager without its sockets: state, loops and API over clock, dice, storage and transport that it is given. A process
+//! gives it the machine's ([`crate::run`]), a simulation its own. Timers are tokio's.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
+use warren_raft::{Node, Profile, Storage, Transport};
+use warren_telemetry::{Checks, Meters};
+
+use crate::{
+    api::{self, Context, MetricsLayer},
+    clock::Environment,
+    controller::Controller,
+    dispatcher::Dispatcher,
+    ids,
+    liveness::{self, Liveness},
+    manager::Error,
+    metrics::ManagerMetrics,
+    state::{Change, Cluster, Machine, State, Transaction},
+    store::Store,
+    telemetry::{self, Collected},
+};
+
+/// What a manager takes from around it.
+#[derive(Clone)]
+pub struct Seams {
+    /// Time and chance.
+    pub environment: Arc<dyn Environment>,
+    /// Where log and snapshots are kept.
+    pub storage: Arc<dyn Storage>,
+    /// The way to other managers.
+    pub transport: Arc<dyn Transport>,
+}
+
+impl std::fmt::Debug for Seams {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Seams").field("storage", &self.storage).finish_non_exhaustive()
+    }
+}
+
+/// Which manager it is, and how it works.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Its id, never used by another.
+    pub id: u64,
+    /// Where other managers reach it.
+    pub address: String,
+    /// Log entries between snapshots.
+    pub snapshot_after: u64,
+    /// Heartbeats of agents.
+    pub liveness: liveness::Timing,
+}
+
+/// How long a stopping manager waits for its loops.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A running manager that nobody can reach but through [`Core::routes`].
+#[derive(Debug)]
+pub struct Core {
+    store: Store,
+    routes: Routes,
+    measured: MetricsLayer,
+    tasks: TaskTracker,
+}
+
+impl Core {
+    /// Starts one: opens its storage, takes part in consensus, and reconciles and schedules until `shutdown`.
+    ///
+    /// # Errors
+    ///
+    /// When the storage cannot be used, or no majority can be reached.
+    pub async fn start(
+        settings: Settings,
+        seams: Seams,
+        meters: &Meters,
+        shutdown: CancellationToken,
+    ) -> Result<Self, Error> {
+        let Seams { environment, storage, transport } = seams;
+        let metrics = Arc::new(ManagerMetrics::new(meters));
+        let raft_options = warren_raft::Options {
+            id: settings.id,
+            address: settings.address,
+            profile: Profile::Lan,
+            snapshot_after: settings.snapshot_after,
+        };
+        let (machine, view) = Machine::new();
+        let observer: Arc<dyn warren_raft::Observer> = metrics.clone();
+        let raft = Node::start(&raft_options, storage, Box::new(machine), transport, observer).await?;
+        let store = Store::new(raft.clone(), view, Arc::clone(&metrics));
+        raft.recovered().await?;
+        found_cluster(&store, &*environment).await?;
+
+        let liveness = Liveness::new(settings.liveness);
+        let collected = Collected::default();
+        telemetry::export(meters, &store, &collected, &liveness, &metrics);
+        let context = Context {
+            store: store.clone(),
+            liveness: liveness.clone(),
+            metrics: Arc::clone(&metrics),
+            environment: Arc::clone(&environment),
+        };
+        let dispatcher = Dispatcher::new(store.clone(), liveness.clone(), collected, Arc::clone(&metrics));
+        let routes = api::router(&context, dispatcher);
+        let tasks = TaskTracker::new();
+        let controller = Controller::new(store.clone(), liveness, Arc::clone(&metrics), environment);
+        tasks.spawn(controller.run(shutdown.clone()));
+        tasks.spawn(count_leader_changes(raft, Arc::clone(&metrics), shutdown));
+        Ok(Self { store, routes, measured: MetricsLayer::new(&metrics), tasks })
+    }
+
+    /// The API.
+    #[must_use]
+    pub fn routes(&self) -> Routes {
+        self.routes.clone()
+    }
+
+    /// What counts, times and traces the API's calls.
+    #[must_use]
+    pub fn measured(&self) -> MetricsLayer {
+        self.measured.clone()
+    }
+
+    /// The state as this manager has it now.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.store.view()
+    }
+
+    /// Whether it does its work at all.
+    #[must_use]
+    pub fn health(&self) -> Checks {
+        health(self.store.raft())
+    }
+
+    /// Whether it can do all of its work.
+    #[must_use]
+    pub fn ready(&self) -> Checks {
+        ready(&self.store)
+    }
+
+    /// Waits for its loops, which end with `shutdown`, and stops taking part in consensus.
+    pub async fn stop(self) {
+        self.tasks.close();
+        // One that waits for a majority may wait for ever.
+        let _ = tokio::time::timeout(STOP_PATIENCE, self.tasks.wait()).await;
+        self.store.raft().shutdown().await;
+    }
+}
+
+/// Gives a new cluster its identity.
+async fn found_cluster(store: &Store, environment: &dyn Environment) -> Result<(), Error> {
+    if store.view().cluster().is_none() {
+        let id = ids::NodeId::generate(environment).to_string();
+        let cluster = Cluster { id, created_at: environment.now() };
+        let changes = vec![Change::FoundCluster(cluster)];
+        store.transact(&Transaction { changes, ..Transaction::default() }).await?;
+    }
+    Ok(())
+}
+
+async fn count_leader_changes(raft: Node, metrics: Arc<ManagerMetrics>, shutdown: CancellationToken) {
+    let mut known = None;
+    let count = raft.watch(|status| {
+        if status.leader.is_some() && status.leader != known {
+            known = status.leader;
+            metrics.leader_changes.add(1);
+        }
+    });
+    shutdown.run_until_cancelled(count).await;
+}
+
+fn health(raft: &Node) -> Checks {
+    let mut checks = Checks::default();
+    let raft = raft.clone();
+    checks.add("raft", move || raft.status().failure.map_or(Ok(()), Err));
+    checks
+}
+
+fn ready(store: &Store) -> Checks {
+    let mut checks = Checks::default();
+    let raft = store.raft().clone();
+    checks.add("raft", move || {
+        let status = raft.status();
+        if let Some(failure) = status.failure {
+            return Err(failure);
+        }
+        if !telemetry::quorum_ok(&status) {
+            return Err("no leader with a majority is known".to_owned());
+        }
+        match status.last_log_index.saturating_sub(status.applied_index) {
+            0..1000 => Ok(()),
+            behind => Err(format!("{behind} log entries are not applied yet")),
+        }
+    });
+    checks
+}
