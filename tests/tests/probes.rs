@@ -22,8 +22,9 @@ impl<'a> Runc<'a> {
         let bin = bundle.join("rootfs/bin");
         fs::create_dir_all(&bin).expect("writable");
         fs::copy(find("busybox"), bin.join("busybox")).expect("writable");
-        std::os::unix::fs::symlink("busybox", bin.join("sh")).expect("writable");
-        std::os::unix::fs::symlink("busybox", bin.join("sleep")).expect("writable");
+        for applet in ["sh", "sleep", "tail"] {
+            std::os::unix::fs::symlink("busybox", bin.join(applet)).expect("writable");
+        }
         for directory in ["proc", "sys", "dev"] {
             fs::create_dir_all(bundle.join("rootfs").join(directory)).expect("writable");
         }
@@ -31,6 +32,10 @@ impl<'a> Runc<'a> {
     }
 
     fn configure(&self, id: &str, args: &[&str]) {
+        self.configure_with(id, args, |_| ());
+    }
+
+    fn configure_with(&self, id: &str, args: &[&str], change: impl FnOnce(&mut Value)) {
         let _ = fs::remove_file(self.bundle.join("config.json"));
         let spec = Command::new(find("runc")).arg("spec").current_dir(&self.bundle).status();
         assert!(spec.is_ok_and(|status| status.success()));
@@ -39,6 +44,7 @@ impl<'a> Runc<'a> {
         config["process"]["terminal"] = json!(false);
         config["process"]["args"] = json!(args);
         config["linux"]["cgroupsPath"] = json!(format!("{}/{id}", self.world.cgroup_parent()));
+        change(&mut config);
         fs::write(path, config.to_string()).expect("writable");
     }
 
@@ -171,6 +177,22 @@ fn the_kernels_durations_are_those_of_the_runtimes_calls() {
         println!("{name}: the wall clock has {least:.2}, {median:.2}, {most:.2} ms more than the kernel");
         assert!(range.contains(&median), "{name}: {values:?}");
     }
+}
+
+#[test]
+fn the_oom_killer_is_seen_whatever_its_tracepoint_carries() {
+    let mut world = World::empty("oom");
+    world.start_observer(&[]);
+    let runc = Runc::new(&world);
+    let killed = || world.agent_metrics().sum("warren_container_exits_total", &["reason=\"oom\""]);
+    let before = killed();
+    // It keeps the last line of an endless one.
+    runc.configure_with("greedy", &["/bin/tail", "/dev/zero"], |config| {
+        config["linux"]["resources"]["memory"] = json!({"limit": 16 << 20});
+    });
+    assert_eq!(runc.run(&["create", "greedy"]).code, 0);
+    assert_eq!(runc.run(&["start", "greedy"]).code, 0);
+    until("it is counted", || (killed() == before + 1.0).then_some(()));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod bench;
 mod build_ebpf;
+mod kernels;
 mod mixin;
 mod run;
 mod setup;
@@ -23,6 +24,8 @@ enum Command {
     Up(up::Arguments),
     /// Formats, lints, builds and tests everything, kernel and end to end included. What CI runs.
     Test(test::Arguments),
+    /// Tests the kernel programs on other kernels, in QEMU.
+    Kernels(kernels::Arguments),
     /// Renders dashboards and alerts from deploy/mixin.
     Mixin,
     /// Measures Warren beside what one would use instead, in one run.
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf => build_ebpf::run(),
         Command::Up(arguments) => up::run(arguments),
         Command::Test(arguments) => test::run(arguments),
+        Command::Kernels(arguments) => kernels::run(arguments),
         Command::Mixin => mixin::run(),
         Command::Bench(arguments) => bench::run(arguments),
     };

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::{
-    build_ebpf,
+    build_ebpf, kernels,
     run::{cargo, find, step, workspace},
     setup,
 };
@@ -64,7 +64,8 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     step(
         "end-to-end tests",
         cargo().args(["test", "--package", "warren-tests", "--locked", "--", "--test-threads", "1"]),
-    )
+    )?;
+    kernels::run(kernels::Arguments::default())
 }
 
 #[cfg(test)]
