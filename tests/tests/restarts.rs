@@ -1,6 +1,6 @@
 //! Agents and managers that die: nothing acknowledged is lost, nothing is counted twice, no container notices.
 
-use std::{thread, time::Duration};
+use std::{process::Command, thread, time::Duration};
 
 use warren_tests::{WELL_BEHAVED, World, until};
 
@@ -23,10 +23,17 @@ fn an_agent_killed_and_restarted_changes_no_container_and_loses_no_count() {
     let victim = &before[0].0;
     assert_eq!(world.ctr(&["tasks", "kill", "--signal", "SIGTERM", victim]).code, 0);
     until("it has ended", || (!world.tasks().iter().any(|(id, _)| id == victim)).then_some(()));
+    let date = Command::new("date").args(["-u", "+%Y-%m-%dT%H:%M:%S"]).output().expect("date runs").stdout;
+    let ended_by = String::from_utf8_lossy(&date).trim().to_owned();
+    // The next agent's own time would be another second.
+    thread::sleep(Duration::from_millis(1100));
 
     world.start_agent(&[]);
     world.wait_ready();
     until("it was replaced", || (world.tasks().len() == 3).then_some(()));
+    let record = world.container_when("web", "its end is known", |c| c["id"] == victim.as_str());
+    let finished_at = record["status"]["finishedAt"].as_str().expect("a time");
+    assert!(finished_at[..ended_by.len()] <= *ended_by, "it ended by {ended_by} and is said to at {finished_at}");
     let after = world.tasks();
     for survivor in &before[1..] {
         assert!(after.contains(survivor), "{survivor:?} is not among {after:?}");

@@ -185,7 +185,7 @@ impl Supervisor {
         let found = self.found.remove(&id);
         let beginning = match beginning(found.as_ref(), cached) {
             // It was never begun, or nothing of it is left: it has ended.
-            Beginning::New if !to_run => Beginning::Ended(Ending::Cancelled),
+            Beginning::New if !to_run => Beginning::Ended(Ending::Cancelled, None),
             beginning => beginning,
         };
         // What it was made with is on its record, an image's own signal included.
@@ -214,7 +214,7 @@ impl Supervisor {
             tracing::info!(container = id, "removing a container that is assigned to nobody");
             let beginning = match found.task {
                 Some((TaskState::Running | TaskState::Unknown, pid)) => Beginning::Running { pid },
-                _ => Beginning::Ended(Ending::Cancelled),
+                _ => Beginning::Ended(Ending::Cancelled, None),
             };
             let stop = StopOptions::from_labels(&found.labels);
             let worker = Worker::orphan(Arc::clone(&self.shared), id.clone(), stop, beginning);
@@ -270,14 +270,14 @@ impl Supervisor {
 /// Where a worker begins, from what is on the daemon and what was noted before.
 fn beginning(found: Option<&Found>, cached: Option<&v1::ContainerStatus>) -> Beginning {
     if let Some(ending) = cached.and_then(ending_of) {
-        return Beginning::Ended(ending);
+        return Beginning::Ended(ending, None);
     }
     let ran = cached.is_some_and(|status| status.state() >= ContainerState::Running);
     match found.and_then(|found| found.task) {
         Some((TaskState::Running | TaskState::Unknown, pid)) => Beginning::Running { pid },
-        Some((TaskState::Stopped { exit_code, .. }, _)) => Beginning::Ended(Ending::Exited(exit_code)),
+        Some((TaskState::Stopped { exit_code, at }, _)) => Beginning::Ended(Ending::Exited(exit_code), at),
         // It had run, and is gone: it must not run twice.
-        _ if ran => Beginning::Ended(Ending::Failed("it ended while its agent was away".to_owned())),
+        _ if ran => Beginning::Ended(Ending::Failed("it ended while its agent was away".to_owned()), None),
         Some((TaskState::Created, _)) | None => Beginning::New,
     }
 }

@@ -75,8 +75,8 @@ pub(super) enum Beginning {
     New,
     /// Its task runs.
     Running { pid: u32 },
-    /// Its task ended, or its end was reported before.
-    Ended(Ending),
+    /// Its task ended, at this time if the daemon knows, or its end was reported before.
+    Ended(Ending, Option<SystemTime>),
 }
 
 pub(super) struct Worker {
@@ -91,9 +91,13 @@ pub(super) struct Worker {
     stop_began: Option<Instant>,
 }
 
+fn timestamp(time: SystemTime) -> pbjson_types::Timestamp {
+    let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    pbjson_types::Timestamp { seconds: since_epoch.as_secs() as i64, nanos: since_epoch.subsec_nanos() as i32 }
+}
+
 fn now() -> pbjson_types::Timestamp {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    pbjson_types::Timestamp { seconds: now.as_secs() as i64, nanos: now.subsec_nanos() as i32 }
+    timestamp(SystemTime::now())
 }
 
 impl Worker {
@@ -134,12 +138,16 @@ impl Worker {
         let (lifecycle, actions) = match &beginning {
             Beginning::New => Lifecycle::assigned(),
             Beginning::Running { .. } => Lifecycle::adopted(),
-            Beginning::Ended(ending) => Lifecycle::ended(ending.clone()),
+            Beginning::Ended(ending, _) => Lifecycle::ended(ending.clone()),
         };
         let worker = Self { shared, id, assignment, stop, lifecycle, sender: sender.clone(), events, stop_began: None };
-        if let Beginning::Running { pid } = beginning {
-            worker.note(|status| status.pid = pid);
-            worker.watch_exit();
+        match beginning {
+            Beginning::Running { pid } => {
+                worker.note(|status| status.pid = pid);
+                worker.watch_exit();
+            }
+            Beginning::Ended(_, Some(at)) => worker.note(|status| status.finished_at = Some(timestamp(at))),
+            Beginning::New | Beginning::Ended(_, None) => {}
         }
         if let Some(Ending::Exited(code) | Ending::Stopped(code)) = worker.lifecycle.ending() {
             let code = *code;
@@ -257,7 +265,8 @@ impl Worker {
     fn exited(&mut self, code: i32) {
         self.note(|status| {
             status.exit_code = Some(code);
-            status.finished_at = Some(now());
+            // The daemon's time of it, if that came first.
+            status.finished_at.get_or_insert_with(now);
         });
         if let Some(began) = self.stop_began {
             let took = began.elapsed();
@@ -332,7 +341,12 @@ impl Worker {
         tokio::spawn(async move {
             let code = loop {
                 match shared.containerd.wait_task(&id).await {
-                    Ok((code, _)) => break code,
+                    Ok((code, at)) => {
+                        if let Some(at) = at {
+                            shared.board.amend(&id, |status| status.finished_at = Some(timestamp(at)));
+                        }
+                        break code;
+                    }
                     Err(error) if error.is_not_found() => break LOST,
                     Err(error) => {
                         tracing::debug!(container = id, %error, "waiting for a container's exit was interrupted");
