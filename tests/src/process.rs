@@ -37,7 +37,8 @@ impl Process {
         self.child.id()
     }
 
-    fn signal(&self, signal: Signal) {
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
         if let Some(pid) = Pid::from_raw(self.child.id() as i32) {
             // One that has exited cannot be signalled.
             let _ = kill_process(pid, signal);

@@ -116,6 +116,11 @@ fn an_agent_that_cannot_start_says_why() {
     let absent = World::run(&mut world.agent_command()).failed(4);
     assert!(absent.contains("containerd does not answer on") && absent.contains("is it running?"), "{absent}");
 
+    let ports = World::run(world.agent_command().args(["--dns-ports", "1,2,3,4,5"])).failed(2);
+    assert!(ports.contains("DNS ports were given: there can be 4 at most"), "{ports}");
+    let filter = World::run(world.manager_command().env("WARREN_LOG", "debugg=="));
+    assert!(filter.code == 2 && filter.stderr.contains("--log"), "{filter:?}");
+
     // Nobody's user: the directory must be theirs to get that far.
     let nobody = World::run(world.agent_command().uid(65534).gid(65534)).failed(6);
     assert!(nobody.contains("must run as root"), "{nobody}");

@@ -2,6 +2,8 @@
 
 use std::{process::Command, thread, time::Duration};
 
+use rustix::process::Signal;
+
 use warren_tests::{
     Answer, DnsServer, Metrics, Process, Transport, World, ask, ask_silently, find, script_that_asks, until,
 };
@@ -91,6 +93,29 @@ fn every_kind_of_query_is_counted_and_timed() {
         assert!(log.contains(name), "{name} is not in\n{log}");
     }
     assert!(!log.contains("ok.test."), "a fast answer is nobody's business");
+}
+
+#[test]
+fn a_full_ring_loses_details_and_no_count_and_says_so() {
+    /// More failed queries than the ring has room for.
+    const QUERIES: u16 = 3000;
+    let mut world = World::empty("dns-ring");
+    let _server = DnsServer::start(world.dns_port);
+    world.start_observer(&["--dns-slow-ms", "1000"]);
+    // An agent that stands still reads nothing.
+    let agent = world.agent.as_ref().expect("it runs");
+    agent.signal(Signal::STOP);
+    for id in 0..QUERIES {
+        assert_eq!(ask(Transport::Udp4, world.dns_port, id, "nx.test", 1, 1), Answer::Code(3));
+    }
+    agent.signal(Signal::CONT);
+    let metrics = world.agent_metrics();
+    let lost = metrics.sum("warren_probe_events_lost_total", &["probe=\"dns\"", "reason=\"ring_full\""]);
+    assert!(lost > 0.0 && lost < f64::from(QUERIES), "{lost}");
+    assert_eq!(metrics.sum("warren_dns_failures_total", &["reason=\"nxdomain\""]), f64::from(QUERIES));
+    // What was not lost is reported.
+    let reported = || world.agent.as_ref().expect("it runs").log().matches("nx.test.").count();
+    until("the rest is reported", || (reported() as f64 + lost == f64::from(QUERIES)).then_some(()));
 }
 
 /// Debian's dnsmasq, answering for one domain.

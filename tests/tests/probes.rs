@@ -281,6 +281,19 @@ fn another_stop_signal_begins_a_stop() {
 }
 
 #[test]
+fn pins_are_on_bpffs_or_nothing_is_touched() {
+    let world = World::empty("no-bpffs");
+    let mut observer = World::binary("warren-agent");
+    let place = world.path("pins");
+    observer.args(["observe", "--metrics-addr", "127.0.0.1:0"]).arg("--bpf-pin-dir").arg(&place);
+    let mounts = || fs::read_to_string("/proc/self/mounts").expect("readable");
+    let before = mounts();
+    let refused = World::run(&mut observer).failed(1);
+    assert!(refused.contains("is not on a BPF filesystem"), "{refused}");
+    assert!(!place.exists() && mounts() == before);
+}
+
+#[test]
 fn one_agent_at_a_time_uses_the_pins() {
     let mut world = World::with_containerd("pins");
     world.start_observer(&[]);

@@ -2,6 +2,8 @@
 
 use std::process::Command;
 
+use rustix::process::Signal;
+
 use warren_tests::{Process, World, free_port, until};
 
 fn up(world: &World, arguments: &[&str]) -> Command {
@@ -38,6 +40,29 @@ fn up_touches_nothing_that_is_not_its_own() {
     let refused = World::run(&mut up(&world, &[])).failed(1);
     assert!(refused.contains("a manager answers on"), "{refused}");
     assert!(world.warren(&["service", "ls"]).succeeded().contains(" theirs "));
+}
+
+#[test]
+fn up_leaves_nothing_though_its_manager_no_longer_answers() {
+    let world = World::empty("up-deaf");
+    let [api, metrics, agent] = [free_port(), free_port(), free_port()].map(|port| port.to_string());
+    let mut command = up(&world, &["--api-port", &api, "--metrics-port", &metrics, "--agent-metrics-port", &agent]);
+    let up = Process::start("up", &mut command, world.directory.path());
+    until("it is up", || up.log().contains("Warren is up.").then_some(()));
+    std::fs::remove_file(world.path("w.sock")).expect("removable");
+    up.signal(Signal::INT);
+    let log = world.path("up.log");
+    let _ = up.terminate();
+    let log = std::fs::read_to_string(log).expect("a log");
+    assert!(log.contains("nothing is left"), "{log}");
+    assert!(!world.path("up").exists() && !world.pins().exists());
+    let processes = std::fs::read_dir("/proc").expect("a directory").flatten();
+    let directory = world.directory.path().to_string_lossy().into_owned();
+    let left: Vec<String> = processes
+        .filter_map(|entry| std::fs::read_to_string(entry.path().join("cmdline")).ok())
+        .filter(|command| command.contains(&directory))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]

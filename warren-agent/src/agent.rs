@@ -24,7 +24,7 @@ use warren_telemetry::{
 use crate::{
     node,
     observe::{Labelled, log_dns, sweep},
-    probes::{self, Groups, Maps, ProbeSource, drain_dns, drain_lifecycle},
+    probes::{self, Groups, MAX_DNS_PORTS, Maps, ProbeSource, drain_dns, drain_lifecycle},
     runtime::{self, Containerd},
     session::{self, Link},
     tasks::{self, Board, Cache, Supervisor, Timings, handle_kernel_event},
@@ -61,8 +61,8 @@ pub struct Options {
 
 /// The exit code for an address that another process uses.
 pub(crate) const ADDRESS_IN_USE: u8 = 7;
-/// The exit code for a collector's address that is none.
-pub(crate) const BAD_ENDPOINT: u8 = 2;
+/// The exit code for a setting that cannot be.
+pub(crate) const USAGE: u8 = 2;
 
 /// Why an agent could not start.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +70,9 @@ pub enum Error {
     /// It cannot do its work.
     #[error("the agent must run as root: it runs containers and loads BPF programs")]
     NotRoot,
+    /// More than the programs can compare.
+    #[error("{0} DNS ports were given: there can be {MAX_DNS_PORTS} at most")]
+    DnsPorts(usize),
     /// No containers without it.
     #[error(transparent)]
     Runtime(#[from] runtime::Error),
@@ -96,7 +99,7 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Otlp(_) => BAD_ENDPOINT,
+            Self::Otlp(_) | Self::DnsPorts(_) => USAGE,
             Self::NotRoot => 6,
             Self::Runtime(error) if error.is_transient() => 4,
             Self::Runtime(_) => 1,
@@ -154,6 +157,11 @@ impl Source for ProbesAbsent {
     }
 }
 
+pub(crate) fn check_ports(probes: &probes::Options) -> Result<(), Error> {
+    let ports = probes.dns_ports.len();
+    if ports > MAX_DNS_PORTS { Err(Error::DnsPorts(ports)) } else { Ok(()) }
+}
+
 pub(crate) fn own_identity(instance: &str) -> Identity {
     Identity { service: "warren-agent", instance: instance.to_owned() }
 }
@@ -173,6 +181,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     if !rustix::process::geteuid().is_root() {
         return Err(Error::NotRoot);
     }
+    options.probes.as_ref().map_or(Ok(()), check_ports)?;
     let listener = endpoint::bind(options.metrics_addr).await?;
     let data_dir_error = |source| Error::DataDir { path: options.data_dir.clone(), source };
     let node_id = node_id(&options.data_dir).map_err(data_dir_error)?;

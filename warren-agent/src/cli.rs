@@ -188,7 +188,7 @@ fn fail(error: &anyhow::Error) -> ExitCode {
         return agent::ADDRESS_IN_USE.into();
     }
     if error.is::<InvalidEndpoint>() {
-        return agent::BAD_ENDPOINT.into();
+        return agent::USAGE.into();
     }
     error.downcast_ref::<agent::Error>().map_or(ExitCode::FAILURE, |error| error.exit_code().into())
 }

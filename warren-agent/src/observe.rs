@@ -58,6 +58,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     if !rustix::process::geteuid().is_root() {
         return Err(agent::Error::NotRoot.into());
     }
+    agent::check_ports(&options.probes)?;
     let listener = endpoint::bind(options.metrics_addr).await?;
     let probe_options = options.probes.clone();
     let maps = Arc::new(tokio::task::spawn_blocking(move || Maps::open(&probe_options)).await??);

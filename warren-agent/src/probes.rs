@@ -16,7 +16,7 @@ mod sweep;
 
 pub use events::{DnsEvent, LifecycleEvent, Phase, decode_name, drain_dns, drain_lifecycle};
 pub use groups::Groups;
-pub use loader::{Options, PROGRAMS};
+pub use loader::{MAX_DNS_PORTS, Options, PROGRAMS};
 pub use maps::{DnsStatistics, Maps};
 pub use object::OBJECT;
 pub use source::ProbeSource;
@@ -50,6 +50,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Pins live on bpffs only.
+    #[error("{} is not on a BPF filesystem, where pins must be: use a directory below /sys/fs/bpf", .0.display())]
+    NotBpffs(PathBuf),
     /// Another agent uses the same pins.
     #[error("another agent uses the pins in {}", .0.display())]
     InUse(PathBuf),

@@ -96,7 +96,8 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
 
     let warren = target().join(if arguments.release { "release" } else { "debug" }).join("warren");
     let directory = arguments.directory();
-    let mut up = Up { arguments, warren, directory, containerd: None, manager_and_agent: None };
+    let made_socket_directory = arguments.socket.parent().is_some_and(|directory| !directory.exists());
+    let mut up = Up { arguments, warren, directory, containerd: None, manager_and_agent: None, made_socket_directory };
     let outcome = up.start().and_then(|()| up.show(&interrupted));
     println!("\n==> cleaning up");
     if let Err(error) = up.clean_up() {
@@ -112,6 +113,8 @@ struct Up {
     directory: PathBuf,
     containerd: Option<(Child, PathBuf)>,
     manager_and_agent: Option<Child>,
+    /// The socket's directory was not there before.
+    made_socket_directory: bool,
 }
 
 impl Up {
@@ -239,9 +242,11 @@ impl Up {
              logs           {}\n  \
              try            {warren} service ps {SERVICE}\n                 \
              {warren} service scale {SERVICE} 5\n                 \
-             {warren} node ls\n\n\
+             {warren} node ls\n                 \
+             {warren} image import FILE.tar --containerd-socket {containerd}\n\n\
              Timed in the kernel, until Ctrl-C:\n",
             self.directory.display(),
+            containerd = self.containerd_socket().display(),
         );
         let mut shown = Vec::new();
         loop {
@@ -314,11 +319,16 @@ impl Up {
     fn clean_up(&mut self) -> Result<()> {
         // Only what this run's own manager knows of.
         let runs = self.manager_and_agent.as_mut().is_some_and(|child| child.try_wait().is_ok_and(|s| s.is_none()));
-        let listed = if runs { self.warren(&["service", "ls", "--format", "json"])? } else { String::new() };
-        let services: Vec<Value> = serde_json::from_str(&listed).unwrap_or_default();
-        for name in services.iter().filter_map(|service| service["spec"]["name"].as_str()) {
-            if let Err(error) = self.warren(&["service", "rm", name, "--wait"]) {
-                eprintln!("    {error}");
+        // Orderly if the manager answers in time; what then remains goes by force, with its processes.
+        let listed = if runs { self.warren(&["service", "ls", "--format", "json"]) } else { Ok(String::new()) };
+        let services: Vec<Value> =
+            listed.ok().and_then(|listed| serde_json::from_str(&listed).ok()).unwrap_or_default();
+        let names: Vec<&str> = services.iter().filter_map(|service| service["spec"]["name"].as_str()).collect();
+        if !names.is_empty() {
+            let mut remove = vec!["service", "rm", "--wait", "--timeout", ORDERLY_S];
+            remove.extend(names);
+            if self.warren(&remove).is_err() {
+                println!("    some containers take too long to stop: they are killed");
             }
         }
         if let Some(child) = self.manager_and_agent.take() {
@@ -337,10 +347,17 @@ impl Up {
             let _ = fs::remove_dir(mount.join(name));
         }
         remove(&self.directory)?;
+        if let Some(directory) = self.arguments.socket.parent().filter(|_| self.made_socket_directory) {
+            // Not empty if somebody else has found a use for it.
+            let _ = fs::remove_dir(directory);
+        }
         println!("    nothing is left");
         Ok(())
     }
 }
+
+/// Seconds for containers to stop when everything is cleaned up: longer than the usual grace period.
+const ORDERLY_S: &str = "15";
 
 fn remove(directory: &Path) -> Result<()> {
     match fs::remove_dir_all(directory) {

@@ -39,6 +39,8 @@ pub(crate) enum Error {
     Agent(#[from] warren_agent::agent::Error),
     #[error("{0}")]
     Io(#[from] std::io::Error),
+    #[error("{}: {source}", path.display())]
+    File { path: std::path::PathBuf, source: std::io::Error },
     #[error("an answer cannot be written as JSON: {0}")]
     Json(#[from] serde_json::Error),
 }
@@ -62,7 +64,7 @@ impl Error {
                 Code::PermissionDenied => 6,
                 _ => 1,
             },
-            Self::NotReady { .. } | Self::NotGone { .. } | Self::Io(_) | Self::Json(_) => 1,
+            Self::NotReady { .. } | Self::NotGone { .. } | Self::Io(_) | Self::File { .. } | Self::Json(_) => 1,
             Self::Runtime(error) if error.is_transient() => 4,
             Self::Runtime(warren_agent::runtime::Error::NoSuchImage(_)) => 3,
             Self::Runtime(_) => 1,

@@ -29,6 +29,8 @@ pub(crate) async fn run(command: Command) -> Result<(), Error> {
     let Command::Import { file, name, containerd_socket, containerd_namespace } = command;
     let name = name.map(|name| name.parse::<ImageName>()).transpose();
     let name = name.map_err(|error| Error::Usage(error.to_string()))?;
+    // Before the daemon is asked: a name that was misspelt is the likelier fault.
+    std::fs::metadata(&file).map_err(|error| Error::File { path: file.clone(), source: error })?;
     let containerd = runtime::connect(&containerd_socket, &containerd_namespace).await?;
     for image in runtime::import(&containerd, &file, name.as_ref()).await? {
         say!("{image}");

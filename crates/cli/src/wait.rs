@@ -15,7 +15,8 @@ use crate::{client::ClientArguments, container, error::Error, service};
 
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct WaitArguments {
-    /// Wait until it is so.
+    /// Wait until it is so: all containers run, or have completed if they are not to be restarted then. One that fails later has
+    /// run nevertheless.
     #[arg(long)]
     pub(crate) wait: bool,
     /// Seconds to wait at most.

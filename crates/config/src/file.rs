@@ -39,6 +39,14 @@ pub enum Error {
         /// All there are, by name.
         known: String,
     },
+    /// A setting is there twice, in two spellings.
+    #[error("{}: {key} is set twice", path.display())]
+    Twice {
+        /// The file.
+        path: PathBuf,
+        /// The key as a flag's name.
+        key: String,
+    },
     /// A setting's value is of a type that no flag takes.
     #[error("{}: {key} is a text, a number, true or false, or a list of them", path.display())]
     BadType {
@@ -95,7 +103,9 @@ impl Settings {
                 Value::Array(values) => values.iter().map(scalar).collect::<Option<_>>().ok_or_else(bad_type)?,
                 value => vec![scalar(&value).ok_or_else(bad_type)?],
             };
-            self.values.insert(key, values);
+            if self.values.insert(key.clone(), values).is_some() {
+                return Err(Error::Twice { path: self.path.clone(), key });
+            }
         }
         Ok(())
     }

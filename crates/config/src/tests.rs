@@ -104,6 +104,7 @@ fn what_is_wrong_names_the_file_and_the_key() {
     assert!(error("once = true").contains("there is no setting once"));
     assert!(error("[metrics]\nbuckets = 1").contains("there is no setting metrics-buckets"));
     assert!(error("\nlog = ").contains("test.toml: line 2"));
+    assert!(error("metrics_addr = \"a\"\n[metrics]\naddr = \"b\"").contains("metrics-addr is set twice"));
     assert!(error("log = 2020-01-01").contains("log is a text"));
     let value = error("metrics_addr = \"nowhere\"");
     assert!(value.contains("test.toml: invalid value 'nowhere' for '--metrics-addr"), "{value}");

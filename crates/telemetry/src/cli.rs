@@ -38,7 +38,7 @@ pub enum Signal {
 #[derive(Args, Clone, Debug)]
 pub struct TelemetryArguments {
     /// What to log, as `level` or `module=level,...`.
-    #[arg(long, env = "WARREN_LOG", default_value = "info")]
+    #[arg(long, env = "WARREN_LOG", default_value = "info", value_parser = logs::checked)]
     pub log: String,
     /// Log JSON objects, one a line.
     #[arg(long, env = "WARREN_LOG_JSON")]

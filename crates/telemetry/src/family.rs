@@ -43,6 +43,11 @@ pub enum Value {
     },
 }
 
+/// What is logged of a sample that this process is not to have. The test of coverage looks for it.
+const NOT_IN_TABLE: &str = "a sample is not in the table of metrics";
+/// What is logged of a metric that nobody has contributed yet. The test of coverage looks for it.
+const ASSUMED_ZERO: &str = "nobody has a sample yet: shown as zero";
+
 /// Joins what the SDK gathered with what sources contributed, one family a metric of the table, by name. Families without
 /// points yet are there too, so that a fresh endpoint shows all that an emitter may ever have.
 pub(crate) fn assemble(
@@ -57,18 +62,22 @@ pub(crate) fn assemble(
         .collect();
     for family in gathered {
         let Some(target) = families.get_mut(family.name()) else {
-            tracing::error!(metric = family.name(), "an instrument is not in the table of metrics");
+            tracing::error!(metric = family.name(), "{NOT_IN_TABLE}");
             continue;
         };
         target.points.extend(family.get_metric().iter().map(|metric| from_sdk(target.metric.kind, metric)));
     }
     for series in contributed {
-        let Some(target) = families.get_mut(series.metric) else { continue };
+        let Some(target) = families.get_mut(series.metric) else {
+            tracing::error!(metric = series.metric, "{NOT_IN_TABLE}");
+            continue;
+        };
         target.points.push(from_series(target.metric, series));
     }
     for family in families.values_mut() {
         family.points.sort_by(|a, b| a.labels.cmp(&b.labels));
         if family.points.is_empty() && family.metric.labels.is_empty() {
+            tracing::trace!(metric = family.metric.name, "{ASSUMED_ZERO}");
             family.points.push(Point { labels: Vec::new(), value: zero(family.metric) });
         }
     }

@@ -38,6 +38,11 @@ pub fn init(filter: &str, style: Style, signals: &Signals) {
     drop(started.try_init());
 }
 
+/// The filter as it was given, if it is one.
+pub(crate) fn checked(filter: &str) -> Result<String, String> {
+    EnvFilter::try_new(filter).map(|_| filter.to_owned()).map_err(|error| error.to_string())
+}
+
 pub(crate) fn parse(filter: &str) -> EnvFilter {
     EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"))
 }

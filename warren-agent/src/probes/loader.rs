@@ -24,6 +24,9 @@ use super::{
     offsets::Kernel,
 };
 
+/// The programs compare a packet's ports with as many.
+pub const MAX_DNS_PORTS: usize = 4;
+
 /// How the probes work.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -37,7 +40,7 @@ pub struct Options {
     pub dns_timeout: Duration,
     /// DNS answers slower than this are reported one by one. Zero reports none.
     pub dns_slow: Duration,
-    /// Ports taken for DNS; at most four.
+    /// Ports taken for DNS; at most [`MAX_DNS_PORTS`], others are ignored.
     pub dns_ports: Vec<u16>,
 }
 
@@ -151,6 +154,10 @@ fn mount_bpffs(pin_dir: &Path) -> Result<(), Error> {
         return Ok(());
     }
     let mount_point = Path::new("/sys/fs/bpf");
+    // Over another place's filesystem a mount would not help; over a bpffs it would hide what is pinned there.
+    if !pin_dir.starts_with(mount_point) {
+        return Err(Error::NotBpffs(pin_dir.to_owned()));
+    }
     rustix::mount::mount("bpf", mount_point, "bpf", rustix::mount::MountFlags::empty(), None)
         .map_err(|error| Error::Io { action: "mounting bpffs on", path: mount_point.into(), source: error.into() })
 }
@@ -199,7 +206,7 @@ fn cgroup_directory(options: &Options) -> Result<PathBuf, Error> {
 }
 
 fn config(options: &Options, kernel: &Kernel) -> Config {
-    let mut dns_ports = [0; 4];
+    let mut dns_ports = [0; MAX_DNS_PORTS];
     for (slot, port) in dns_ports.iter_mut().zip(&options.dns_ports) {
         *slot = port.to_be();
     }
