@@ -16,10 +16,10 @@ use std::{
 };
 
 use aya::{Ebpf, EbpfLoader, TestRun as _, TestRunOptions, programs::CgroupSkb};
-use warren_agent::probes::OBJECT;
+use warren_agent::probes::{OBJECT, PROGRAMS};
 use warren_agent_ebpf::abi::Config;
 use warren_raft::{Disconnected, Files, Freeze, Node, Options, Profile, StateMachine, Unobserved};
-use warren_tests::{World, image_name, until};
+use warren_tests::{DnsServer, Transport, World, ask, image_name, until};
 
 fn main() {
     const SECTIONS: [(&str, fn()); 4] =
@@ -168,6 +168,40 @@ fn packets() {
     ] {
         let ns = cost(program, packet);
         println!("  {what:42}  {ns:8.0} ns   +{:.0} ns", ns - empty);
+    }
+    println!();
+    live();
+}
+
+const QUERIES: u16 = 5000;
+
+/// What each program costs where it is attached, by the kernel's statistics: whole queries and whole containers, which a test
+/// run cannot make. The statistics' own clock is part of every figure.
+fn live() {
+    let statistics = aya::sys::enable_stats(aya::sys::Stats::RunTime);
+    let Ok(_statistics) = statistics else {
+        println!("live: SKIPPED, the kernel keeps no statistics of BPF programs\n");
+        return;
+    };
+    let mut world = World::with_containerd("live");
+    let _server = DnsServer::start(world.dns_port);
+    world.start_observer(&[]);
+    for id in 0..QUERIES {
+        let _ = ask(Transport::Udp4, world.dns_port, id, "ok.test", 1, 1);
+    }
+    for i in 0..10 {
+        let id = format!("live-{i}");
+        assert_eq!(world.ctr(&["run", "--detach", image_name(), &id, "sh", "-c", SCRIPT]).code, 0);
+        assert_eq!(world.ctr(&["tasks", "kill", "--signal", "SIGTERM", &id]).code, 0);
+        until("it has ended", || (world.ctr(&["tasks", "delete", &id]).code == 0).then_some(()));
+    }
+    let metrics = world.agent_metrics();
+    println!("ns a run where they are attached: {QUERIES} queries with their answers, 10 containers, and what else happened");
+    for program in PROGRAMS {
+        let label = format!("program=\"{}\"", program.name);
+        let runs = metrics.sum("warren_probe_runs_total", &[&label]);
+        let ns = metrics.sum("warren_probe_run_seconds_total", &[&label]) * 1e9;
+        println!("  {:42}  {:8.0} ns   {runs:.0} runs", program.name, ns / runs.max(1.0));
     }
     println!();
 }
