@@ -196,7 +196,9 @@ fn live() {
         until("it has ended", || (world.ctr(&["tasks", "delete", &id]).code == 0).then_some(()));
     }
     let metrics = world.agent_metrics();
-    println!("ns a run where they are attached: {QUERIES} queries with their answers, 10 containers, and what else happened");
+    println!(
+        "ns a run where they are attached: {QUERIES} queries with their answers, 10 containers, and what else happened"
+    );
     for program in PROGRAMS {
         let label = format!("program=\"{}\"", program.name);
         let runs = metrics.sum("warren_probe_runs_total", &[&label]);
