@@ -16,7 +16,7 @@ use opentelemetry::{
     trace::TracerProvider as _,
 };
 use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
-use opentelemetry_otlp::{Compression, WithExportConfig as _, WithTonicConfig as _};
+use opentelemetry_otlp::{Compression, WithExportConfig, WithTonicConfig};
 use opentelemetry_sdk::{
     Resource,
     error::OTelSdkResult,
@@ -82,25 +82,15 @@ impl Signals {
         let invalid = |_| InvalidEndpoint { endpoint: endpoint.to_owned() };
         let mut signals = Self::default();
         if traces {
-            let exporter = opentelemetry_otlp::SpanExporter::builder()
-                .with_tonic()
-                .with_endpoint(endpoint)
-                .with_timeout(EXPORT_TIMEOUT)
-                .with_compression(Compression::Gzip)
-                .build()
-                .map_err(invalid)?;
+            let builder = to_collector(opentelemetry_otlp::SpanExporter::builder().with_tonic(), endpoint);
+            let exporter = builder.build().map_err(invalid)?;
             let exporter = Counted { exporter, signal: &TRACES };
             let provider = SdkTracerProvider::builder().with_resource(identity.resource());
             signals.tracer = Some(provider.with_batch_exporter(exporter).build());
         }
         if logs {
-            let exporter = opentelemetry_otlp::LogExporter::builder()
-                .with_tonic()
-                .with_endpoint(endpoint)
-                .with_timeout(EXPORT_TIMEOUT)
-                .with_compression(Compression::Gzip)
-                .build()
-                .map_err(invalid)?;
+            let builder = to_collector(opentelemetry_otlp::LogExporter::builder().with_tonic(), endpoint);
+            let exporter = builder.build().map_err(invalid)?;
             let exporter = Counted { exporter, signal: &LOGS };
             let provider = SdkLoggerProvider::builder().with_resource(identity.resource());
             signals.logger = Some(provider.with_batch_exporter(exporter).build());
@@ -139,6 +129,11 @@ impl Signals {
         // A collector that does not take the last batch is counted and told of like any other time, and nothing waits.
         let _ = tokio::join!(tracer, logger);
     }
+}
+
+/// How every signal is sent.
+fn to_collector<B: WithExportConfig + WithTonicConfig>(builder: B, endpoint: &str) -> B {
+    builder.with_endpoint(endpoint).with_timeout(EXPORT_TIMEOUT).with_compression(Compression::Gzip)
 }
 
 /// The exports of a signal.
