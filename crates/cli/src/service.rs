@@ -233,7 +233,7 @@ async fn create(arguments: CreateArguments, client: &ClientArguments) -> Result<
     let request = v1::CreateServiceRequest { spec: Some(spec(&arguments)), request_id: request_id() };
     let service = client.services().await?.create_service(request).await?.into_inner().service.unwrap_or_default();
     say!("{}", service.id);
-    wait::running(client, &arguments.name, arguments.wait).await
+    wait::running(client, service, arguments.wait).await
 }
 
 pub(crate) async fn get(client: &ClientArguments, service: &str) -> Result<v1::Service, Error> {
@@ -316,15 +316,14 @@ async fn scale(client: &ClientArguments, service: String, replicas: i64, wait: W
         return Err(Error::Usage(format!("{} is a global service: it has one container on every node", spec.name)));
     }
     spec.mode = Some(Mode::Replicated(v1::Replicated { replicas }));
-    let name = spec.name.clone();
     let request = v1::UpdateServiceRequest {
         service: known.id,
         spec: Some(spec),
         version: known.version,
         request_id: request_id(),
     };
-    client.services().await?.update_service(request).await?;
-    wait::running(client, &name, wait).await
+    let updated = client.services().await?.update_service(request).await?.into_inner().service.unwrap_or_default();
+    wait::running(client, updated, wait).await
 }
 
 async fn remove(client: &ClientArguments, service: String, wait: WaitArguments) -> Result<(), Error> {

@@ -85,14 +85,18 @@ fn progress(service: &v1::Service, containers: &BTreeMap<String, v1::Container>)
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Waits until all of a service's containers run, and no others.
-pub(crate) async fn running(client: &ClientArguments, name: &str, wait: WaitArguments) -> Result<(), Error> {
+pub(crate) async fn running(
+    client: &ClientArguments,
+    mut service: v1::Service,
+    wait: WaitArguments,
+) -> Result<(), Error> {
     if !wait.wait {
         return Ok(());
     }
     let began = Instant::now();
     let deadline = began + Duration::from_secs(wait.timeout);
-    let mut service = service::get(client, name).await?;
-    let mut follower = Follower::start(client, &service.id).await?;
+    let id = service.id.clone();
+    let mut follower = Follower::start(client, &id).await?;
     let mut looked = Instant::now();
     loop {
         let progress = progress(&service, &follower.containers);
@@ -104,9 +108,10 @@ pub(crate) async fn running(client: &ClientArguments, name: &str, wait: WaitArgu
                 containers.sort_by_key(|c| c.created_at.as_ref().map(|at| (at.seconds, at.nanos)));
                 let mut messages = containers.iter().rev().map(|container| container::status(container).message);
                 let why = messages.find(|message| !message.is_empty());
-                let status = service::get(client, name).await?.status.unwrap_or_default();
+                let service = service::get(client, &id).await?;
+                let status = service.status.unwrap_or_default();
                 return Err(Error::NotReady {
-                    service: name.to_owned(),
+                    service: service.spec.unwrap_or_default().name,
                     running: status.running,
                     desired: status.desired,
                     after: began.elapsed(),
@@ -116,7 +121,7 @@ pub(crate) async fn running(client: &ClientArguments, name: &str, wait: WaitArgu
         }
         follower.changed(deadline.min(looked + LOOK_AGAIN)).await?;
         if looked.elapsed() >= LOOK_AGAIN {
-            service = service::get(client, name).await?;
+            service = service::get(client, &id).await?;
             looked = Instant::now();
         }
     }

@@ -117,9 +117,9 @@ impl Settings {
     /// When a setting is an argument of none of them.
     pub fn apply(&self, command: Command) -> Result<Command, Error> {
         let commands = tree(&command);
-        let known: Vec<&str> = commands.iter().flat_map(|command| command.get_arguments()).filter_map(key).collect();
+        let mut known: Vec<&str> =
+            commands.iter().flat_map(|command| command.get_arguments()).filter_map(key).collect();
         if let Some(unknown) = self.values.keys().find(|name| !known.contains(&name.as_str())) {
-            let mut known: Vec<&str> = known;
             known.sort_unstable();
             known.dedup();
             return Err(Error::UnknownKey { path: self.path.clone(), key: unknown.clone(), known: known.join(", ") });
