@@ -70,8 +70,19 @@ impl Process {
     }
 }
 
+/// How long a process of a failed test may take to end.
+const CLEAN_UP_PATIENCE: Duration = Duration::from_secs(30);
+
 impl Drop for Process {
     fn drop(&mut self) {
+        // One that has started others, as `xtask up` does, ends them if it is asked. A test that succeeds has done so itself.
+        if std::thread::panicking() {
+            self.signal(Signal::TERM);
+            let deadline = Instant::now() + CLEAN_UP_PATIENCE;
+            while self.is_running() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
         if self.is_running() {
             self.signal(Signal::KILL);
             let _ = self.child.wait();

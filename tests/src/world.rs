@@ -315,6 +315,25 @@ impl World {
         Metrics::parse(&body)
     }
 
+    /// The command `cargo xtask up`, in this world: it starts its own containerd, manager and agent there.
+    #[must_use]
+    pub fn up_command(&self) -> Command {
+        let mut command = Self::binary("xtask");
+        command
+            .args(["up", "--no-build", "--name", self.cgroup_parent().trim_start_matches('/')])
+            .args(["--api-port", &self.api_port.to_string()])
+            .args(["--metrics-port", &self.manager_port.to_string()])
+            .args(["--agent-metrics-port", &self.agent_port.to_string()])
+            .arg("--directory")
+            .arg(self.path("up"))
+            // Nothing answers there: one is started.
+            .arg("--containerd-socket")
+            .arg(self.path("none.sock"))
+            .arg("--socket")
+            .arg(self.path("w.sock"));
+        command
+    }
+
     /// Runs `warren`.
     #[must_use]
     pub fn warren(&self, arguments: &[&str]) -> Output {

@@ -1,9 +1,9 @@
 //! The README's transcripts: every command is run, and prints what the README says that it prints, but for ids, times and the
 //! like.
 
-use std::{fs, process::Command};
+use std::fs;
 
-use warren_tests::{Output, Process, World, free_port, until};
+use warren_tests::{Output, Process, World, until};
 
 /// The README's blocks of this kind.
 fn blocks(kind: &str) -> Vec<String> {
@@ -95,18 +95,7 @@ fn the_first_session_is_what_is_shown() {
 #[test]
 fn up_prints_what_is_shown() {
     let world = World::empty("readme-up");
-    let [api, metrics, agent] = [free_port(), free_port(), free_port()].map(|port| port.to_string());
-    let mut command: Command = World::binary("xtask");
-    command
-        .args(["up", "--no-build", "--name", world.cgroup_parent().trim_start_matches('/')])
-        .args(["--api-port", &api, "--metrics-port", &metrics, "--agent-metrics-port", &agent])
-        .arg("--directory")
-        .arg(world.path("up"))
-        .arg("--containerd-socket")
-        .arg(world.path("none.sock"))
-        .arg("--socket")
-        .arg(world.path("w.sock"));
-    let up = Process::start("up", &mut command, world.directory.path());
+    let up = Process::start("up", &mut world.up_command(), world.directory.path());
     let [transcript, _] = blocks("console").try_into().expect("two transcripts");
     let address = format!("on {}", world.path("none.sock").display());
     let shown = transcript.replace("on /run/containerd/containerd.sock", &address);

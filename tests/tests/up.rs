@@ -1,26 +1,8 @@
 //! `cargo xtask up`, as the README tells people to run it.
 
-use std::process::Command;
-
 use rustix::process::Signal;
 
-use warren_tests::{Process, World, free_port, until};
-
-fn up(world: &World, arguments: &[&str]) -> Command {
-    let name = world.cgroup_parent().trim_start_matches('/').to_owned();
-    let mut command = World::binary("xtask");
-    command
-        .args(["up", "--no-build", "--name", &name])
-        .arg("--directory")
-        .arg(world.path("up"))
-        // Nothing answers there: one is started.
-        .arg("--containerd-socket")
-        .arg(world.path("none.sock"))
-        .arg("--socket")
-        .arg(world.path("w.sock"))
-        .args(arguments);
-    command
-}
+use warren_tests::{Process, World, until};
 
 #[test]
 fn up_touches_nothing_that_is_not_its_own() {
@@ -28,16 +10,16 @@ fn up_touches_nothing_that_is_not_its_own() {
     let precious = world.path("up/precious");
     std::fs::create_dir(world.path("up")).expect("writable");
     std::fs::write(&precious, "kept").expect("writable");
-    let refused = World::run(&mut up(&world, &[])).failed(1);
+    let refused = World::run(&mut world.up_command()).failed(1);
     assert!(refused.contains("holds something else"), "{refused}");
     assert!(precious.exists());
-    let _ = World::run(up(&world, &[]).args(["--name", "../x"])).failed(1);
+    let _ = World::run(world.up_command().args(["--name", "../x"])).failed(1);
 
     // Somebody's manager on the same socket, and somebody's service.
     std::fs::remove_dir_all(world.path("up")).expect("removable");
     world.start_manager();
     let _ = world.warren(&["service", "create", "theirs", "--image", "x", "--replicas", "0"]).succeeded();
-    let refused = World::run(&mut up(&world, &[])).failed(1);
+    let refused = World::run(&mut world.up_command()).failed(1);
     assert!(refused.contains("a manager answers on"), "{refused}");
     assert!(world.warren(&["service", "ls"]).succeeded().contains(" theirs "));
 }
@@ -45,9 +27,7 @@ fn up_touches_nothing_that_is_not_its_own() {
 #[test]
 fn up_leaves_nothing_though_its_manager_no_longer_answers() {
     let world = World::empty("up-deaf");
-    let [api, metrics, agent] = [free_port(), free_port(), free_port()].map(|port| port.to_string());
-    let mut command = up(&world, &["--api-port", &api, "--metrics-port", &metrics, "--agent-metrics-port", &agent]);
-    let up = Process::start("up", &mut command, world.directory.path());
+    let up = Process::start("up", &mut world.up_command(), world.directory.path());
     until("it is up", || up.log().contains("Warren is up.").then_some(()));
     std::fs::remove_file(world.path("w.sock")).expect("removable");
     up.signal(Signal::INT);
@@ -68,15 +48,13 @@ fn up_leaves_nothing_though_its_manager_no_longer_answers() {
 #[test]
 fn up_shows_timed_containers_and_leaves_nothing() {
     let world = World::empty("up");
-    let [api, metrics, agent] = [free_port(), free_port(), free_port()].map(|port| port.to_string());
-    let mut command = up(&world, &["--api-port", &api, "--metrics-port", &metrics, "--agent-metrics-port", &agent]);
-    let up = Process::start("up", &mut command, world.directory.path());
+    let up = Process::start("up", &mut world.up_command(), world.directory.path());
     until("three containers are timed", || {
         let log = up.log();
         let timed = log.lines().filter(|line| line.contains(" running ") && line.matches(" ms").count() == 2);
         (log.contains("Warren is up.") && timed.count() == 3).then_some(())
     });
-    let (_, text) = world.get(metrics.parse().expect("a port"), "/metrics").expect("metrics");
+    let (_, text) = world.get(world.manager_port, "/metrics").expect("metrics");
     assert!(text.contains("warren_services_total 1"));
     let log = world.path("up.log");
     let status = up.terminate();
