@@ -21,7 +21,7 @@ fn requests_that_cannot_be_are_refused() {
         (create(&long, &[]), 2, "spec.name"),
         (create("web", &[]), 5, "a service named \"web\" exists already"),
         (create("mem", &["--limit-memory", "1K"]), 2, "spec.resources.limits.memory_bytes"),
-        (create("sig", &["--stop-signal", "SIGNOPE"]), 2, "--stop-signal"),
+        (create("sig", &["--stop-signal", "SIGNOPE"]), 2, "spec.container.stop_signal"),
         (world.warren(&["service", "create", "img", "--image", "UPPER CASE"]), 2, "image"),
         (world.warren(&["service", "inspect", "nope"]), 3, "there is no service \"nope\""),
         (world.warren(&["service", "scale", "nope", "3"]), 3, "there is no service \"nope\""),
@@ -93,9 +93,9 @@ fn a_manager_that_cannot_start_says_why_and_changes_nothing() {
     // A data directory that a later version wrote.
     let identity = world.path("manager/manager.json");
     let kept = fs::read_to_string(&identity).expect("readable");
-    fs::write(&identity, kept.replace("\"format\": 1", "\"format\": 9")).expect("writable");
+    fs::write(&identity, kept.replace("\"format\": 2", "\"format\": 9")).expect("writable");
     let version = World::run(&mut world.manager_command()).failed(8);
-    assert!(version.contains("has format 9, this version reads format 1"), "{version}");
+    assert!(version.contains("has format 9, this version reads format 2"), "{version}");
     fs::write(&identity, kept).expect("writable");
 
     // A snapshot that is damaged is named, not guessed at.

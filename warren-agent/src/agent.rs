@@ -27,7 +27,7 @@ use crate::{
     probes::{self, Groups, MAX_DNS_PORTS, Maps, ProbeSource, drain_dns, drain_lifecycle},
     runtime::{self, Containerd},
     session::{self, Link},
-    tasks::{self, Board, Cache, Supervisor, Timings, handle_kernel_event},
+    tasks::{self, Board, Cache, NodeSettings, Supervisor, Timings, handle_kernel_event},
 };
 
 /// How an agent works.
@@ -47,8 +47,8 @@ pub struct Options {
     pub containerd_socket: PathBuf,
     /// containerd's namespace; everything in it is the agent's.
     pub containerd_namespace: String,
-    /// The parent of containers' cgroups.
-    pub cgroup_parent: PathBuf,
+    /// What the node gives its containers.
+    pub node: NodeSettings,
     /// The probes'; `None` leaves them out.
     pub probes: Option<probes::Options>,
     /// How long a DNS query may wait before it counts as unanswered.
@@ -205,13 +205,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         }
     };
     let supervisor = Supervisor::start(
-        tasks::Options {
-            containerd: containerd.clone(),
-            cache,
-            timings,
-            cgroup_parent: options.cgroup_parent.clone(),
-            probes,
-        },
+        tasks::Options { containerd: containerd.clone(), cache, timings, node: options.node.clone(), probes },
         board.clone(),
     )
     .await?;

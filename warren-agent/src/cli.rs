@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 use warren_telemetry::{build, cli::TelemetryArguments, otlp::InvalidEndpoint};
 
-use crate::{agent, node, observe, probes};
+use crate::{agent, node, observe, probes, tasks::NodeSettings};
 
 /// The file with an agent's settings, in the configuration's directory.
 pub const FILE: &str = "agent.toml";
@@ -103,6 +103,10 @@ pub struct NodeArguments {
     /// The parent of containers' cgroups.
     #[arg(long, env = "WARREN_CGROUP_PARENT", default_value = "/warren")]
     pub cgroup_parent: PathBuf,
+    /// The program that containers with an init get: static, and understanding `PROGRAM -- COMMAND`. Found where Debian and
+    /// others install tini and catatonit unless given.
+    #[arg(long, env = "WARREN_INIT_PATH")]
+    pub init_path: Option<PathBuf>,
     /// Time containers around the runtime's calls instead of in the kernel.
     #[arg(long, env = "WARREN_NO_PROBES")]
     pub no_probes: bool,
@@ -137,7 +141,10 @@ impl AgentArguments {
             metrics_addr: self.metrics_addr,
             containerd_socket: node.containerd_socket.clone(),
             containerd_namespace: node.containerd_namespace.clone(),
-            cgroup_parent: node.cgroup_parent.clone(),
+            node: NodeSettings {
+                cgroup_parent: node.cgroup_parent.clone(),
+                init: node.init_path.clone().or_else(node::init),
+            },
             probes: (!node.no_probes).then_some(probes),
             dns_timeout: node.probes.dns_timeout(),
             telemetry_interval: Duration::from_secs(node.telemetry_interval_s),

@@ -1,6 +1,6 @@
 //! What a node is: its name, its resources, its software.
 
-use std::{collections::BTreeMap, fs};
+use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use warren_proto::v1;
 use warren_telemetry::build;
@@ -25,6 +25,19 @@ pub fn describe(hostname: &str, labels: BTreeMap<String, String>, probes: v1::Pr
         kernel: uname.release().to_string_lossy().into_owned(),
         probes: Some(probes),
     }
+}
+
+/// An init program for containers, where the packages tini, catatonit and docker put theirs.
+#[must_use]
+pub fn init() -> Option<PathBuf> {
+    const CANDIDATES: [&str; 5] = [
+        "/usr/bin/tini-static",
+        "/usr/bin/catatonit",
+        "/usr/libexec/catatonit/catatonit",
+        "/usr/libexec/docker/docker-init",
+        "/usr/bin/docker-init",
+    ];
+    CANDIDATES.into_iter().map(PathBuf::from).find(|candidate| candidate.is_file())
 }
 
 fn memory_bytes() -> i64 {

@@ -10,12 +10,13 @@ mod events;
 mod image;
 mod spec;
 mod task;
+mod users;
 
 pub use archive::import;
 pub use client::{Containerd, all_containers, connect, service_label, service_of};
 pub use events::watch_starts;
-pub use image::{ImageName, InvalidImageName, LocalImage};
-pub use spec::{ContainerOptions, DEFAULT_STOP_TIMEOUT, parse_signal};
+pub use image::LocalImage;
+pub use spec::ContainerOptions;
 pub use task::{Found, TaskState};
 
 use std::{io, path::PathBuf};

@@ -13,3 +13,4 @@ pub use lifecycle::{Action, Ending, Event, Lifecycle, Phase};
 pub(crate) use supervisor::seed;
 pub use supervisor::{Options, OutOfSequence, Supervisor, handle_kernel_event};
 pub use timings::{RuntimePhase, Timings};
+pub use worker::NodeSettings;

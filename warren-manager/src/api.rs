@@ -19,8 +19,13 @@ use warren_proto::v1::{
 pub use layer::MetricsLayer;
 
 use crate::{
-    clock::Environment, dispatcher::Dispatcher, liveness::Liveness, metrics::ManagerMetrics, store, store::Store,
-    validate::Invalid,
+    clock::Environment,
+    dispatcher::Dispatcher,
+    liveness::Liveness,
+    metrics::ManagerMetrics,
+    store,
+    store::Store,
+    validate::{Invalid, Policy},
 };
 
 /// What every resource's service needs.
@@ -34,6 +39,8 @@ pub struct Context {
     pub metrics: Arc<ManagerMetrics>,
     /// Time and chance.
     pub environment: Arc<dyn Environment>,
+    /// What services may ask for.
+    pub policy: Policy,
 }
 
 /// Why a call was refused.

@@ -6,7 +6,7 @@ use clap::Args;
 
 use warren_telemetry::cli::TelemetryArguments;
 
-use crate::{liveness, manager::Options};
+use crate::{liveness, manager::Options, validate::Policy};
 
 /// The file with a manager's settings, in the configuration's directory.
 pub const FILE: &str = "manager.toml";
@@ -29,6 +29,9 @@ pub struct ManagerArguments {
     /// Log entries between snapshots.
     #[arg(long, env = "WARREN_SNAPSHOT_AFTER", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(10..))]
     pub snapshot_after: u64,
+    /// Allow services whose containers are privileged: those can do to their node whatever root can.
+    #[arg(long, env = "WARREN_ALLOW_PRIVILEGED")]
+    pub allow_privileged: bool,
     /// How to log, and what becomes of telemetry.
     #[command(flatten)]
     pub telemetry: TelemetryArguments,
@@ -45,6 +48,7 @@ impl ManagerArguments {
             metrics_addr: self.metrics_addr,
             snapshot_after: self.snapshot_after,
             liveness: liveness::Timing::default(),
+            policy: Policy { privileged: self.allow_privileged },
             telemetry: self.telemetry.options(),
         }
     }

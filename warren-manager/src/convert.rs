@@ -8,8 +8,8 @@ use crate::{
     clock::Timestamp,
     liveness::Health,
     state::{
-        Amounts, Container, ContainerSpec, ContainerState, Description, Desired, Mode, Node, Probes, Resources,
-        RestartCondition, RestartPolicy, Service, ServiceSpec, State, Status, Timing,
+        Amounts, Container, ContainerState, Description, Desired, Mode, Node, Probes, Resources, RestartCondition,
+        RestartPolicy, Service, ServiceSpec, State, Status, Timing,
     },
 };
 
@@ -48,17 +48,6 @@ fn wire_resources(resources: &Resources) -> v1::Resources {
     }
 }
 
-fn wire_container_spec(spec: &ContainerSpec) -> v1::ContainerSpec {
-    v1::ContainerSpec {
-        image: spec.image.clone(),
-        command: spec.command.clone(),
-        args: spec.args.clone(),
-        env: spec.env.clone(),
-        stop_signal: spec.stop_signal.clone(),
-        stop_timeout: spec.stop_timeout.map(wire_duration),
-    }
-}
-
 fn wire_spec(spec: &ServiceSpec) -> v1::ServiceSpec {
     let condition = match spec.restart.condition {
         RestartCondition::Any => v1::RestartCondition::Any,
@@ -74,7 +63,7 @@ fn wire_spec(spec: &ServiceSpec) -> v1::ServiceSpec {
             }
             Mode::Global => v1::service_spec::Mode::Global(v1::Global {}),
         }),
-        container: Some(wire_container_spec(&spec.container)),
+        container: Some(v1::ContainerSpec::clone(&spec.container)),
         resources: Some(wire_resources(&spec.resources)),
         restart: Some(v1::RestartPolicy {
             condition: condition.into(),
@@ -199,7 +188,7 @@ pub(crate) fn container(container: &Container) -> v1::Container {
         created_at: Some(container.created_at.to_proto()),
         desired_state: wire_desired(container.desired).into(),
         status: Some(wire_status(&container.status)),
-        spec: Some(wire_container_spec(&container.spec)),
+        spec: Some(v1::ContainerSpec::clone(&container.spec)),
         resources: Some(wire_resources(&container.resources)),
     }
 }
@@ -213,7 +202,7 @@ pub(crate) fn assignment(container: &Container) -> v1::Assignment {
         service_name: container.service_name.clone(),
         slot: container.slot,
         // To stop it, its agent needs no spec.
-        spec: (container.desired == Desired::Running).then(|| wire_container_spec(&container.spec)),
+        spec: (container.desired == Desired::Running).then(|| v1::ContainerSpec::clone(&container.spec)),
         resources: Some(wire_resources(&container.resources)),
         desired_state: wire_desired(container.desired).into(),
     }

@@ -20,6 +20,7 @@ use crate::{
     state::{Change, Cluster, Machine, State, Transaction},
     store::Store,
     telemetry::{self, Collected},
+    validate::Policy,
 };
 
 /// What a manager takes from around it.
@@ -50,6 +51,8 @@ pub struct Settings {
     pub snapshot_after: u64,
     /// Heartbeats of agents.
     pub liveness: liveness::Timing,
+    /// What services may ask for.
+    pub policy: Policy,
 }
 
 /// How long a stopping manager waits for its loops.
@@ -99,6 +102,7 @@ impl Core {
             liveness: liveness.clone(),
             metrics: Arc::clone(&metrics),
             environment: Arc::clone(&environment),
+            policy: settings.policy,
         };
         let dispatcher = Dispatcher::new(store.clone(), liveness.clone(), collected, Arc::clone(&metrics));
         let routes = api::router(&context, dispatcher);

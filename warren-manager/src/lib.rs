@@ -23,3 +23,4 @@ mod telemetry;
 mod validate;
 
 pub use manager::{Error, Options, identity, run};
+pub use validate::Policy;

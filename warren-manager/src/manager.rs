@@ -26,6 +26,7 @@ use crate::{
     clock::System,
     core::{self, Core, Seams},
     data_dir, liveness,
+    validate::Policy,
 };
 
 /// How a manager works.
@@ -43,6 +44,8 @@ pub struct Options {
     pub snapshot_after: u64,
     /// Heartbeats of agents.
     pub liveness: liveness::Timing,
+    /// What services may ask for.
+    pub policy: Policy,
     /// What becomes of metrics.
     pub telemetry: warren_telemetry::Options,
 }
@@ -138,6 +141,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         address: options.listen_addr.to_string(),
         snapshot_after: options.snapshot_after,
         liveness: options.liveness,
+        policy: options.policy,
     };
     let seams = Seams {
         environment: Arc::new(System),

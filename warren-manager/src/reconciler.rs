@@ -24,7 +24,7 @@ const WELL_AFTER: Duration = Duration::from_secs(30);
 const KEPT_PER_SLOT: usize = 2;
 
 /// A container to make.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Creation {
     /// Whose it is.
     pub service: Arc<Service>,
@@ -39,7 +39,7 @@ pub struct Creation {
 }
 
 /// What reconciliation wants.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
     /// Containers to make.
     pub create: Vec<Creation>,

@@ -13,8 +13,8 @@ pub(crate) mod tests;
 
 pub use machine::Machine;
 pub use objects::{
-    Amounts, Cluster, Container, ContainerSpec, ContainerState, Description, Desired, Mode, Node, Probes, Resources,
-    RestartCondition, RestartPolicy, Service, ServiceSpec, Status, Timing,
+    Amounts, Cluster, Container, ContainerState, Description, Desired, Mode, Node, Probes, Resources, RestartCondition,
+    RestartPolicy, Service, ServiceSpec, Status, Timing,
 };
 pub use transaction::{Change, Expected, Rejection, Reply, Transaction};
 
@@ -73,7 +73,7 @@ struct Stored {
     replies: OrdMap<String, Reply>,
 }
 
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
 
 impl State {
     /// The revision of the last change: its place in the log.

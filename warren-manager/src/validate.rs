@@ -1,12 +1,14 @@
 //! Checking what users send. A refusal names the field and says what would be right.
 
-use std::{collections::BTreeMap, time::Duration};
+mod container;
+
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc, time::Duration};
 
 use warren_proto::v1;
 
 use crate::{
     convert::{self, DEFAULT_RESTART},
-    state::{Amounts, ContainerSpec, Mode, Resources, RestartCondition, RestartPolicy, ServiceSpec},
+    state::{Amounts, Mode, Resources, RestartCondition, RestartPolicy, ServiceSpec},
 };
 
 /// What is wrong with a request.
@@ -14,18 +16,31 @@ use crate::{
 #[error("{field}: {why}")]
 pub struct Invalid {
     /// The field's path.
-    pub field: &'static str,
+    pub field: Cow<'static, str>,
     /// What is wrong with it.
     pub why: String,
 }
 
-fn invalid<T>(field: &'static str, why: impl Into<String>) -> Result<T, Invalid> {
-    Err(Invalid { field, why: why.into() })
+impl Invalid {
+    /// A field and what is wrong with it.
+    pub(crate) fn new(field: impl Into<Cow<'static, str>>, why: impl Into<String>) -> Self {
+        Self { field: field.into(), why: why.into() }
+    }
+}
+
+fn invalid<T>(field: impl Into<Cow<'static, str>>, why: impl Into<String>) -> Result<T, Invalid> {
+    Err(Invalid::new(field, why))
+}
+
+/// What the cluster allows.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Policy {
+    /// Containers that may do to their node what they like.
+    pub privileged: bool,
 }
 
 const MAX_NAME: usize = 63;
 const MAX_REPLICAS: i64 = 100_000;
-const MAX_IMAGE: usize = 255;
 /// Arguments, variables and labels together must fit into a process's arguments and a log entry.
 const MAX_TEXT: usize = 128 << 10;
 const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
@@ -41,7 +56,7 @@ const MIN_MEMORY: i64 = 4 << 20;
 /// # Errors
 ///
 /// When a field is missing or out of its range.
-pub(crate) fn service_spec(spec: Option<v1::ServiceSpec>) -> Result<ServiceSpec, Invalid> {
+pub(crate) fn service_spec(spec: Option<v1::ServiceSpec>, policy: Policy) -> Result<ServiceSpec, Invalid> {
     let Some(spec) = spec else { return invalid("spec", "is missing") };
     name(&spec.name)?;
     let mode = match spec.mode {
@@ -59,7 +74,7 @@ pub(crate) fn service_spec(spec: Option<v1::ServiceSpec>) -> Result<ServiceSpec,
         name: spec.name,
         labels: spec.labels,
         mode,
-        container: container(spec.container)?,
+        container: Arc::new(container::check(spec.container, policy)?),
         resources: resources(spec.resources.unwrap_or_default())?,
         restart: restart(spec.restart)?,
     })
@@ -84,44 +99,6 @@ fn name(name: &str) -> Result<(), Invalid> {
 
 fn text(map: &BTreeMap<String, String>) -> usize {
     map.iter().map(|(key, value)| key.len() + value.len()).sum()
-}
-
-fn container(spec: Option<v1::ContainerSpec>) -> Result<ContainerSpec, Invalid> {
-    let spec = spec.unwrap_or_default();
-    if spec.image.is_empty() {
-        return invalid("spec.container.image", "is missing");
-    }
-    if spec.image.len() > MAX_IMAGE || spec.image.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        return invalid("spec.container.image", format!("{:?} is not an image's name", spec.image));
-    }
-    for key in spec.env.keys() {
-        if key.is_empty() || key.contains(['=', '\0']) {
-            return invalid("spec.container.env", format!("{key:?} is not a variable's name"));
-        }
-    }
-    let words = spec.command.iter().chain(&spec.args);
-    if words.map(String::len).sum::<usize>() + text(&spec.env) > MAX_TEXT {
-        return invalid("spec.container", format!("command, args and env are longer than {MAX_TEXT} bytes together"));
-    }
-    if spec.command.iter().chain(&spec.args).chain(spec.env.values()).any(|word| word.contains('\0')) {
-        return invalid("spec.container", "command, args and env cannot hold NUL bytes");
-    }
-    let stop_timeout = spec.stop_timeout.as_ref().map(convert::duration);
-    if stop_timeout.is_some_and(|timeout| timeout > MAX_TIMEOUT) {
-        return invalid("spec.container.stop_timeout", "is longer than a day");
-    }
-    let signal = &spec.stop_signal;
-    if signal.len() > 16 || !signal.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'+') {
-        return invalid("spec.container.stop_signal", format!("{signal:?} is not a signal"));
-    }
-    Ok(ContainerSpec {
-        image: spec.image,
-        command: spec.command,
-        args: spec.args,
-        env: spec.env,
-        stop_signal: spec.stop_signal,
-        stop_timeout,
-    })
 }
 
 fn resources(wire: v1::Resources) -> Result<Resources, Invalid> {
@@ -190,7 +167,7 @@ mod tests {
 
     #[test]
     fn what_is_left_out_has_defaults() {
-        let spec = service_spec(Some(spec())).expect("valid");
+        let spec = service_spec(Some(spec()), Policy::default()).expect("valid");
         assert_eq!(spec.mode, Mode::Replicated(1));
         assert_eq!(spec.restart, DEFAULT_RESTART);
     }
@@ -200,30 +177,26 @@ mod tests {
         let with = |change: fn(&mut v1::ServiceSpec)| {
             let mut spec = spec();
             change(&mut spec);
-            service_spec(Some(spec)).expect_err("invalid").field
+            service_spec(Some(spec), Policy::default()).expect_err("invalid").field
         };
-        let container = |spec: &mut v1::ServiceSpec, change: fn(&mut v1::ContainerSpec)| {
-            change(spec.container.get_or_insert_default());
-        };
-        assert_eq!(service_spec(None).expect_err("invalid").field, "spec");
+        assert_eq!(service_spec(None, Policy::default()).expect_err("invalid").field, "spec");
         for name in ["", "Web", "a_b", "-a", "a-", "a.b", "über"] {
             let spec = v1::ServiceSpec { name: name.to_owned(), ..spec() };
-            assert_eq!(service_spec(Some(spec)).expect_err(name).field, "spec.name");
+            assert_eq!(service_spec(Some(spec), Policy::default()).expect_err(name).field, "spec.name");
         }
         assert_eq!(with(|spec| spec.name = "a".repeat(64)), "spec.name");
-        assert_eq!(with(|spec| spec.container = None), "spec.container.image");
         let negative = v1::Replicated { replicas: -1 };
         let spec_with = v1::ServiceSpec { mode: Some(v1::service_spec::Mode::Replicated(negative)), ..spec() };
-        assert_eq!(service_spec(Some(spec_with)).expect_err("negative").field, "spec.replicated.replicas");
-        let mut bad_env = spec();
-        container(&mut bad_env, |container| drop(container.env.insert("A=B".to_owned(), String::new())));
-        assert_eq!(service_spec(Some(bad_env)).expect_err("env").field, "spec.container.env");
+        assert_eq!(
+            service_spec(Some(spec_with), Policy::default()).expect_err("negative").field,
+            "spec.replicated.replicas"
+        );
         let mut bad_limit = spec();
         bad_limit.resources = Some(v1::Resources {
             reservations: Some(v1::ResourceAmounts { cpu_millis: -1, memory_bytes: 0 }),
             limits: None,
         });
-        let field = service_spec(Some(bad_limit)).expect_err("limit").field;
+        let field = service_spec(Some(bad_limit), Policy::default()).expect_err("limit").field;
         assert_eq!(field, "spec.resources.reservations.cpu_millis");
     }
 }

@@ -14,6 +14,7 @@ use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use warren_manager::{
+    Policy,
     clock::{Environment, Timestamp},
     core::{Core, Seams, Settings},
     liveness,
@@ -171,6 +172,7 @@ impl Manager {
             address: "manager-1".to_owned(),
             snapshot_after: 10,
             liveness: liveness::Timing::default(),
+            policy: Policy::default(),
         };
         let environment = Fixed { began: tokio::time::Instant::now(), dice: AtomicU64::new(seed) };
         let seams = Seams {

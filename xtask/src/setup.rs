@@ -27,11 +27,12 @@ const fn tool(program: &'static str, package: &'static str, why: &'static str) -
     Tool { program, package, why }
 }
 
-const TOOLS: [Tool; 6] = [
+const TOOLS: [Tool; 7] = [
     tool("cc", "gcc", "compiles what some Rust libraries bring in C"),
     tool("protoc", "protobuf-compiler", "generates the wire contract's code"),
     tool("containerd", "containerd", "runs containers"),
     tool("runc", "runc", "runs containers"),
+    tool("tini-static", "tini", "is the init of containers that want one"),
     tool("busybox", "busybox-static", "is the demo image"),
     tool("git", "git", "names the commit a binary is built from"),
 ];

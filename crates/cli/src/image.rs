@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Subcommand;
-use warren_agent::runtime::{self, ImageName};
+use warren_agent::runtime;
+use warren_spec::ImageName;
 
 use crate::{error::Error, output::say};
 

@@ -8,6 +8,7 @@ mod error;
 mod image;
 mod node;
 mod output;
+mod parse;
 mod service;
 mod up;
 mod wait;

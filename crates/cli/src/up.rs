@@ -34,6 +34,9 @@ pub(crate) struct Arguments {
     /// The node's name; the machine's unless given.
     #[arg(long, env = "WARREN_HOSTNAME")]
     hostname: Option<String>,
+    /// Allow services whose containers are privileged: those can do to this machine whatever root can.
+    #[arg(long, env = "WARREN_ALLOW_PRIVILEGED")]
+    allow_privileged: bool,
     #[command(flatten)]
     node: NodeArguments,
     #[command(flatten)]
@@ -47,6 +50,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
         socket: arguments.socket.clone(),
         metrics_addr: arguments.metrics_addr,
         snapshot_after: 5000,
+        allow_privileged: arguments.allow_privileged,
         telemetry: arguments.telemetry.clone(),
     };
     let agent = AgentArguments {

@@ -73,6 +73,10 @@ pub fn write(busybox: &Path, to: &Path) -> io::Result<()> {
 /// Waits, and ends at once when asked to: a shell as pid 1 ignores SIGTERM unless it traps it.
 const DEFAULT_SCRIPT: &str = "trap 'exit 0' TERM; while :; do sleep 1 & wait $!; done";
 
+/// Root, and somebody who is not.
+const PASSWD: &[u8] = b"root:x:0:0:root:/root:/bin/sh\ndemo:x:1000:1000:demo:/tmp:/bin/sh\n";
+const GROUP: &[u8] = b"root:x:0:\ndemo:x:1000:\nusers:x:100:demo\n";
+
 fn layer(busybox: &Path) -> io::Result<Vec<u8>> {
     let mut layer = tar::Builder::new(Vec::new());
     for directory in ["bin", "dev", "etc", "proc", "root", "sys", "tmp"] {
@@ -83,7 +87,8 @@ fn layer(busybox: &Path) -> io::Result<Vec<u8>> {
         layer.append_data(&mut header, directory, io::empty())?;
     }
     append(&mut layer, "bin/busybox", &std::fs::read(busybox)?, 0o755)?;
-    append(&mut layer, "etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n", 0o644)?;
+    append(&mut layer, "etc/passwd", PASSWD, 0o644)?;
+    append(&mut layer, "etc/group", GROUP, 0o644)?;
     let applets = Command::new(busybox).arg("--list").output()?;
     for applet in String::from_utf8_lossy(&applets.stdout).lines().filter(|applet| *applet != "busybox") {
         let mut header = tar::Header::new_ustar();

@@ -10,7 +10,9 @@ use std::{
 use containerd_client::types::Descriptor;
 use oci_spec::image as oci;
 
-use super::{Containerd, Error, ImageName, image::descriptor};
+use warren_spec::ImageName;
+
+use super::{Containerd, Error, image::descriptor};
 
 /// Manifests and configurations larger than this are not read into memory.
 const MAX_JSON: u64 = 4 << 20;

@@ -1,6 +1,6 @@
-//! Images: their names, their manifests, and their layers as snapshots.
+//! Images: their manifests, and their layers as snapshots.
 
-use std::{collections::HashMap, fmt, str::FromStr};
+use std::collections::HashMap;
 
 use containerd_client::{
     services::v1::{self as api, snapshots as snap},
@@ -9,82 +9,12 @@ use containerd_client::{
 };
 use oci_spec::image as oci;
 use sha2::{Digest as _, Sha256};
+use warren_spec::ImageName;
 
 use super::{Containerd, Error};
 
 /// The snapshotter that every containerd has.
 pub(super) const SNAPSHOTTER: &str = "overlayfs";
-const DEFAULT_REGISTRY: &str = "docker.io";
-
-/// An image's full name: registry, repository, and tag or digest. `nginx` is `docker.io/library/nginx:latest`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct ImageName(String);
-
-/// A string that names no image.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{name:?} is not an image's name: {why}")]
-pub struct InvalidImageName {
-    name: String,
-    why: &'static str,
-}
-
-impl fmt::Display for ImageName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl FromStr for ImageName {
-    type Err = InvalidImageName;
-
-    fn from_str(name: &str) -> Result<Self, Self::Err> {
-        let invalid = |why| InvalidImageName { name: name.to_owned(), why };
-        if name.is_empty() {
-            return Err(invalid("it is empty"));
-        }
-        if !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-/:@".contains(&b)) {
-            return Err(invalid("it holds characters that no image name does"));
-        }
-        let (rest, digest) = match name.split_once('@') {
-            Some((rest, digest)) => (rest, Some(digest)),
-            None => (name, None),
-        };
-        if digest.is_some_and(|digest| digest.parse::<oci::Digest>().is_err()) {
-            return Err(invalid("what follows @ is no digest"));
-        }
-        // A first component is a registry if it could be a host's name; anything else is a repository of Docker Hub.
-        let (registry, path) = match rest.split_once('/') {
-            Some((first, path)) if first.contains(['.', ':']) || first == "localhost" => (first, path.to_owned()),
-            Some(_) => (DEFAULT_REGISTRY, rest.to_owned()),
-            None => (DEFAULT_REGISTRY, format!("library/{rest}")),
-        };
-        let (repository, tag) = match path.rsplit_once(':') {
-            Some((repository, tag)) => (repository, Some(tag)),
-            None => (path.as_str(), None),
-        };
-        let well_formed = |component: &str| {
-            !component.is_empty()
-                && component.starts_with(|c: char| c.is_ascii_alphanumeric())
-                && !component.bytes().any(|b| b.is_ascii_uppercase() || b == b':')
-        };
-        // A host and a port; what is not checked here, resolving the host will be.
-        if !registry.starts_with(|c: char| c.is_ascii_alphanumeric()) || registry.matches(':').count() > 1 {
-            return Err(invalid("what stands before the first slash is no registry"));
-        }
-        if !repository.split('/').all(well_formed) {
-            return Err(invalid("its repository must be lower-case words between slashes"));
-        }
-        if tag.is_some_and(|tag| tag.is_empty() || tag.len() > 128 || tag.contains('/')) {
-            return Err(invalid("its tag is empty or too long"));
-        }
-        let suffix = match (tag, digest) {
-            (_, Some(digest)) => format!("@{digest}"),
-            (Some(tag), None) => format!(":{tag}"),
-            (None, None) => ":latest".to_owned(),
-        };
-        Ok(Self(format!("{registry}/{repository}{suffix}")))
-    }
-}
 
 /// An image that is on this node, for this machine.
 #[derive(Clone, Debug)]
@@ -315,30 +245,6 @@ pub(super) fn descriptor(from: &oci::Descriptor) -> Descriptor {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn short_names_are_completed() {
-        for (short, full) in [
-            ("nginx", "docker.io/library/nginx:latest"),
-            ("nginx:1.27", "docker.io/library/nginx:1.27"),
-            ("grafana/grafana", "docker.io/grafana/grafana:latest"),
-            ("ghcr.io/a/b:v1", "ghcr.io/a/b:v1"),
-            ("localhost/demo", "localhost/demo:latest"),
-            ("localhost:5000/demo:x", "localhost:5000/demo:x"),
-        ] {
-            assert_eq!(short.parse::<ImageName>().map(|name| name.to_string()), Ok(full.to_owned()));
-        }
-        let digest = format!("sha256:{}", "ab".repeat(32));
-        let name: ImageName = format!("nginx:1@{digest}").parse().expect("a name");
-        assert_eq!(name.to_string(), format!("docker.io/library/nginx@{digest}"));
-    }
-
-    #[test]
-    fn nonsense_is_no_name() {
-        for name in ["", "UPPER", "a b", "nginx:", "a//b", "nginx@sha256:12", "/nginx", "a:b:c", "../etc"] {
-            assert!(name.parse::<ImageName>().is_err(), "{name:?}");
-        }
-    }
 
     #[test]
     fn chains_are_named_as_the_specification_says() {

@@ -5,11 +5,14 @@ use std::{collections::HashMap, time::SystemTime};
 use containerd_client::{
     services::v1::{self as api, snapshots as snap},
     tonic::Code,
-    types::v1::{Process, Status},
+    types::{
+        Mount,
+        v1::{Process, Status},
+    },
 };
 use prost_types::Any;
 
-use super::{ContainerOptions, Containerd, Error, LocalImage, client::MAX_MESSAGE, image::SNAPSHOTTER, spec};
+use super::{ContainerOptions, Containerd, Error, LocalImage, client::MAX_MESSAGE, image::SNAPSHOTTER, spec, users};
 
 const RUNTIME: &str = "io.containerd.runc.v2";
 /// containerd's name for an OCI runtime spec as JSON.
@@ -69,11 +72,9 @@ impl Containerd {
         options: &ContainerOptions,
         labels: HashMap<String, String>,
     ) -> Result<(), Error> {
-        let spec = spec::build(&image.config, options)?;
-        let spec = serde_json::to_vec(&spec).map_err(|error| Error::BadSpec(error.to_string()))?;
         // The lease keeps the snapshot until the container's record does.
         let leased = self.with_lease().await?;
-        let created = leased.create_leased(image, &options.id, spec, labels).await;
+        let created = leased.create_leased(image, options, labels).await;
         // Nobody waits for its end.
         tokio::spawn(leased.end_lease());
         if created.is_err() {
@@ -85,14 +86,14 @@ impl Containerd {
     async fn create_leased(
         &self,
         image: &LocalImage,
-        id: &str,
-        spec: Vec<u8>,
+        options: &ContainerOptions,
         labels: HashMap<String, String>,
     ) -> Result<(), Error> {
+        let id = &options.id;
         let parent = self.unpack(image).await?;
         let prepare = self.request(snap::PrepareSnapshotRequest {
             snapshotter: SNAPSHOTTER.to_owned(),
-            key: id.to_owned(),
+            key: id.clone(),
             parent,
             ..Default::default()
         });
@@ -102,14 +103,19 @@ impl Containerd {
             Err(status) if status.code() == Code::AlreadyExists => {}
             Err(status) => return Err(Error::call("preparing a container's snapshot")(status)),
         }
+        let of_image = image.config.user().as_deref().unwrap_or_default();
+        let user = if options.spec.user.is_empty() { of_image } else { &options.spec.user };
+        let identity = users::resolve(user, self.mounts(id).await?).await?;
+        let spec = spec::build(&image.config, options, &identity)?;
+        let spec = serde_json::to_vec(&spec).map_err(|error| Error::BadSpec(error.to_string()))?;
         let container = api::Container {
-            id: id.to_owned(),
+            id: id.clone(),
             labels,
             image: image.name.clone(),
             runtime: Some(api::container::Runtime { name: RUNTIME.to_owned(), options: None }),
             spec: Some(Any { type_url: SPEC_TYPE.to_owned(), value: spec }),
             snapshotter: SNAPSHOTTER.to_owned(),
-            snapshot_key: id.to_owned(),
+            snapshot_key: id.clone(),
             ..Default::default()
         };
         let create = self.request(api::CreateContainerRequest { container: Some(container) });
@@ -120,17 +126,22 @@ impl Containerd {
         }
     }
 
+    /// How a container's files are mounted.
+    async fn mounts(&self, id: &str) -> Result<Vec<Mount>, Error> {
+        let request = self.request(snap::MountsRequest { snapshotter: SNAPSHOTTER.to_owned(), key: id.to_owned() });
+        let answer = self.client().snapshots().mounts(request).await;
+        Ok(answer.map_err(Error::call("mounting a snapshot"))?.into_inner().mounts)
+    }
+
     /// Creates a container's task, which executes the runtime's create, and returns its process id.
     ///
     /// # Errors
     ///
     /// When the runtime fails: no such program in the image, for one.
     pub async fn create_task(&self, id: &str) -> Result<u32, Error> {
-        let mounts = self.request(snap::MountsRequest { snapshotter: SNAPSHOTTER.to_owned(), key: id.to_owned() });
-        let mounts = self.client().snapshots().mounts(mounts).await.map_err(Error::call("mounting a snapshot"))?;
         let create = self.unlimited_request(api::CreateTaskRequest {
             container_id: id.to_owned(),
-            rootfs: mounts.into_inner().mounts,
+            rootfs: self.mounts(id).await?,
             ..Default::default()
         });
         let answer = self.client().tasks().create(create).await.map_err(Error::call("creating a task"))?;

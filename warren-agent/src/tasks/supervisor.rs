@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -12,7 +11,7 @@ use warren_proto::v1::{self, AssignmentKind, ContainerState};
 
 use super::{
     Board, Cache, CachedContainer, Ending, Timings,
-    worker::{Beginning, Registrar, Shared, Spawned, StopOptions, Worker},
+    worker::{Beginning, NodeSettings, Registrar, Shared, Spawned, StopOptions, Worker},
 };
 use crate::{
     probes::{self, Groups, LifecycleEvent, Maps, Phase},
@@ -28,8 +27,8 @@ pub struct Options {
     pub cache: Cache,
     /// The agent's own timing.
     pub timings: Arc<Timings>,
-    /// The parent of containers' cgroups.
-    pub cgroup_parent: PathBuf,
+    /// What the node gives them.
+    pub node: NodeSettings,
     /// The probes, if they work.
     pub probes: Option<(Arc<Maps>, Arc<Mutex<Groups>>)>,
 }
@@ -120,7 +119,7 @@ impl Supervisor {
             cache: options.cache,
             timings: options.timings,
             registrar,
-            cgroup_parent: options.cgroup_parent,
+            node: options.node,
             actions: TaskTracker::new(),
         });
         let found = shared.containerd.containers().await?;

@@ -11,10 +11,13 @@ use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument as _, Span};
 use warren_proto::v1::{self, ContainerState};
+use warren_spec::{ImageName, InvalidImageName};
 
 use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Phase, RuntimePhase, Timings};
-use crate::runtime::{self, ContainerOptions, Containerd, DEFAULT_STOP_TIMEOUT, ImageName, parse_signal};
+use crate::runtime::{self, ContainerOptions, Containerd};
 
+/// From the stop signal to SIGKILL unless a service says otherwise.
+const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long SIGKILL may take before it is sent again.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 /// Before asking a daemon again that did not answer.
@@ -38,7 +41,7 @@ pub(super) struct StopOptions {
 
 impl StopOptions {
     pub(super) fn from_labels(labels: &HashMap<String, String>) -> Self {
-        let signal = labels.get(label::STOP_SIGNAL).and_then(|signal| parse_signal(signal)).unwrap_or(SIGTERM);
+        let signal = labels.get(label::STOP_SIGNAL).and_then(|signal| warren_spec::signal(signal)).unwrap_or(SIGTERM);
         let timeout = labels.get(label::STOP_TIMEOUT_MS).and_then(|ms| ms.parse().ok()).map(Duration::from_millis);
         Self { signal, timeout: timeout.unwrap_or(DEFAULT_STOP_TIMEOUT) }
     }
@@ -57,6 +60,15 @@ pub(super) trait Registrar: Send + Sync {
     fn unregister(&self, id: &str);
 }
 
+/// What the node gives its containers.
+#[derive(Clone, Debug, Default)]
+pub struct NodeSettings {
+    /// The parent of containers' cgroups.
+    pub cgroup_parent: PathBuf,
+    /// A program for containers that want an init: static, and understanding `init -- command`.
+    pub init: Option<PathBuf>,
+}
+
 /// What all workers share.
 pub(super) struct Shared {
     pub(super) containerd: Containerd,
@@ -64,7 +76,7 @@ pub(super) struct Shared {
     pub(super) cache: Cache,
     pub(super) timings: Arc<Timings>,
     pub(super) registrar: Arc<dyn Registrar>,
-    pub(super) cgroup_parent: PathBuf,
+    pub(super) node: NodeSettings,
     /// The actions being carried out. Once it is closed, no other is begun.
     pub(super) actions: TaskTracker,
 }
@@ -115,7 +127,7 @@ impl Worker {
                 Duration::new(timeout.seconds.unsigned_abs(), timeout.nanos.unsigned_abs())
             });
             // An image's own signal is not known until the image is; see `prepare`.
-            StopOptions { signal: parse_signal(&spec.stop_signal).unwrap_or(SIGTERM), timeout }
+            StopOptions { signal: warren_spec::signal(&spec.stop_signal).unwrap_or(SIGTERM), timeout }
         };
         let stop = stop.unwrap_or_else(from_spec);
         Self::spawn(shared, id, Some(assignment), stop, beginning)
@@ -280,28 +292,24 @@ impl Worker {
         let Some(assignment) = self.assignment.clone() else { return Err(Ending::Cancelled) };
         let spec = assignment.spec.clone().unwrap_or_default();
         let name: ImageName =
-            spec.image.parse().map_err(|error: runtime::InvalidImageName| Ending::Rejected(error.to_string()))?;
+            spec.image.parse().map_err(|error: InvalidImageName| Ending::Rejected(error.to_string()))?;
         let began = Instant::now();
         let image = retry(|| self.shared.containerd.image(&name)).await?;
         if spec.stop_signal.is_empty()
-            && let Some(signal) = image.config.stop_signal().as_deref().and_then(parse_signal)
+            && let Some(signal) = image.config.stop_signal().as_deref().and_then(warren_spec::signal)
         {
             self.stop.signal = signal;
         }
-        let resources = assignment.resources.unwrap_or_default();
-        let (limits, reservations) = (resources.limits.unwrap_or_default(), resources.reservations.unwrap_or_default());
+        let mut labels: HashMap<_, _> = spec.labels.clone().into_iter().collect();
+        labels.extend(self.stop.labels());
+        labels.insert(label::SERVICE.to_owned(), assignment.service_name.clone());
         let options = ContainerOptions {
             id: self.id.clone(),
-            command: spec.command,
-            args: spec.args,
-            env: spec.env.iter().map(|(name, value)| format!("{name}={value}")).collect(),
-            cgroup_parent: self.shared.cgroup_parent.clone(),
-            cpu_limit_millis: limits.cpu_millis,
-            cpu_reservation_millis: reservations.cpu_millis,
-            memory_limit_bytes: limits.memory_bytes,
+            spec,
+            resources: assignment.resources.unwrap_or_default(),
+            cgroup_parent: self.shared.node.cgroup_parent.clone(),
+            init: self.shared.node.init.clone(),
         };
-        let mut labels = self.stop.labels();
-        labels.insert(label::SERVICE.to_owned(), assignment.service_name.clone());
         // What an attempt that was cut short left would be in the way.
         retry(|| self.shared.containerd.delete_task(&self.id)).await?;
         retry(|| self.shared.containerd.create_container(&image, &options, labels.clone())).await?;

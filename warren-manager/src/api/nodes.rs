@@ -28,12 +28,12 @@ impl Nodes {
         let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
         if id.as_str().is_empty() || id.as_str().len() > MAX_ID || !id.as_str().bytes().all(plain) {
             let why = format!("is not 1 to {MAX_ID} of a-z and 0-9");
-            return Err(Invalid { field: "node_id", why }.into());
+            return Err(Invalid::new("node_id", why).into());
         }
         let description = convert::description(request.description.unwrap_or_default());
         if description.hostname.is_empty() || description.hostname.len() > MAX_HOSTNAME {
             let why = format!("is not 1 to {MAX_HOSTNAME} bytes long");
-            return Err(Invalid { field: "description.hostname", why }.into());
+            return Err(Invalid::new("description.hostname", why).into());
         }
         let state = self.0.store.read().await?;
         let known = state.node(&id);

@@ -21,7 +21,7 @@ impl Services {
     async fn write(&self, request_id: String, change: Change) -> Result<(), Error> {
         if request_id.len() > MAX_REQUEST_ID {
             let why = format!("is longer than {MAX_REQUEST_ID} bytes");
-            return Err(validate::Invalid { field: "request_id", why }.into());
+            return Err(validate::Invalid::new("request_id", why).into());
         }
         self.0.store.transact(&Transaction { request_id, changes: vec![change] }).await?;
         Ok(())
@@ -34,7 +34,7 @@ impl Services {
     }
 
     async fn create(&self, request: v1::CreateServiceRequest) -> Result<v1::Service, Error> {
-        let spec = validate::service_spec(request.spec)?;
+        let spec = validate::service_spec(request.spec, self.0.policy)?;
         // A client that repeats a request after a lost answer is answered with what it made.
         self.0.store.read().await?;
         let now = self.0.environment.now();
@@ -53,7 +53,7 @@ impl Services {
     }
 
     async fn update(&self, request: v1::UpdateServiceRequest) -> Result<v1::Service, Error> {
-        let spec = validate::service_spec(request.spec)?;
+        let spec = validate::service_spec(request.spec, self.0.policy)?;
         let state = self.0.store.read().await?;
         if state.has_done(&request.request_id) {
             // Repeated after a lost answer; a service that was renamed is no longer found as it was named.

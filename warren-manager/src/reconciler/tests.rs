@@ -198,7 +198,7 @@ fn a_changed_spec_replaces_one_container_at_a_time() {
     world.settle();
     let mut changed = service("s", "web", 4);
     changed.generation = 2;
-    changed.spec.container.image = "newer".to_owned();
+    Arc::make_mut(&mut changed.spec.container).image = "newer".to_owned();
     apply(&mut world.state, [put(changed)]);
     for _ in 0..40 {
         world.cycle();

@@ -1,8 +1,9 @@
 //! What the tables hold.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
+use warren_proto::v1;
 
 use crate::{
     clock::Timestamp,
@@ -19,7 +20,7 @@ pub struct Cluster {
 }
 
 /// A service: what should run, and how many of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Service {
     /// Its id.
     pub id: ServiceId,
@@ -36,7 +37,7 @@ pub struct Service {
 }
 
 /// What a user wants of a service; validated.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ServiceSpec {
     /// Unique; a DNS label.
     pub name: String,
@@ -44,8 +45,8 @@ pub struct ServiceSpec {
     pub labels: BTreeMap<String, String>,
     /// How many containers.
     pub mode: Mode,
-    /// What runs in each.
-    pub container: ContainerSpec,
+    /// What runs in each: the message itself, as validation completed it. A field that is added to it needs no other form.
+    pub container: Arc<v1::ContainerSpec>,
     /// What each may use.
     pub resources: Resources,
     /// What happens when one ends.
@@ -59,23 +60,6 @@ pub enum Mode {
     Replicated(u32),
     /// One on every node.
     Global,
-}
-
-/// What runs in a container.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ContainerSpec {
-    /// The image, as the user named it.
-    pub image: String,
-    /// Replaces the image's entrypoint.
-    pub command: Vec<String>,
-    /// Replaces the image's command.
-    pub args: Vec<String>,
-    /// Added to the image's environment.
-    pub env: BTreeMap<String, String>,
-    /// By name or number; empty for the image's.
-    pub stop_signal: String,
-    /// From the stop signal to SIGKILL.
-    pub stop_timeout: Option<Duration>,
 }
 
 /// What a container may use.
@@ -303,7 +287,7 @@ impl Status {
 }
 
 /// One run of a service's spec. A replacement is another container in the same slot.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Container {
     /// Its id.
     pub id: ContainerId,
@@ -326,7 +310,7 @@ pub struct Container {
     /// What is observed of it.
     pub status: Status,
     /// What runs in it.
-    pub spec: ContainerSpec,
+    pub spec: Arc<v1::ContainerSpec>,
     /// What it may use.
     pub resources: Resources,
     /// The service's generation that it was made from.

@@ -1,6 +1,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use proptest::prelude::*;
+use warren_proto::v1;
 
 use super::*;
 use crate::clock::Timestamp;
@@ -16,7 +17,7 @@ pub(crate) fn service(id: &str, name: &str, replicas: u32) -> Service {
             name: name.to_owned(),
             labels: BTreeMap::new(),
             mode: Mode::Replicated(replicas),
-            container: ContainerSpec { image: "demo".to_owned(), ..ContainerSpec::default() },
+            container: Arc::new(v1::ContainerSpec { image: "demo".to_owned(), ..Default::default() }),
             resources: Resources::default(),
             restart: RestartPolicy { condition: RestartCondition::Any, delay: Duration::from_secs(1), max_attempts: 0 },
         },

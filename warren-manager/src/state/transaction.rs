@@ -22,7 +22,7 @@ pub enum Expected {
 }
 
 /// One change. What has several writers has changes of its own, so that they do not overwrite one another.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Change {
     /// Gives the cluster its identity, unless it has one.
     FoundCluster(Cluster),
@@ -89,7 +89,7 @@ pub enum Change {
 }
 
 /// A list of changes, as the log holds it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Transaction {
     /// Chosen by a client: the same twice does its work once.
     #[serde(default, skip_serializing_if = "String::is_empty")]

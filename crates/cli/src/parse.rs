@@ -1,0 +1,146 @@
+//! What flags and files say in words: amounts, pairs, mounts.
+
+use warren_proto::v1;
+
+/// `name=value`.
+pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?} is not name=value"))?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+/// Cores as thousandths.
+pub(crate) fn millis(text: &str) -> Result<i64, String> {
+    let cores: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of cores"))?;
+    if !cores.is_finite() || cores < 0.0 {
+        return Err(format!("{text:?} is not a number of cores"));
+    }
+    let millis = (cores * 1000.0).round() as i64;
+    if cores > 0.0 && millis == 0 {
+        return Err(format!("{text:?} is less than a thousandth of a core"));
+    }
+    Ok(millis)
+}
+
+/// Bytes, in powers of 1024: `64M`, `64Mi`, `64MiB` and `0.0625G` are the same.
+pub(crate) fn memory(text: &str) -> Result<i64, String> {
+    let wrong = || format!("{text:?} is not an amount of memory: use a number with K, M, G, T or nothing behind it");
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor: i64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "ki" | "kb" | "kib" => 1 << 10,
+        "m" | "mi" | "mb" | "mib" => 1 << 20,
+        "g" | "gi" | "gb" | "gib" => 1 << 30,
+        "t" | "ti" | "tb" | "tib" => 1 << 40,
+        _ => return Err(wrong()),
+    };
+    if let Ok(amount) = digits.parse::<i64>() {
+        return amount.checked_mul(factor).ok_or_else(wrong);
+    }
+    let bytes = digits.parse::<f64>().map_err(|_| wrong())? * factor as f64;
+    // A fraction of a byte is a slip of the pen, and beyond 2^53 the number would not be what was written.
+    if bytes.fract() == 0.0 && bytes.abs() < 9e15 { Ok(bytes as i64) } else { Err(wrong()) }
+}
+
+/// `NAME=SOFT` or `NAME=SOFT:HARD`.
+pub(crate) fn ulimit(text: &str) -> Result<(String, v1::Ulimit), String> {
+    let wrong = || format!("{text:?} is not NAME=SOFT or NAME=SOFT:HARD");
+    let (name, limits) = text.split_once('=').ok_or_else(wrong)?;
+    let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
+    let number = |text: &str| text.parse::<i64>().map_err(|_| wrong());
+    Ok((name.to_owned(), v1::Ulimit { soft: number(soft)?, hard: number(hard)? }))
+}
+
+/// `SOURCE`, `SOURCE:TARGET` or `SOURCE:TARGET:PERMISSIONS`.
+pub(crate) fn device(text: &str) -> Result<v1::Device, String> {
+    let mut parts = text.split(':').map(str::to_owned);
+    let mut next = || parts.next().unwrap_or_default();
+    let device = v1::Device { source: next(), target: next(), permissions: next() };
+    if parts.next().is_some() { Err(format!("{text:?} is not SOURCE[:TARGET[:rwm]]")) } else { Ok(device) }
+}
+
+/// `type=bind,source=/srv,target=/data,readonly`, with Docker's names for the options.
+pub(crate) fn mount(text: &str) -> Result<v1::Mount, String> {
+    let mut mount = v1::Mount::default();
+    for option in text.split(',') {
+        let (name, value) = option.split_once('=').map_or((option, None), |(name, value)| (name, Some(value)));
+        let required = || value.map(str::to_owned).ok_or_else(|| format!("{name} needs a value"));
+        match name {
+            "type" => {
+                mount.r#type = match value {
+                    Some("bind") => v1::MountType::Bind.into(),
+                    Some("tmpfs") => v1::MountType::Tmpfs.into(),
+                    _ => return Err(format!("{option:?}: a mount's type is bind or tmpfs")),
+                };
+            }
+            "source" | "src" => mount.source = required()?,
+            "target" | "dst" | "destination" => mount.target = required()?,
+            "readonly" | "ro" => {
+                mount.read_only = match value {
+                    None | Some("true" | "1") => true,
+                    Some("false" | "0") => false,
+                    Some(_) => return Err(format!("{option:?}: it is readonly, or readonly=true or =false")),
+                };
+            }
+            "size" | "tmpfs-size" => mount.size_bytes = memory(&required()?)?,
+            "mode" | "tmpfs-mode" => {
+                let mode = u32::from_str_radix(&required()?, 8);
+                mount.mode = mode.map_err(|_| format!("{option:?}: a mode is an octal number"))?;
+            }
+            _ => return Err(format!("{option:?} is no option of a mount")),
+        }
+    }
+    if mount.target.is_empty() { Err("a mount needs a target".to_owned()) } else { Ok(mount) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_are_parsed() {
+        assert_eq!(memory("64M"), Ok(64 << 20));
+        assert_eq!(memory("1GiB"), Ok(1 << 30));
+        assert_eq!(memory("512"), Ok(512));
+        assert_eq!(memory("64Mi"), Ok(64 << 20));
+        assert_eq!(memory("1.5G"), Ok(3 << 29));
+        assert_eq!(memory("1T"), Ok(1 << 40));
+        for wrong in ["lots", "0.0001K", "1P", "infG", "", "99999999999999G"] {
+            assert!(memory(wrong).is_err(), "{wrong:?}");
+        }
+        assert_eq!(millis("0.5"), Ok(500));
+        for wrong in ["-1", "0.0001", "NaN"] {
+            assert!(millis(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn mounts_devices_and_limits_are_parsed() {
+        let tmpfs = v1::Mount {
+            r#type: v1::MountType::Tmpfs.into(),
+            target: "/tmp".to_owned(),
+            size_bytes: 64 << 20,
+            mode: 0o1777,
+            ..Default::default()
+        };
+        assert_eq!(mount("type=tmpfs,target=/tmp,size=64M,mode=1777"), Ok(tmpfs));
+        let bind = v1::Mount {
+            r#type: v1::MountType::Bind.into(),
+            source: "/a".to_owned(),
+            target: "/b".to_owned(),
+            read_only: true,
+            ..Default::default()
+        };
+        assert_eq!(mount("type=bind,src=/a,dst=/b,ro"), Ok(bind));
+        for wrong in ["", "type=nfs,target=/a", "type=bind", "target", "target=/a,mode=9", "target=/a,colour=red"] {
+            assert!(mount(wrong).is_err(), "{wrong:?}");
+        }
+        let null = v1::Device { source: "/dev/null".to_owned(), ..Default::default() };
+        assert_eq!(device("/dev/null"), Ok(null.clone()));
+        let null = v1::Device { target: "/dev/x".to_owned(), permissions: "r".to_owned(), ..null };
+        assert_eq!(device("/dev/null:/dev/x:r"), Ok(null));
+        assert!(device("/a:/b:r:x").is_err());
+        assert_eq!(ulimit("nofile=1:2"), Ok(("nofile".to_owned(), v1::Ulimit { soft: 1, hard: 2 })));
+        assert_eq!(ulimit("core=-1"), Ok(("core".to_owned(), v1::Ulimit { soft: -1, hard: -1 })));
+        assert!(ulimit("nofile").is_err() && ulimit("nofile=x").is_err());
+    }
+}

@@ -1,0 +1,183 @@
+//! `warren service create`: flags to a spec. What is wrong with it, the manager says.
+
+use clap::{Args, ValueEnum};
+use warren_proto::v1::{self, service_spec::Mode};
+
+use super::request_id;
+use crate::{
+    client::ClientArguments,
+    error::Error,
+    output::say,
+    parse,
+    wait::{self, WaitArguments},
+};
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Restart {
+    /// Whenever it ends.
+    Any,
+    /// When it fails.
+    OnFailure,
+    /// Never.
+    Never,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// The service's name: a DNS label.
+    name: String,
+    /// What to run.
+    #[arg(long)]
+    image: String,
+    /// How many containers.
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, conflicts_with = "global")]
+    replicas: i64,
+    /// One container on every node.
+    #[arg(long)]
+    global: bool,
+    /// Replaces the image's entrypoint; repeat for each word.
+    #[arg(long)]
+    command: Vec<String>,
+    /// A variable, as NAME=value; may be repeated.
+    #[arg(long, short, value_parser = parse::pair)]
+    env: Vec<(String, String)>,
+    /// A label, as name=value; may be repeated.
+    #[arg(long, value_parser = parse::pair)]
+    label: Vec<(String, String)>,
+    /// Cores that a container may use at most.
+    #[arg(long, value_parser = parse::millis)]
+    limit_cpu: Option<i64>,
+    /// Memory that a container may use at most, like 64M or 1G.
+    #[arg(long, value_parser = parse::memory)]
+    limit_memory: Option<i64>,
+    /// Cores set aside for each container.
+    #[arg(long, value_parser = parse::millis)]
+    reserve_cpu: Option<i64>,
+    /// Memory set aside for each container, like 64M or 1G.
+    #[arg(long, value_parser = parse::memory)]
+    reserve_memory: Option<i64>,
+    /// When a container that ended is replaced.
+    #[arg(long, value_enum, default_value = "any")]
+    restart: Restart,
+    /// Milliseconds before the first replacement; doubles with each failure in a row.
+    #[arg(long)]
+    restart_delay_ms: Option<u64>,
+    /// Failures in a row after which a container is no longer replaced; 0 is never.
+    #[arg(long, default_value_t = 0)]
+    restart_max_attempts: u32,
+    /// The signal that stops a container; the image's, or SIGTERM, unless given.
+    #[arg(long, default_value = "")]
+    stop_signal: String,
+    /// Seconds from that signal to SIGKILL; 10 unless given.
+    #[arg(long)]
+    stop_timeout: Option<u64>,
+    /// Processes and threads that a container may have; 0 is no limit.
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    limit_pids: i64,
+    /// The directory in which the command runs; the image's unless given.
+    #[arg(long, default_value = "")]
+    workdir: String,
+    /// Who runs the command: a user of the image by name or number, and with a colon a group; the image's unless given.
+    #[arg(long, default_value = "")]
+    user: String,
+    /// A label of each container, as name=value; may be repeated.
+    #[arg(long, value_parser = parse::pair)]
+    container_label: Vec<(String, String)>,
+    /// Each container's hostname; the beginning of its id unless given.
+    #[arg(long, default_value = "")]
+    hostname: String,
+    /// Keep the image's files from being changed.
+    #[arg(long)]
+    read_only: bool,
+    /// Run the command under an init, which reaps orphans and forwards signals.
+    #[arg(long)]
+    init: bool,
+    /// A capability to add, like NET_ADMIN, or ALL; may be repeated.
+    #[arg(long, value_name = "CAPABILITY")]
+    cap_add: Vec<String>,
+    /// A capability to drop, or ALL; may be repeated. What is added counts more.
+    #[arg(long, value_name = "CAPABILITY")]
+    cap_drop: Vec<String>,
+    /// A process limit, like nofile=1024:4096 (soft:hard), -1 being none; may be repeated.
+    #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = parse::ulimit)]
+    ulimit: Vec<(String, v1::Ulimit)>,
+    /// A kernel parameter of the container's own, like net.core.somaxconn=1024; may be repeated.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse::pair)]
+    sysctl: Vec<(String, String)>,
+    /// A device of the node, like /dev/fuse or /dev/sda:/dev/disk:r; may be repeated.
+    #[arg(long, value_name = "SOURCE[:TARGET[:rwm]]", value_parser = parse::device)]
+    device: Vec<v1::Device>,
+    /// Give the containers every capability and device; the cluster's policy must allow it.
+    #[arg(long)]
+    privileged: bool,
+    /// A mount: type=bind,source=/srv,target=/data,readonly or type=tmpfs,target=/tmp,size=64M,mode=1777; may be repeated.
+    #[arg(long, value_name = "OPTIONS", value_parser = parse::mount)]
+    mount: Vec<v1::Mount>,
+    #[command(flatten)]
+    wait: WaitArguments,
+    /// Replaces the image's command.
+    #[arg(last = true)]
+    args: Vec<String>,
+}
+
+fn spec(arguments: &Arguments) -> v1::ServiceSpec {
+    let seconds = |seconds: u64| pbjson_types::Duration { seconds: seconds as i64, nanos: 0 };
+    let amounts = |cpu: Option<i64>, memory: Option<i64>| {
+        Some(v1::ResourceAmounts { cpu_millis: cpu.unwrap_or(0), memory_bytes: memory.unwrap_or(0) })
+    };
+    let condition = match arguments.restart {
+        Restart::Any => v1::RestartCondition::Any,
+        Restart::OnFailure => v1::RestartCondition::OnFailure,
+        Restart::Never => v1::RestartCondition::Never,
+    };
+    let delay = arguments
+        .restart_delay_ms
+        .map(|ms| pbjson_types::Duration { seconds: (ms / 1000) as i64, nanos: (ms % 1000) as i32 * 1_000_000 });
+    v1::ServiceSpec {
+        name: arguments.name.clone(),
+        labels: arguments.label.iter().cloned().collect(),
+        mode: Some(if arguments.global {
+            Mode::Global(v1::Global {})
+        } else {
+            Mode::Replicated(v1::Replicated { replicas: arguments.replicas })
+        }),
+        container: Some(v1::ContainerSpec {
+            image: arguments.image.clone(),
+            command: arguments.command.clone(),
+            args: arguments.args.clone(),
+            env: arguments.env.iter().cloned().collect(),
+            stop_signal: arguments.stop_signal.clone(),
+            stop_timeout: arguments.stop_timeout.map(seconds),
+            working_dir: arguments.workdir.clone(),
+            user: arguments.user.clone(),
+            labels: arguments.container_label.iter().cloned().collect(),
+            hostname: arguments.hostname.clone(),
+            read_only: arguments.read_only,
+            init: arguments.init,
+            capabilities_add: arguments.cap_add.clone(),
+            capabilities_drop: arguments.cap_drop.clone(),
+            ulimits: arguments.ulimit.iter().cloned().collect(),
+            sysctls: arguments.sysctl.iter().cloned().collect(),
+            devices: arguments.device.clone(),
+            privileged: arguments.privileged,
+            pids_limit: arguments.limit_pids,
+            mounts: arguments.mount.clone(),
+        }),
+        resources: Some(v1::Resources {
+            reservations: amounts(arguments.reserve_cpu, arguments.reserve_memory),
+            limits: amounts(arguments.limit_cpu, arguments.limit_memory),
+        }),
+        restart: Some(v1::RestartPolicy {
+            condition: condition.into(),
+            delay,
+            max_attempts: arguments.restart_max_attempts,
+        }),
+    }
+}
+
+pub(super) async fn run(arguments: Arguments, client: &ClientArguments) -> Result<(), Error> {
+    let request = v1::CreateServiceRequest { spec: Some(spec(&arguments)), request_id: request_id() };
+    let service = client.services().await?.create_service(request).await?.into_inner().service.unwrap_or_default();
+    say!("{}", service.id);
+    wait::running(client, service, arguments.wait).await
+}

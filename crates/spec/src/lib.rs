@@ -1,0 +1,18 @@
+//! The words of a service's spec, and which of them are right: images' names, signals, users, capabilities, limits, sysctls
+//! and paths. The manager refuses with them, the agent acts on them, and neither has a list of its own. No I/O.
+
+mod capability;
+mod image;
+mod path;
+mod signal;
+mod sysctl;
+mod ulimit;
+mod user;
+
+pub use capability::{CAPABILITIES, capability};
+pub use image::{ImageName, InvalidImageName, Reference, is_digest};
+pub use path::{absolute, inside};
+pub use signal::signal;
+pub use sysctl::{SafeSysctl, sysctl};
+pub use ulimit::{ULIMITS, ulimit};
+pub use user::{InvalidUser, Principal, User};

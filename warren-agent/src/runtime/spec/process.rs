@@ -1,0 +1,277 @@
+use std::collections::BTreeSet;
+
+use oci_spec::{
+    image::Config as ImageConfig,
+    runtime::{
+        Capabilities, LinuxCapabilitiesBuilder, PosixRlimit, PosixRlimitBuilder, Process, ProcessBuilder, UserBuilder,
+    },
+};
+use rustix::{
+    process::{Resource, getrlimit},
+    thread::{CapabilitySet, capabilities as own_capabilities},
+};
+use warren_proto::v1;
+use warren_spec::CAPABILITIES;
+
+use super::{super::Error, ContainerOptions, INIT, Identity, cannot_be_built};
+
+const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What a container may do as root unless its service says otherwise: Docker's and containerd's default set.
+const DEFAULT_CAPABILITIES: [&str; 14] = [
+    "AUDIT_WRITE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "MKNOD",
+    "NET_BIND_SERVICE",
+    "NET_RAW",
+    "SETFCAP",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+    "SYS_CHROOT",
+];
+
+/// Open files: enough for servers, and what Debian's shells have.
+const SOFT_FILES: u64 = 1024;
+const HARD_FILES: u64 = 1 << 20;
+
+/// The container's first process.
+pub(super) fn build(image: &ImageConfig, options: &ContainerOptions, identity: &Identity) -> Result<Process, Error> {
+    let spec = &options.spec;
+    let args = arguments(image, spec)?;
+    let named =
+        |names: BTreeSet<&str>| -> Capabilities { names.into_iter().filter_map(|name| name.parse().ok()).collect() };
+    let all = named(capabilities(spec));
+    if let Some(missing) = not_own(&capabilities(spec)) {
+        return Err(Error::BadSpec(format!(
+            "capability {missing} cannot be given: this node's agent does not have it"
+        )));
+    }
+    let effective = if identity.uid == 0 { all.clone() } else { Capabilities::new() };
+    let rlimits = rlimits(spec)?;
+    let assembled = || {
+        let capabilities = LinuxCapabilitiesBuilder::default()
+            .bounding(all)
+            .effective(effective.clone())
+            .permitted(effective)
+            .inheritable(Capabilities::new())
+            .ambient(Capabilities::new())
+            .build()?;
+        let user = UserBuilder::default()
+            .uid(identity.uid)
+            .gid(identity.gid)
+            .additional_gids(identity.groups.clone())
+            .build()?;
+        ProcessBuilder::default()
+            .terminal(false)
+            .user(user)
+            .args(args)
+            .env(environment(image, options, identity))
+            .cwd(working_dir(image, spec))
+            .capabilities(capabilities)
+            .no_new_privileges(!spec.privileged)
+            .rlimits(rlimits)
+            .build()
+    };
+    assembled().map_err(cannot_be_built)
+}
+
+fn working_dir(image: &ImageConfig, spec: &v1::ContainerSpec) -> String {
+    let of_image = image.working_dir().clone().filter(|directory| !directory.is_empty());
+    if spec.working_dir.is_empty() { of_image.unwrap_or_else(|| "/".to_owned()) } else { spec.working_dir.clone() }
+}
+
+fn environment(image: &ImageConfig, options: &ContainerOptions, identity: &Identity) -> Vec<String> {
+    let mut env =
+        vec![DEFAULT_PATH.to_owned(), format!("HOSTNAME={}", options.hostname()), format!("HOME={}", identity.home)];
+    env.extend(image.env().clone().unwrap_or_default());
+    env.extend(options.spec.env.iter().map(|(name, value)| format!("{name}={value}")));
+    last_of_each_name(env)
+}
+
+/// The command line: a service's command replaces the image's entrypoint and, as Docker has it, its command too.
+fn arguments(image: &ImageConfig, spec: &v1::ContainerSpec) -> Result<Vec<String>, Error> {
+    let entrypoint = image.entrypoint().clone().unwrap_or_default();
+    let image_args = image.cmd().clone().unwrap_or_default();
+    let mut args = if spec.command.is_empty() { entrypoint } else { spec.command.clone() };
+    if !spec.args.is_empty() {
+        args.extend(spec.args.iter().cloned());
+    } else if spec.command.is_empty() {
+        args.extend(image_args);
+    }
+    if args.is_empty() {
+        return Err(Error::BadSpec("neither the service nor its image says what to run".to_owned()));
+    }
+    if spec.init {
+        args.splice(0..0, [INIT.to_owned(), "--".to_owned()]);
+    }
+    Ok(args)
+}
+
+/// One entry a variable, the last one's value, in the order of first mention.
+fn last_of_each_name(env: Vec<String>) -> Vec<String> {
+    fn name(entry: &str) -> &str {
+        entry.split('=').next().unwrap_or_default()
+    }
+    let mut result: Vec<String> = Vec::new();
+    for entry in env {
+        match result.iter_mut().find(|known| name(known) == name(&entry)) {
+            Some(known) => *known = entry,
+            None => result.push(entry),
+        }
+    }
+    result
+}
+
+/// What a container may do as root: what is dropped goes first, then what is added comes. ALL is what the agent itself has.
+pub(super) fn capabilities(spec: &v1::ContainerSpec) -> BTreeSet<&'static str> {
+    let own = || CAPABILITIES.into_iter().filter(|name| not_own(&BTreeSet::from([*name])).is_none());
+    if spec.privileged {
+        return own().collect();
+    }
+    let mut set = BTreeSet::from(DEFAULT_CAPABILITIES);
+    for name in spec.capabilities_drop.iter().filter_map(|name| warren_spec::capability(name)) {
+        if name == "ALL" {
+            set.clear();
+        }
+        set.remove(name);
+    }
+    for name in spec.capabilities_add.iter().filter_map(|name| warren_spec::capability(name)) {
+        if name == "ALL" {
+            set.extend(own());
+        } else {
+            set.insert(name);
+        }
+    }
+    set
+}
+
+/// A capability of these that the agent does not have, and so could not give; defaults that it lacks are no matter.
+fn not_own(wanted: &BTreeSet<&'static str>) -> Option<&'static str> {
+    let own = own_capabilities(None).map(|sets| sets.permitted).unwrap_or(CapabilitySet::all());
+    let has = |name: &&str| {
+        let bit = CAPABILITIES.iter().position(|known| known == name);
+        bit.is_some_and(|bit| own.bits() & (1 << bit) != 0)
+    };
+    wanted.iter().find(|name| !has(name)).copied()
+}
+
+fn rlimits(spec: &v1::ContainerSpec) -> Result<Vec<PosixRlimit>, Error> {
+    let own_files = getrlimit(Resource::Nofile).maximum.unwrap_or(HARD_FILES);
+    let mut limits = Vec::new();
+    if !spec.ulimits.keys().any(|name| name.eq_ignore_ascii_case("nofile")) {
+        // More than the agent may have itself, the runtime could not give.
+        let hard = own_files.min(HARD_FILES);
+        limits.push(rlimit("nofile", SOFT_FILES.min(hard), hard)?);
+    }
+    // -1 is no limit, which is what the kernel's largest number means.
+    let amount = |value: i64| u64::try_from(value).unwrap_or(u64::MAX);
+    for (name, limit) in &spec.ulimits {
+        limits.push(rlimit(name, amount(limit.soft), amount(limit.hard))?);
+    }
+    Ok(limits)
+}
+
+fn rlimit(name: &str, soft: u64, hard: u64) -> Result<PosixRlimit, Error> {
+    let kind = serde_json::from_value(format!("RLIMIT_{}", name.to_ascii_uppercase()).into());
+    let kind = kind.map_err(|_| Error::BadSpec(format!("ulimit {name}: there is no such limit")))?;
+    if let Some(own) = own_hard_limit(name)
+        && hard > own
+        && not_own(&BTreeSet::from(["SYS_RESOURCE"])).is_some()
+    {
+        let why = format!("ulimit {name}: {hard} cannot be given: this node's agent is itself limited to {own}");
+        return Err(Error::BadSpec(why));
+    }
+    PosixRlimitBuilder::default()
+        .typ::<oci_spec::runtime::PosixRlimitType>(kind)
+        .soft(soft)
+        .hard(hard)
+        .build()
+        .map_err(cannot_be_built)
+}
+
+/// The agent's own hard limit; `None` if it has none.
+fn own_hard_limit(name: &str) -> Option<u64> {
+    let resource = match warren_spec::ulimit(name)? {
+        "as" => Resource::As,
+        "core" => Resource::Core,
+        "cpu" => Resource::Cpu,
+        "data" => Resource::Data,
+        "fsize" => Resource::Fsize,
+        "locks" => Resource::Locks,
+        "memlock" => Resource::Memlock,
+        "msgqueue" => Resource::Msgqueue,
+        "nice" => Resource::Nice,
+        "nofile" => Resource::Nofile,
+        "nproc" => Resource::Nproc,
+        "rss" => Resource::Rss,
+        "rtprio" => Resource::Rtprio,
+        "rttime" => Resource::Rttime,
+        "sigpending" => Resource::Sigpending,
+        "stack" => Resource::Stack,
+        _ => return None,
+    };
+    getrlimit(resource).maximum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::tests::{image, options},
+        *,
+    };
+
+    #[test]
+    fn a_service_overrides_its_image() {
+        let args = |command: &[&str], args: &[&str], init| {
+            let own = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+            arguments(
+                &image(),
+                &v1::ContainerSpec { command: own(command), args: own(args), init, ..Default::default() },
+            )
+        };
+        assert_eq!(args(&[], &[], false).expect("a command"), ["/entry", "a"]);
+        assert_eq!(args(&[], &["b"], false).expect("a command"), ["/entry", "b"]);
+        assert_eq!(args(&["/sh"], &[], false).expect("a command"), ["/sh"]);
+        assert_eq!(args(&["/sh"], &["-c"], true).expect("a command"), [INIT, "--", "/sh", "-c"]);
+        assert!(arguments(&ImageConfig::default(), &v1::ContainerSpec::default()).is_err());
+    }
+
+    #[test]
+    fn who_runs_it_decides_what_it_may() {
+        let spec = v1::ContainerSpec { env: [("A".to_owned(), "2".to_owned())].into(), ..Default::default() };
+        let identity = Identity { uid: 7, gid: 8, groups: vec![9], home: "/home/seven".to_owned() };
+        let process = build(&image(), &options(spec.clone()), &identity).expect("a process");
+        let env = ["PATH=/bin", "HOSTNAME=0123456789ab", "HOME=/home/seven", "A=2"].map(str::to_owned);
+        assert_eq!(process.env().as_deref(), Some(&env[..]));
+        assert_eq!(process.no_new_privileges(), Some(true));
+        let user = process.user();
+        assert_eq!((user.uid(), user.gid(), user.additional_gids().clone()), (7, 8, Some(vec![9])));
+        let capabilities = process.capabilities().as_ref().expect("capabilities");
+        assert!(capabilities.effective().as_ref().is_some_and(Capabilities::is_empty));
+        assert_eq!(capabilities.bounding().as_ref().map(Capabilities::len), Some(DEFAULT_CAPABILITIES.len()));
+        let process = build(&image(), &options(spec), &Identity::ROOT).expect("a process");
+        let capabilities = process.capabilities().as_ref().expect("capabilities");
+        assert_eq!(capabilities.effective(), capabilities.bounding());
+    }
+
+    #[test]
+    fn capabilities_are_dropped_and_then_added() {
+        let set = |add: &[&str], drop: &[&str]| {
+            let own = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+            capabilities(&v1::ContainerSpec {
+                capabilities_add: own(add),
+                capabilities_drop: own(drop),
+                ..Default::default()
+            })
+        };
+        assert_eq!(set(&[], &[]), BTreeSet::from(DEFAULT_CAPABILITIES));
+        assert_eq!(set(&["CAP_NET_ADMIN"], &["all"]), BTreeSet::from(["NET_ADMIN"]));
+        assert!(!set(&[], &["chown"]).contains("CHOWN"));
+        assert!(set(&["ALL"], &[]).is_superset(&BTreeSet::from(DEFAULT_CAPABILITIES)));
+    }
+}

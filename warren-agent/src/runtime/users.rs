@@ -1,0 +1,161 @@
+//! Who a container's first process is: what the image's own files say of users and groups.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    path::Path,
+    thread,
+};
+
+use containerd_client::types::Mount;
+use rustix::{
+    fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2},
+    mount::{MountFlags, MountPropagationFlags, mount, mount_change},
+    thread::{UnshareFlags, unshare_unsafe},
+};
+use warren_spec::{Principal, User};
+
+use super::Error;
+
+/// A user as the kernel knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    /// More groups than that one.
+    pub(super) groups: Vec<u32>,
+    /// Where its files are.
+    pub(super) home: String,
+}
+
+impl Identity {
+    /// Root, as every image has it.
+    pub(super) const ROOT: Self = Self { uid: 0, gid: 0, groups: Vec::new(), home: String::new() };
+
+    fn root() -> Self {
+        Self { home: "/root".to_owned(), ..Self::ROOT }
+    }
+}
+
+/// Finds the user of a container whose files these mounts are. Empty is root.
+pub(super) async fn resolve(user: &str, mounts: Vec<Mount>) -> Result<Identity, Error> {
+    if user.is_empty() || user == "root" || user == "0" || user == "0:0" {
+        return Ok(Identity::root());
+    }
+    let parsed: User = user.parse().map_err(|error: warren_spec::InvalidUser| Error::BadSpec(error.to_string()))?;
+    let read = tokio::task::spawn_blocking(move || read_files(mounts)).await;
+    let (passwd, group) = read
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+        .map_err(|error| Error::BadSpec(format!("the image's users cannot be read: {error}")))?;
+    identify(&parsed, &passwd, &group)
+}
+
+/// The rule is Docker's: a number need not be in the files, a name must. Without a group it is the user's own, else 0; the
+/// groups that list the user come besides.
+fn identify(user: &User, passwd: &str, group: &str) -> Result<Identity, Error> {
+    let missing = |what, name: &str| Error::BadSpec(format!("user: the image has no {what} {name:?}"));
+    let fields = |line: &str| line.split(':').map(str::to_owned).collect::<Vec<_>>();
+    let number = |fields: &[String], at: usize| fields.get(at).and_then(|field| field.parse::<u32>().ok());
+    let entry = passwd.lines().map(fields).find(|fields| match &user.user {
+        Principal::Id(id) => number(fields, 2) == Some(*id),
+        Principal::Name(name) => fields.first() == Some(name),
+    });
+    let uid = match (&user.user, entry.as_ref().and_then(|entry| number(entry, 2))) {
+        (Principal::Id(id), _) => *id,
+        (Principal::Name(_), Some(id)) => id,
+        (Principal::Name(name), None) => return Err(missing("user", name)),
+    };
+    let gid = match &user.group {
+        None => entry.as_ref().and_then(|entry| number(entry, 3)).unwrap_or(0),
+        Some(Principal::Id(id)) => *id,
+        Some(Principal::Name(name)) => {
+            let known = group.lines().map(fields).find(|fields| fields.first() == Some(name));
+            known.and_then(|fields| number(&fields, 2)).ok_or_else(|| missing("group", name))?
+        }
+    };
+    let name = entry.as_ref().and_then(|entry| entry.first());
+    let lists = |fields: &Vec<String>| {
+        let members = fields.get(3).map(String::as_str).unwrap_or_default();
+        name.is_some_and(|name| members.split(',').any(|member| member == name))
+    };
+    let listed = group.lines().map(fields).filter(lists);
+    let groups = listed.filter_map(|fields| number(&fields, 2)).filter(|id| *id != gid).collect();
+    let home = entry.and_then(|entry| entry.get(5).filter(|home| !home.is_empty()).cloned());
+    Ok(Identity { uid, gid, groups, home: home.unwrap_or_else(|| "/".to_owned()) })
+}
+
+/// More than any such file has.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Reads `/etc/passwd` and `/etc/group` below these mounts; one that is not there is empty. Paths in the image cannot lead out
+/// of it. The mounts are made in a mount namespace of a thread's own: nobody else sees them, and they end with the thread.
+fn read_files(mounts: Vec<Mount>) -> io::Result<(String, String)> {
+    let reader = thread::Builder::new().name("image users".to_owned()).spawn(move || {
+        // SAFETY: the thread is new and ends with this closure: nothing shares its file system state or depends on it.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        // Any directory that every machine has: what is covered there is covered for this thread alone.
+        let root = Path::new("/tmp");
+        for layer in &mounts {
+            mount_layer(layer, root)?;
+        }
+        let root = openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let read = |path: &str| -> io::Result<String> {
+            let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            match openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS) {
+                Ok(file) => {
+                    let mut bytes = Vec::new();
+                    File::from(file).take(MAX_FILE).read_to_end(&mut bytes)?;
+                    Ok(String::from_utf8_lossy(&bytes).into_owned())
+                }
+                Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Ok(String::new()),
+                Err(error) => Err(error.into()),
+            }
+        };
+        Ok((read("etc/passwd")?, read("etc/group")?))
+    })?;
+    reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn mount_layer(layer: &Mount, target: &Path) -> io::Result<()> {
+    let mut flags = MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID;
+    let mut data = Vec::new();
+    for option in &layer.options {
+        match option.as_str() {
+            "bind" => flags |= MountFlags::BIND,
+            "rbind" => flags |= MountFlags::BIND | MountFlags::REC,
+            "ro" | "rw" => {}
+            other => data.push(other),
+        }
+    }
+    let data = std::ffi::CString::new(data.join(","))?;
+    mount(layer.source.as_str(), target, layer.r#type.as_str(), flags, data.as_c_str())?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nweb:x:33:34:web:/var/www:/bin/false\nbroken\n";
+    const GROUP: &str = "root:x:0:\nweb:x:34:\nlogs:x:40:web,other\nmine:x:34:web\n";
+
+    fn identity(user: &str) -> Result<Identity, String> {
+        let user = user.parse().expect("a user");
+        identify(&user, PASSWD, GROUP).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_images_files_say_who_is_who() {
+        let web = Identity { uid: 33, gid: 34, groups: vec![40], home: "/var/www".to_owned() };
+        assert_eq!(identity("web"), Ok(web.clone()));
+        assert_eq!(identity("33"), Ok(web.clone()));
+        assert_eq!(identity("web:logs"), Ok(Identity { gid: 40, groups: vec![34], ..web.clone() }));
+        assert_eq!(identity("web:7"), Ok(Identity { gid: 7, groups: vec![40, 34], ..web }));
+        let unknown = Identity { uid: 1000, gid: 0, groups: Vec::new(), home: "/".to_owned() };
+        assert_eq!(identity("1000"), Ok(unknown.clone()));
+        assert_eq!(identity("1000:1000"), Ok(Identity { gid: 1000, ..unknown }));
+        assert_eq!(identity("nobody"), Err("user: the image has no user \"nobody\"".to_owned()));
+        assert_eq!(identity("web:nobody"), Err("user: the image has no group \"nobody\"".to_owned()));
+    }
+}

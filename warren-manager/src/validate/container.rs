@@ -1,0 +1,297 @@
+use std::collections::BTreeSet;
+
+use warren_proto::v1;
+use warren_spec::{ImageName, User};
+
+use super::{Invalid, MAX_TEXT, MAX_TIMEOUT, Policy, invalid, text};
+use crate::convert;
+
+/// The kernel's longest hostname.
+const MAX_HOSTNAME: usize = 63;
+/// The kernel's largest number of processes (PID_MAX_LIMIT).
+const MAX_PIDS: i64 = 4 << 20;
+/// containerd's limit for a label's name and value together.
+const MAX_LABEL: usize = 4096;
+/// A mount needs a page of memory at least, and no node has more than this.
+const TMPFS_SIZES: std::ops::RangeInclusive<i64> = 4096..=1 << 50;
+/// The bits that chmod(1) sets.
+const MAX_MODE: u32 = 0o7777;
+/// Mounts, devices and the like of one container.
+const MAX_LIST: usize = 256;
+
+/// A container's spec, checked.
+pub(super) fn check(spec: Option<v1::ContainerSpec>, policy: Policy) -> Result<v1::ContainerSpec, Invalid> {
+    let spec = spec.unwrap_or_default();
+    image(&spec.image)?;
+    words(&spec)?;
+    labels(&spec)?;
+    let stop_timeout = spec.stop_timeout.as_ref().map(convert::duration);
+    if stop_timeout.is_some_and(|timeout| timeout > MAX_TIMEOUT) {
+        return invalid("spec.container.stop_timeout", "is longer than a day");
+    }
+    if !spec.stop_signal.is_empty() && warren_spec::signal(&spec.stop_signal).is_none() {
+        return invalid("spec.container.stop_signal", format!("{:?} is not a signal", spec.stop_signal));
+    }
+    if !spec.working_dir.is_empty() && !warren_spec::absolute(&spec.working_dir) {
+        return invalid("spec.container.working_dir", format!("{:?} is not an absolute path", spec.working_dir));
+    }
+    if !spec.user.is_empty() {
+        spec.user.parse::<User>().map_err(|error| Invalid::new("spec.container.user", error.to_string()))?;
+    }
+    hostname(&spec.hostname)?;
+    if !(0..=MAX_PIDS).contains(&spec.pids_limit) {
+        let why = format!("{} is not between 0 and {MAX_PIDS}", spec.pids_limit);
+        return invalid("spec.container.pids_limit", why);
+    }
+    if spec.privileged && !policy.privileged {
+        let why = "is not allowed in this cluster; a manager started with --allow-privileged would allow it";
+        return invalid("spec.container.privileged", why);
+    }
+    for (field, names) in [
+        ("spec.container.capabilities_add", &spec.capabilities_add),
+        ("spec.container.capabilities_drop", &spec.capabilities_drop),
+    ] {
+        if let Some(name) = names.iter().find(|name| warren_spec::capability(name).is_none()) {
+            return invalid(field, format!("{name:?} is not a capability"));
+        }
+    }
+    ulimits(&spec)?;
+    for (name, value) in &spec.sysctls {
+        if warren_spec::sysctl(name).is_none() {
+            return invalid("spec.container.sysctls", format!("{name:?} is not one of those that a container may set"));
+        }
+        if value.is_empty() || value.len() > 256 || value.contains(|c: char| c.is_control()) {
+            return invalid("spec.container.sysctls", format!("{value:?} is not a value of {name}"));
+        }
+    }
+    devices(&spec)?;
+    mounts(&spec)?;
+    Ok(spec)
+}
+
+fn image(image: &str) -> Result<(), Invalid> {
+    const FIELD: &str = "spec.container.image";
+    if image.is_empty() {
+        return invalid(FIELD, "is missing");
+    }
+    if image.len() > 255 {
+        return invalid(FIELD, "is longer than 255 bytes");
+    }
+    image.parse::<ImageName>().map(drop).map_err(|error| Invalid::new(FIELD, error.to_string()))
+}
+
+/// Command, arguments and environment: what the kernel passes to the process.
+fn words(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
+    for key in spec.env.keys() {
+        if key.is_empty() || key.contains(['=', '\0']) {
+            return invalid("spec.container.env", format!("{key:?} is not a variable's name"));
+        }
+    }
+    let words = spec.command.iter().chain(&spec.args);
+    if words.map(String::len).sum::<usize>() + text(&spec.env) > MAX_TEXT {
+        return invalid("spec.container", format!("command, args and env are longer than {MAX_TEXT} bytes together"));
+    }
+    if spec.command.iter().chain(&spec.args).chain(spec.env.values()).any(|word| word.contains('\0')) {
+        return invalid("spec.container", "command, args and env cannot hold NUL bytes");
+    }
+    Ok(())
+}
+
+/// Prefixes of labels that the agent and containerd use themselves.
+const RESERVED_LABELS: [&str; 2] = ["warren.", "containerd.io/"];
+
+fn labels(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
+    const FIELD: &str = "spec.container.labels";
+    for (name, value) in &spec.labels {
+        if name.is_empty() || name.len() + value.len() > MAX_LABEL {
+            return invalid(FIELD, format!("{name:?} is empty, or longer than {MAX_LABEL} bytes with its value"));
+        }
+        if RESERVED_LABELS.iter().any(|reserved| name.starts_with(reserved)) {
+            return invalid(FIELD, format!("{name:?} is reserved"));
+        }
+    }
+    if text(&spec.labels) > MAX_TEXT {
+        return invalid(FIELD, format!("are longer than {MAX_TEXT} bytes together"));
+    }
+    Ok(())
+}
+
+fn hostname(hostname: &str) -> Result<(), Invalid> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.';
+    let ends_well = |name: &str| !name.starts_with(['-', '.']) && !name.ends_with(['-', '.']);
+    if hostname.len() > MAX_HOSTNAME || !hostname.bytes().all(allowed) || !ends_well(hostname) {
+        let why = format!("{hostname:?} is no hostname: at most {MAX_HOSTNAME} letters, digits, '-' and '.'");
+        return invalid("spec.container.hostname", why);
+    }
+    Ok(())
+}
+
+fn ulimits(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
+    let mut seen = BTreeSet::new();
+    for (name, limit) in &spec.ulimits {
+        let field = format!("spec.container.ulimits[{name:?}]");
+        let Some(known) = warren_spec::ulimit(name) else { return invalid(field, "there is no such limit") };
+        if !seen.insert(known) {
+            return invalid(field, "is given twice");
+        }
+        let (soft, hard) = (limit.soft, limit.hard);
+        if soft < -1 || hard < -1 {
+            return invalid(field, "is negative; -1 is no limit");
+        }
+        if hard != -1 && (soft == -1 || soft > hard) {
+            return invalid(field, format!("its soft limit {soft} is above its hard limit {hard}"));
+        }
+    }
+    Ok(())
+}
+
+fn devices(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
+    if spec.devices.len() > MAX_LIST {
+        return invalid("spec.container.devices", format!("are more than {MAX_LIST}"));
+    }
+    for (i, device) in spec.devices.iter().enumerate() {
+        let field = |name: &str| format!("spec.container.devices[{i}].{name}");
+        for (name, path) in [("source", &device.source), ("target", &device.target)] {
+            let left_out = name == "target" && path.is_empty();
+            if !left_out && (!warren_spec::absolute(path) || !warren_spec::inside(path, "/dev") || path == "/dev") {
+                return invalid(field(name), format!("{path:?} is not a path below /dev"));
+            }
+        }
+        let permissions: BTreeSet<char> = device.permissions.chars().collect();
+        if permissions.len() != device.permissions.len() || !permissions.iter().all(|c| "rwm".contains(*c)) {
+            return invalid(field("permissions"), format!("{:?} is not some of \"rwm\"", device.permissions));
+        }
+    }
+    Ok(())
+}
+
+/// The kernel's own file systems, which a mount would break.
+const NOT_TARGETS: [&str; 2] = ["/proc", "/sys"];
+
+fn mounts(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
+    if spec.mounts.len() > MAX_LIST {
+        return invalid("spec.container.mounts", format!("are more than {MAX_LIST}"));
+    }
+    let mut targets = BTreeSet::new();
+    for (i, mount) in spec.mounts.iter().enumerate() {
+        let field = |name: &str| format!("spec.container.mounts[{i}].{name}");
+        let target = mount.target.as_str();
+        if !warren_spec::absolute(target) || target == "/" {
+            return invalid(field("target"), format!("{target:?} is not an absolute path other than /"));
+        }
+        if NOT_TARGETS.iter().any(|own| warren_spec::inside(target, own)) {
+            return invalid(field("target"), format!("{target:?} is the kernel's"));
+        }
+        if !targets.insert(target) {
+            return invalid(field("target"), format!("{target:?} is mounted twice"));
+        }
+        let kind = v1::MountType::try_from(mount.r#type).unwrap_or_default();
+        match kind {
+            v1::MountType::Unspecified => return invalid(field("type"), "is missing or not known"),
+            v1::MountType::Bind if !warren_spec::absolute(&mount.source) => {
+                return invalid(field("source"), format!("{:?} is not an absolute path", mount.source));
+            }
+            v1::MountType::Tmpfs if !mount.source.is_empty() => {
+                return invalid(field("source"), "a tmpfs has none");
+            }
+            v1::MountType::Tmpfs | v1::MountType::Bind => {}
+        }
+        let is_tmpfs = kind == v1::MountType::Tmpfs;
+        if mount.size_bytes != 0 && (!is_tmpfs || !TMPFS_SIZES.contains(&mount.size_bytes)) {
+            return invalid(field("size_bytes"), "is for a tmpfs, from 4096 on");
+        }
+        if mount.mode != 0 && (!is_tmpfs || mount.mode > MAX_MODE) {
+            return invalid(field("mode"), "is for a tmpfs: permission bits up to 07777");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> v1::ContainerSpec {
+        v1::ContainerSpec { image: "nginx".to_owned(), ..Default::default() }
+    }
+
+    fn refused(change: impl FnOnce(&mut v1::ContainerSpec)) -> String {
+        let mut spec = spec();
+        change(&mut spec);
+        check(Some(spec), Policy::default()).expect_err("refused").field.into_owned()
+    }
+
+    fn tmpfs(target: &str) -> v1::Mount {
+        v1::Mount { r#type: v1::MountType::Tmpfs.into(), target: target.to_owned(), ..Default::default() }
+    }
+
+    fn pair<V>(name: &str, value: V) -> std::collections::BTreeMap<String, V> {
+        [(name.to_owned(), value)].into()
+    }
+
+    #[test]
+    fn every_field_is_checked_and_named() {
+        assert!(check(None, Policy::default()).is_err_and(|error| error.field == "spec.container.image"));
+        for image in ["UPPER", "a b", "nginx:", &"a".repeat(256)] {
+            assert_eq!(refused(|spec| spec.image = image.to_owned()), "spec.container.image", "{image}");
+        }
+        assert_eq!(refused(|spec| spec.env = pair("A=B", String::new())), "spec.container.env");
+        assert_eq!(refused(|spec| spec.args = vec!["a\0".to_owned()]), "spec.container");
+        assert_eq!(refused(|spec| spec.stop_signal = "NOPE".to_owned()), "spec.container.stop_signal");
+        for directory in ["relative", "/a/../b"] {
+            assert_eq!(refused(|spec| spec.working_dir = directory.to_owned()), "spec.container.working_dir");
+        }
+        assert_eq!(refused(|spec| spec.user = "a b".to_owned()), "spec.container.user");
+        assert_eq!(refused(|spec| spec.labels = pair("warren.service", String::new())), "spec.container.labels");
+        for hostname in ["-a", "a_b", &"a".repeat(64)] {
+            assert_eq!(refused(|spec| spec.hostname = hostname.to_owned()), "spec.container.hostname");
+        }
+        assert_eq!(refused(|spec| spec.pids_limit = -1), "spec.container.pids_limit");
+        assert_eq!(refused(|spec| spec.privileged = true), "spec.container.privileged");
+        assert_eq!(refused(|spec| spec.capabilities_add = vec!["NOPE".to_owned()]), "spec.container.capabilities_add");
+        assert_eq!(
+            refused(|spec| spec.capabilities_drop = vec!["NOPE".to_owned()]),
+            "spec.container.capabilities_drop"
+        );
+        for (name, soft, hard) in [("files", 1, 1), ("nofile", 2, 1), ("nofile", -2, 1), ("nofile", -1, 1)] {
+            let field = refused(|spec| spec.ulimits = pair(name, v1::Ulimit { soft, hard }));
+            assert_eq!(field, format!("spec.container.ulimits[{name:?}]"));
+        }
+        assert_eq!(refused(|spec| spec.sysctls = pair("kernel.panic", "1".to_owned())), "spec.container.sysctls");
+        for source in ["/etc/passwd", "/dev", "/dev/../etc", "null"] {
+            let device = v1::Device { source: source.to_owned(), ..Default::default() };
+            assert_eq!(refused(|spec| spec.devices = vec![device]), "spec.container.devices[0].source", "{source}");
+        }
+        let device = v1::Device { source: "/dev/null".to_owned(), permissions: "rx".to_owned(), ..Default::default() };
+        assert_eq!(refused(|spec| spec.devices = vec![device]), "spec.container.devices[0].permissions");
+        for target in ["", "relative", "/", "/proc/x", "/sys", "/a/../b"] {
+            let field = refused(|spec| spec.mounts = vec![tmpfs(target)]);
+            assert_eq!(field, "spec.container.mounts[0].target", "{target}");
+        }
+        assert_eq!(refused(|spec| spec.mounts = vec![tmpfs("/a"), tmpfs("/a")]), "spec.container.mounts[1].target");
+        let mount = v1::Mount { r#type: v1::MountType::Bind.into(), ..tmpfs("/a") };
+        assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].source");
+        let mount = v1::Mount { r#type: 0, ..tmpfs("/a") };
+        assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].type");
+        let mount = v1::Mount { size_bytes: 1, ..tmpfs("/a") };
+        assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].size_bytes");
+        let mount = v1::Mount { mode: 0o10000, ..tmpfs("/a") };
+        assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].mode");
+    }
+
+    #[test]
+    fn what_is_right_passes_as_it_is() {
+        let spec = v1::ContainerSpec {
+            user: "www-data:33".to_owned(),
+            working_dir: "/srv".to_owned(),
+            capabilities_add: vec!["cap_net_admin".to_owned()],
+            capabilities_drop: vec!["ALL".to_owned()],
+            ulimits: pair("nofile", v1::Ulimit { soft: 100, hard: -1 }),
+            sysctls: pair("net.core.somaxconn", "1024".to_owned()),
+            mounts: vec![tmpfs("/tmp")],
+            privileged: true,
+            ..spec()
+        };
+        assert_eq!(check(Some(spec.clone()), Policy { privileged: true }), Ok(spec));
+    }
+}
