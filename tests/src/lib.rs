@@ -2,16 +2,18 @@
 //! all of it away again, also when it fails.
 
 mod dns;
+mod inside;
 mod metrics;
 mod process;
 mod watch;
 mod world;
 
 pub use dns::{Answer, DnsServer, Transport, ask, ask_silently, script_that_asks};
+pub use inside::Inside;
 pub use metrics::{Metrics, Prometheus};
 pub use process::{Process, find, free_port, until, until_within};
 pub use watch::Watch;
 /// A shell script that runs until it is told to stop, and then does.
 pub const WELL_BEHAVED: &str = "trap 'exit 0' TERM; while :; do sleep 0.05; done";
 
-pub use world::{Output, World, image_name};
+pub use world::{Output, World, image_name, run};

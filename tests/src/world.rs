@@ -61,6 +61,20 @@ pub fn image_name() -> &'static str {
     warren_demo_image::NAME
 }
 
+/// Moves this thread, and what it starts from now on, into a network of its own: a test's addresses, rules and ports are
+/// nobody else's, and gone with the test.
+fn own_network() {
+    // SAFETY: whatever this thread does with the network from now on is the test's.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.expect("a network of its own");
+    let _ = run("ip", &["link", "set", "lo", "up"]).succeeded();
+}
+
+/// Runs a program to its end.
+#[must_use]
+pub fn run(program: &str, arguments: &[&str]) -> Output {
+    Output::of(Command::new(find(program)).args(arguments))
+}
+
 /// A machine of a test's own: containerd, and places for a manager and an agent.
 #[derive(Debug)]
 pub struct World {
@@ -86,6 +100,7 @@ impl World {
     #[must_use]
     pub fn empty(name: &str) -> Self {
         assert!(rustix::process::geteuid().is_root(), "these tests run as root");
+        own_network();
         // Short: a Unix socket's path may have 107 bytes.
         let directory = tempfile::Builder::new().prefix("wt-").tempdir_in("/tmp").expect("a directory");
         let id = directory.path().file_name().expect("a name").to_string_lossy().to_lowercase();
@@ -105,19 +120,30 @@ impl World {
     /// A machine with containerd and the demo image.
     #[must_use]
     pub fn with_containerd(name: &str) -> Self {
-        let mut world = Self::empty(name);
-        world.start_containerd();
-        let archive = world.path("demo.tar");
+        Self::empty(name).and_containerd()
+    }
+
+    /// The same with containerd and the demo image.
+    #[must_use]
+    pub fn and_containerd(mut self) -> Self {
+        self.start_containerd();
+        let archive = self.path("demo.tar");
         warren_demo_image::write(&find("busybox"), &archive).expect("an archive");
-        let imported = world.warren_image_import(&archive).succeeded();
+        let imported = self.warren_image_import(&archive).succeeded();
         assert_eq!(imported.trim(), image_name());
-        world
+        self
     }
 
     /// A machine with a manager and an agent that is ready.
     #[must_use]
     pub fn with_warren(name: &str) -> Self {
-        let mut world = Self::with_containerd(name);
+        Self::empty(name).and_warren()
+    }
+
+    /// The same with all of Warren.
+    #[must_use]
+    pub fn and_warren(self) -> Self {
+        let mut world = self.and_containerd();
         world.start_manager();
         world.start_agent(&[]);
         world.wait_ready();
@@ -244,6 +270,8 @@ impl World {
             .arg("--containerd-socket")
             .arg(self.containerd_socket())
             .args(["--cgroup-parent", &self.cgroup_parent()])
+            .arg("--run-dir")
+            .arg(self.path("netns"))
             .args(["--telemetry-interval-s", "1"])
             .args(["--dns-ports", &self.dns_port.to_string(), "--dns-timeout-s", "2"])
             .arg("--bpf-pin-dir")
@@ -256,6 +284,38 @@ impl World {
         let mut command = self.agent_command();
         command.args(arguments);
         self.agent = Some(Process::start("agent", &mut command, self.directory.path()));
+    }
+
+    /// Starts the agent of another node, in the network namespace of this name, with a containerd namespace of its own on the
+    /// same daemon and the demo image in it.
+    #[must_use]
+    pub fn start_other_agent(&self, name: &str, network: &str, arguments: &[&str]) -> Process {
+        let archive = self.path("demo.tar");
+        let mut import = Self::binary("warren");
+        import.args(["image", "import"]).arg(archive).arg("--containerd-socket").arg(self.containerd_socket());
+        let _ = Output::of(import.args(["--containerd-namespace", name])).succeeded();
+        let agent = Self::binary("warren-agent");
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{network}")).arg(agent.get_program());
+        for (variable, value) in agent.get_envs() {
+            match value {
+                Some(value) => command.env(variable, value),
+                None => command.env_remove(variable),
+            };
+        }
+        command
+            .args(["run", "--hostname", name, "--no-probes", "--containerd-namespace", name])
+            .args(["--manager", &self.manager_address()])
+            .arg("--data-dir")
+            .arg(self.path(name))
+            .arg("--run-dir")
+            .arg(self.path(&format!("netns-{name}")))
+            .arg("--containerd-socket")
+            .arg(self.containerd_socket())
+            .args(["--cgroup-parent", &format!("{}/{name}", self.cgroup_parent())])
+            .args(["--metrics-addr", "127.0.0.1:9465", "--telemetry-interval-s", "1"])
+            .args(arguments);
+        Process::start(name, &mut command, self.directory.path())
     }
 
     /// Starts an agent that observes the whole host.
@@ -366,8 +426,14 @@ impl World {
     /// Runs `ctr` in the agent's namespace.
     #[must_use]
     pub fn ctr(&self, arguments: &[&str]) -> Output {
+        self.ctr_of("warren", arguments)
+    }
+
+    /// Runs `ctr` in the namespace of another agent.
+    #[must_use]
+    pub fn ctr_of(&self, namespace: &str, arguments: &[&str]) -> Output {
         let mut command = Command::new(find("ctr"));
-        command.arg("--address").arg(self.containerd_socket()).args(["--namespace", "warren"]).args(arguments);
+        command.arg("--address").arg(self.containerd_socket()).args(["--namespace", namespace]).args(arguments);
         Output::of(&mut command)
     }
 
@@ -426,6 +492,22 @@ impl World {
         left
     }
 
+    /// Removes the containers of a namespace of containerd's, whatever state they are in.
+    fn remove_containers(&self, namespace: &str) {
+        for id in self.ctr_of(namespace, &["containers", "ls", "-q"]).stdout.lines() {
+            let _ = self.ctr_of(namespace, &["tasks", "kill", "--signal", "SIGKILL", "--all", id]);
+            let deleted = || self.ctr_of(namespace, &["tasks", "delete", "--force", id]).code == 0;
+            // Without a task there is nothing to delete.
+            for _ in 0..20 {
+                if deleted() || !self.ctr_of(namespace, &["tasks", "ls"]).stdout.contains(id) {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            let _ = self.ctr_of(namespace, &["containers", "delete", id]);
+        }
+    }
+
     /// containerd's shims that live, by process id.
     fn shims(&self) -> Vec<i32> {
         let socket = self.containerd_socket().display().to_string();
@@ -460,17 +542,9 @@ impl Drop for World {
         }
         self.manager = None;
         if self.containerd.is_some() {
-            for id in self.ctr(&["containers", "ls", "-q"]).stdout.lines() {
-                let _ = self.ctr(&["tasks", "kill", "--signal", "SIGKILL", "--all", id]);
-                let deleted = || (self.ctr(&["tasks", "delete", "--force", id]).code == 0).then_some(());
-                // Without a task there is nothing to delete.
-                for _ in 0..20 {
-                    if deleted().is_some() || !self.ctr(&["tasks", "ls"]).stdout.contains(id) {
-                        break;
-                    }
-                    std::thread::sleep(Duration::from_millis(50));
-                }
-                let _ = self.ctr(&["containers", "delete", id]);
+            let listed = self.ctr(&["namespaces", "ls", "-q"]).stdout;
+            for namespace in listed.lines() {
+                self.remove_containers(namespace);
             }
             if !std::thread::panicking() {
                 until("containerd's shims end with their tasks", || self.shims().is_empty().then_some(()));
@@ -479,6 +553,13 @@ impl Drop for World {
             for shim in self.shims() {
                 let _ = Pid::from_raw(shim).map(|pid| kill_process(pid, Signal::KILL));
             }
+        }
+        // Namespaces that an agent which was killed has kept.
+        let entries = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten();
+        let kept =
+            entries(self.directory.path()).filter(|entry| entry.file_name().to_string_lossy().starts_with("netns"));
+        for kept in kept.flat_map(|directory| entries(&directory.path())) {
+            let _ = rustix::mount::unmount(kept.path(), rustix::mount::UnmountFlags::DETACH);
         }
         // Nothing of it may stay: neither programs in the kernel nor directories.
         let _ = fs::remove_dir_all(self.pins());

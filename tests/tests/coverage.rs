@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use warren_telemetry::table::{Emitter, Kind, METRICS, Metric, find};
-use warren_tests::{World, image_name, script_that_asks, until};
+use warren_tests::{World, image_name, run, script_that_asks, until};
 
 /// Families that a single voter without peers cannot have a sample of.
 const NEEDS_PEERS: [&str; 1] = ["warren_raft_replication_lag_entries"];
@@ -49,13 +49,17 @@ fn every_metric_of_the_table_has_a_sample_and_every_sample_is_in_the_table() {
     world.start_agent(&["--log", LOG]);
     world.wait_ready();
     world.create("dns", 1, &[], &script_that_asks(world.dns_port, true));
+    // Of the node's resolver: what it knows, and what the node's own would have to know, which are none here.
+    for name in ["dns", "elsewhere.example"] {
+        let _ = run("dig", &["@169.254.1.1", "+tries=1", "+timeout=5", name]);
+    }
 
     let of = |emitters: &[Emitter]| -> BTreeSet<String> {
         let metrics = METRICS.iter().filter(|metric| emitters.contains(&metric.emitter));
         metrics.map(|metric| metric.name.to_owned()).filter(|name| !NEEDS_PEERS.contains(&name.as_str())).collect()
     };
     let manager = of(&[Emitter::Manager, Emitter::Agent, Emitter::Both]);
-    let agent = of(&[Emitter::Agent, Emitter::Both]);
+    let agent = of(&[Emitter::Agent, Emitter::Node, Emitter::Both]);
     // Samples come with what happens; some a scrape or a snapshot later.
     let missing = |wanted: &BTreeSet<String>, port: u16| -> Vec<String> {
         let (_, text) = world.get(port, "/metrics").expect("metrics");

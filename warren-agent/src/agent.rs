@@ -1,9 +1,9 @@
 //! The agent, put together.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs, io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -22,6 +22,8 @@ use warren_telemetry::{
 };
 
 use crate::{
+    dns::{self, Resolver},
+    network::{self, Network},
     node,
     observe::{Labelled, log_dns, sweep},
     probes::{self, Groups, MAX_DNS_PORTS, Maps, ProbeSource, drain_dns, drain_lifecycle},
@@ -49,6 +51,10 @@ pub struct Options {
     pub containerd_namespace: String,
     /// What the node gives its containers.
     pub node: NodeSettings,
+    /// How they are connected.
+    pub network: network::Options,
+    /// How names are answered.
+    pub dns: dns::Options,
     /// The probes'; `None` leaves them out.
     pub probes: Option<probes::Options>,
     /// How long a DNS query may wait before it counts as unanswered.
@@ -88,6 +94,12 @@ pub enum Error {
     /// The metrics' address.
     #[error(transparent)]
     Metrics(#[from] endpoint::BindError),
+    /// Names could not be answered.
+    #[error("the domain of services' names is none: {0}")]
+    Domain(#[from] hickory_proto::ProtoError),
+    /// Containers could not be connected.
+    #[error(transparent)]
+    Network(#[from] network::Error),
     /// The collector's address.
     #[error(transparent)]
     Otlp(#[from] otlp::InvalidEndpoint),
@@ -99,10 +111,10 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Otlp(_) | Self::DnsPorts(_) => USAGE,
+            Self::Otlp(_) | Self::DnsPorts(_) | Self::Domain(_) => USAGE,
             Self::NotRoot => 6,
             Self::Runtime(error) if error.is_transient() => 4,
-            Self::Runtime(_) => 1,
+            Self::Runtime(_) | Self::Network(_) => 1,
             Self::DataDir { .. } => 8,
             Self::Metrics(_) => ADDRESS_IN_USE,
         }
@@ -187,6 +199,8 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let node_id = node_id(&options.data_dir).map_err(data_dir_error)?;
     let cache = Cache::open(&options.data_dir.join("containers")).map_err(data_dir_error)?;
     let containerd = runtime::connect(&options.containerd_socket, &options.containerd_namespace).await?;
+    let network = Network::start(options.network.clone(), &connected(&cache, &containerd).await?).await?;
+    let resolver = Resolver::new(options.dns.clone())?;
     let probing = Probing::start(options.probes.clone()).await;
 
     let timings = Arc::new(Timings::new(matches!(probing, Probing::Absent(_))));
@@ -205,7 +219,14 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         }
     };
     let supervisor = Supervisor::start(
-        tasks::Options { containerd: containerd.clone(), cache, timings, node: options.node.clone(), probes },
+        tasks::Options {
+            containerd: containerd.clone(),
+            cache,
+            timings,
+            node: options.node.clone(),
+            network: network.clone(),
+            probes,
+        },
         board.clone(),
     )
     .await?;
@@ -215,7 +236,8 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         follow_kernel(maps, &board, &tasks, &shutdown);
     }
 
-    let meters = Meters::new(&own_identity(&node_id), &[Emitter::Agent, Emitter::Both]);
+    let meters = Meters::new(&own_identity(&node_id), &[Emitter::Agent, Emitter::Node, Emitter::Both]);
+    meters.add_source(resolver.source());
     meters.add_source(Arc::new(ProcessSource));
     meters.add_source(Arc::new(BuildInfo));
     for source in &sources {
@@ -224,6 +246,8 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     if let Some(otlp) = &options.telemetry.otlp {
         tasks.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
     }
+    tasks.spawn(network.clone().run(shutdown.clone()));
+    tasks.spawn(resolver.clone().run(network.tables(), shutdown.clone()));
     let link = Link::new();
     let pulse = Pulse::default();
     tasks.spawn(pulse.clone().run(containerd, shutdown.clone()));
@@ -231,15 +255,16 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         meters,
         native_histograms: options.telemetry.native_histograms,
         health: Checks::default(),
-        ready: ready(&probing, &pulse, &link),
+        ready: ready(&probing, &pulse, &link, &network, &resolver),
     };
     let session = session::Options {
         manager: options.manager.clone(),
         node_id,
-        description: node::describe(&options.hostname, options.labels.clone(), probing.report()),
+        description: node::describe(&options.hostname, options.labels.clone(), probing.report(), network.address()),
         telemetry_interval: options.telemetry_interval,
         sources,
         epoch: probing.epoch(),
+        network,
     };
     let actions = supervisor.actions();
     tasks.spawn(session::run(session, supervisor, board, link, shutdown.clone()));
@@ -256,6 +281,17 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         tracing::warn!("ending while containerd is at work on a container: the next agent finds what is left of it");
     }
     Ok(())
+}
+
+/// Containers that are there already, and the addresses that they have.
+async fn connected(cache: &Cache, containerd: &Containerd) -> Result<HashMap<String, Vec<IpAddr>>, runtime::Error> {
+    let found = containerd.containers().await?.into_iter().map(|found| (found.id, Vec::new()));
+    let mut connected: HashMap<_, _> = found.collect();
+    for cached in cache.load() {
+        let addresses = cached.status.addresses.iter().filter_map(|address| address.parse().ok()).collect();
+        connected.insert(cached.assignment.container_id, addresses);
+    }
+    Ok(connected)
 }
 
 /// How long an ending agent waits for containerd to finish what it was asked to do.
@@ -332,7 +368,7 @@ impl Pulse {
     }
 }
 
-fn ready(probing: &Probing, pulse: &Pulse, link: &Link) -> Checks {
+fn ready(probing: &Probing, pulse: &Pulse, link: &Link, network: &Network, resolver: &Resolver) -> Checks {
     let mut checks = Checks::default();
     let probes = match probing {
         Probing::Kernel(..) => Ok(()),
@@ -341,6 +377,10 @@ fn ready(probing: &Probing, pulse: &Pulse, link: &Link) -> Checks {
     checks.add("probes", move || probes.clone());
     let pulse = pulse.clone();
     checks.add("containerd", move || pulse.check());
+    let network = network.clone();
+    checks.add("network", move || network.check());
+    let resolver = resolver.clone();
+    checks.add("dns", move || resolver.check());
     let link = link.clone();
     checks.add("manager", move || link.check());
     checks

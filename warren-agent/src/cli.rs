@@ -1,12 +1,18 @@
 //! The agent's command line.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::{Args, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 use warren_telemetry::{build, cli::TelemetryArguments, otlp::InvalidEndpoint};
 
-use crate::{agent, node, observe, probes, tasks::NodeSettings};
+use crate::{agent, dns, network, node, observe, probes, tasks::NodeSettings};
 
 /// The file with an agent's settings, in the configuration's directory.
 pub const FILE: &str = "agent.toml";
@@ -22,9 +28,9 @@ pub struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Runs what a manager assigns to this node.
-    Run(AgentArguments),
+    Run(Box<AgentArguments>),
     /// Times every container and DNS query of this host, whoever runs them, and serves /metrics. Needs no manager.
-    Observe(ObserveArguments),
+    Observe(Box<ObserveArguments>),
 }
 
 /// How to time things in the kernel.
@@ -107,6 +113,21 @@ pub struct NodeArguments {
     /// others install tini and catatonit unless given.
     #[arg(long, env = "WARREN_INIT_PATH")]
     pub init_path: Option<PathBuf>,
+    /// Where other nodes reach this one; the address that its default route leaves from unless given.
+    #[arg(long, env = "WARREN_ADVERTISE_ADDR")]
+    pub advertise_addr: Option<IpAddr>,
+    /// The domain of services' names.
+    #[arg(long, env = "WARREN_DNS_DOMAIN", default_value = "warren")]
+    pub dns_domain: String,
+    /// Who is asked for names that are not the cluster's, as ADDRESS:PORT; the node's own resolvers unless given.
+    #[arg(long, env = "WARREN_DNS_UPSTREAMS", value_delimiter = ',')]
+    pub dns_upstreams: Vec<SocketAddr>,
+    /// DNS requests a second that one container may make; twice as many at once.
+    #[arg(long, env = "WARREN_DNS_RATE", default_value = "1000")]
+    pub dns_rate: NonZeroU32,
+    /// Where containers' network namespaces are kept: a directory that is empty after a restart of the machine.
+    #[arg(long, env = "WARREN_RUN_DIR", default_value = "/run/warren/network")]
+    pub run_dir: PathBuf,
     /// Time containers around the runtime's calls instead of in the kernel.
     #[arg(long, env = "WARREN_NO_PROBES")]
     pub no_probes: bool,
@@ -144,6 +165,17 @@ impl AgentArguments {
             node: NodeSettings {
                 cgroup_parent: node.cgroup_parent.clone(),
                 init: node.init_path.clone().or_else(node::init),
+            },
+            network: network::Options {
+                run_dir: node.run_dir.clone(),
+                data_dir: self.data_dir.join("network"),
+                address: node.advertise_addr,
+                domain: node.dns_domain.clone(),
+            },
+            dns: dns::Options {
+                domain: node.dns_domain.clone(),
+                upstreams: node.dns_upstreams.clone(),
+                rate: node.dns_rate,
             },
             probes: (!node.no_probes).then_some(probes),
             dns_timeout: node.probes.dns_timeout(),

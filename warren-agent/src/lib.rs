@@ -5,6 +5,8 @@
 
 pub mod agent;
 pub mod cli;
+pub mod dns;
+pub mod network;
 pub mod node;
 pub mod observe;
 pub mod probes;

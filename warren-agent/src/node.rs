@@ -1,6 +1,6 @@
 //! What a node is: its name, its resources, its software.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{collections::BTreeMap, fs, net::IpAddr, path::PathBuf};
 
 use warren_proto::v1;
 use warren_telemetry::build;
@@ -11,9 +11,14 @@ pub fn hostname() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
-/// Describes this machine; memory is what the kernel manages, cores are those this process may use.
+/// Describes this machine, which others reach at `address`; memory is what the kernel manages, cores are those this process may use.
 #[must_use]
-pub fn describe(hostname: &str, labels: BTreeMap<String, String>, probes: v1::ProbeReport) -> v1::NodeDescription {
+pub fn describe(
+    hostname: &str,
+    labels: BTreeMap<String, String>,
+    probes: v1::ProbeReport,
+    address: Option<IpAddr>,
+) -> v1::NodeDescription {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let uname = rustix::system::uname();
     v1::NodeDescription {
@@ -24,6 +29,7 @@ pub fn describe(hostname: &str, labels: BTreeMap<String, String>, probes: v1::Pr
         architecture: std::env::consts::ARCH.to_owned(),
         kernel: uname.release().to_string_lossy().into_owned(),
         probes: Some(probes),
+        address: address.map(|address| address.to_string()).unwrap_or_default(),
     }
 }
 

@@ -16,7 +16,8 @@ pub use archive::import;
 pub use client::{Containerd, all_containers, connect, service_label, service_of};
 pub use events::watch_starts;
 pub use image::LocalImage;
-pub use spec::ContainerOptions;
+pub(crate) use spec::hostname;
+pub use spec::{ContainerOptions, NetworkNamespace};
 pub use task::{Found, TaskState};
 
 use std::{io, path::PathBuf};

@@ -16,6 +16,7 @@ use warren_proto::v1::{
 use warren_telemetry::Source;
 
 use crate::{
+    network::{Network, Place},
     runtime::{self, Containerd},
     tasks::{Board, Supervisor},
 };
@@ -34,6 +35,8 @@ pub struct Options {
     pub sources: Vec<Arc<dyn Source>>,
     /// Names the counts' beginning.
     pub epoch: String,
+    /// Is told where the node is in the cluster, and what else is there.
+    pub network: Network,
 }
 
 impl std::fmt::Debug for Options {
@@ -165,12 +168,13 @@ impl Session<'_> {
     ) -> Result<std::convert::Infallible, Ended> {
         let endpoint = Endpoint::from_shared(self.options.manager.clone()).map_err(Ended::Address)?;
         let channel = endpoint.connect_timeout(CONNECT_TIMEOUT).connect().await.map_err(Ended::Connect)?;
-        NodesClient::new(channel.clone())
+        let registered = NodesClient::new(channel.clone())
             .register_node(v1::RegisterNodeRequest {
                 node_id: self.options.node_id.clone(),
                 description: Some(self.options.description.clone()),
             })
             .await?;
+        self.options.network.set_place(place(registered.into_inner()));
 
         let (sender, outgoing) = mpsc::channel(16);
         let hello = v1::Hello { node_id: self.options.node_id.clone(), boot_id: self.options.epoch.clone() };
@@ -202,6 +206,7 @@ impl Session<'_> {
                             period = positive(message.period, period);
                             set_period.send_replace(period);
                         }
+                        Some(manager_message::Message::Network(update)) => self.options.network.update(update),
                         Some(manager_message::Message::Welcome(_)) | None => {}
                     }
                 }
@@ -281,6 +286,13 @@ async fn welcome(from: &mut Streaming<v1::ManagerMessage>) -> Result<Duration, E
         Some(manager_message::Message::Welcome(welcome)) => Ok(positive(welcome.heartbeat_period, DEFAULT)),
         _ => Err(Ended::NoWelcome),
     }
+}
+
+/// The node's place in the cluster's network. Prefixes that cannot be read are left out.
+fn place(registered: v1::RegisterNodeResponse) -> Place {
+    let prefixes = |list: &[String]| list.iter().filter_map(|prefix| prefix.parse().ok()).collect();
+    let node = registered.node.unwrap_or_default();
+    Place { node_id: node.id, subnets: prefixes(&node.subnets), cluster: prefixes(&registered.cluster_networks) }
 }
 
 /// A period that a timer can have.

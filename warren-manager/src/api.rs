@@ -98,6 +98,10 @@ impl From<Error> for Status {
             Error::Store(store::Error::Rejected(Rejection::NameTaken(_))) => Self::already_exists(message),
             Error::Store(store::Error::Rejected(Rejection::Conflict(_))) => Self::aborted(message),
             Error::Store(store::Error::Rejected(Rejection::NotFound(_))) => Self::not_found(message),
+            Error::Store(store::Error::Rejected(Rejection::PortTaken { .. })) => {
+                Self::already_exists(format!("spec.ports: {message}"))
+            }
+            Error::Store(store::Error::Rejected(Rejection::Exhausted(_))) => Self::resource_exhausted(message),
             Error::Store(store::Error::Encoding(_)) => Self::internal(message),
             Error::Store(store::Error::Raft(warren_raft::Error::TooLarge(_))) => Self::invalid_argument(message),
             Error::Store(store::Error::Raft(_)) => Self::unavailable(message),

@@ -3,10 +3,11 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
+use ipnet::Ipv4Net;
 
 use warren_telemetry::cli::TelemetryArguments;
 
-use crate::{liveness, manager::Options, validate::Policy};
+use crate::{core::Networks, liveness, manager::Options, validate::Policy};
 
 /// The file with a manager's settings, in the configuration's directory.
 pub const FILE: &str = "manager.toml";
@@ -32,6 +33,15 @@ pub struct ManagerArguments {
     /// Allow services whose containers are privileged: those can do to their node whatever root can.
     #[arg(long, env = "WARREN_ALLOW_PRIVILEGED")]
     pub allow_privileged: bool,
+    /// The network of containers' addresses, of a cluster that begins: each node has a /24 of it. 10.128.0.0/10 unless given.
+    #[arg(long, env = "WARREN_CONTAINER_NETWORK")]
+    pub container_network: Option<Ipv4Net>,
+    /// The network of services' virtual addresses, of a cluster that begins. 10.127.0.0/16 unless given.
+    #[arg(long, env = "WARREN_SERVICE_NETWORK")]
+    pub service_network: Option<Ipv4Net>,
+    /// Give containers and services of a cluster that begins no IPv6 addresses.
+    #[arg(long, env = "WARREN_NO_IPV6")]
+    pub no_ipv6: bool,
     /// How to log, and what becomes of telemetry.
     #[command(flatten)]
     pub telemetry: TelemetryArguments,
@@ -49,6 +59,11 @@ impl ManagerArguments {
             snapshot_after: self.snapshot_after,
             liveness: liveness::Timing::default(),
             policy: Policy { privileged: self.allow_privileged },
+            networks: Networks {
+                containers: self.container_network,
+                services: self.service_network,
+                no_v6: self.no_ipv6,
+            },
             telemetry: self.telemetry.options(),
         }
     }

@@ -48,6 +48,11 @@ fn wire_resources(resources: &Resources) -> v1::Resources {
     }
 }
 
+/// As text, one by one.
+pub(crate) fn text(list: impl IntoIterator<Item = impl ToString>) -> Vec<String> {
+    list.into_iter().map(|item| item.to_string()).collect()
+}
+
 fn wire_spec(spec: &ServiceSpec) -> v1::ServiceSpec {
     let condition = match spec.restart.condition {
         RestartCondition::Any => v1::RestartCondition::Any,
@@ -70,6 +75,8 @@ fn wire_spec(spec: &ServiceSpec) -> v1::ServiceSpec {
             delay: Some(wire_duration(spec.restart.delay)),
             max_attempts: spec.restart.max_attempts,
         }),
+        ports: spec.ports.clone(),
+        endpoint_mode: spec.endpoint_mode.into(),
     }
 }
 
@@ -91,6 +98,7 @@ pub(crate) fn service(service: &Service, state: &State) -> v1::Service {
         updated_at: Some(service.updated_at.to_proto()),
         spec: Some(wire_spec(&service.spec)),
         status: Some(v1::ServiceStatus { desired, running: u32::try_from(running).unwrap_or(u32::MAX) }),
+        virtual_addresses: text(state.virtual_addresses_of(service)),
     }
 }
 
@@ -149,6 +157,7 @@ pub(crate) fn observed_status(wire: v1::ContainerStatus) -> Option<Status> {
         runtime: timing(wire.runtime),
         oom_killed: wire.oom_killed,
         signal_ignored: wire.signal_ignored,
+        addresses: wire.addresses.iter().filter_map(|address| address.parse().ok()).collect(),
     })
 }
 
@@ -165,6 +174,7 @@ fn wire_status(status: &Status) -> v1::ContainerStatus {
         runtime: Some(wire_timing(status.runtime)),
         oom_killed: status.oom_killed,
         signal_ignored: status.signal_ignored,
+        addresses: text(&status.addresses),
     }
 }
 
@@ -220,6 +230,7 @@ pub(crate) fn description(wire: v1::NodeDescription) -> Description {
         architecture: wire.architecture,
         kernel: wire.kernel,
         probes: Probes { lifecycle: probes.lifecycle, dns: probes.dns, message: probes.message },
+        address: wire.address.parse().ok(),
     }
 }
 
@@ -254,11 +265,13 @@ pub(crate) fn node(node: &Node, state: &State, health: Health) -> v1::Node {
                 dns: description.probes.dns,
                 message: description.probes.message.clone(),
             }),
+            address: description.address.map(|address| address.to_string()).unwrap_or_default(),
         }),
         status: status.into(),
         status_message: status_message.to_owned(),
         reserved: Some(wire_amounts(reserved)),
         containers,
+        subnets: text(state.subnets_of(node)),
     }
 }
 

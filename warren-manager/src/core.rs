@@ -3,6 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use ipnet::Ipv4Net;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use warren_raft::{Node, Profile, Storage, Transport};
@@ -17,7 +18,7 @@ use crate::{
     liveness::{self, Liveness},
     manager::Error,
     metrics::ManagerMetrics,
-    state::{Change, Cluster, Machine, State, Transaction},
+    state::{Change, Cluster, ClusterNetwork, InvalidNetwork, Machine, State, Transaction},
     store::Store,
     telemetry::{self, Collected},
     validate::Policy,
@@ -53,6 +54,30 @@ pub struct Settings {
     pub liveness: liveness::Timing,
     /// What services may ask for.
     pub policy: Policy,
+    /// The networks of a cluster that is founded; later they stay.
+    pub networks: Networks,
+}
+
+/// Networks that a cluster is founded with; one that is not given is the usual one.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Networks {
+    /// Containers' addresses.
+    pub containers: Option<Ipv4Net>,
+    /// Services' virtual addresses.
+    pub services: Option<Ipv4Net>,
+    /// Without IPv6.
+    pub no_v6: bool,
+}
+
+impl Networks {
+    fn complete(self, usual: ClusterNetwork) -> Result<ClusterNetwork, InvalidNetwork> {
+        let network = ClusterNetwork {
+            containers: self.containers.unwrap_or(usual.containers),
+            services: self.services.unwrap_or(usual.services),
+            v6: usual.v6.filter(|_| !self.no_v6),
+        };
+        network.check().map(|()| network)
+    }
 }
 
 /// How long a stopping manager waits for its loops.
@@ -92,7 +117,7 @@ impl Core {
         let raft = Node::start(&raft_options, storage, Box::new(machine), transport, observer).await?;
         let store = Store::new(raft.clone(), view, Arc::clone(&metrics));
         raft.recovered().await?;
-        found_cluster(&store, &*environment).await?;
+        found_cluster(&store, &*environment, settings.networks).await?;
 
         let liveness = Liveness::new(settings.liveness);
         let collected = Collected::default();
@@ -153,10 +178,11 @@ impl Core {
 }
 
 /// Gives a new cluster its identity.
-async fn found_cluster(store: &Store, environment: &dyn Environment) -> Result<(), Error> {
+async fn found_cluster(store: &Store, environment: &dyn Environment, networks: Networks) -> Result<(), Error> {
     if store.view().cluster().is_none() {
         let id = ids::NodeId::generate(environment).to_string();
-        let cluster = Cluster { id, created_at: environment.now() };
+        let network = networks.complete(ClusterNetwork::of_random(environment.random()))?;
+        let cluster = Cluster { id, created_at: environment.now(), network };
         let changes = vec![Change::FoundCluster(cluster)];
         store.transact(&Transaction { changes, ..Transaction::default() }).await?;
     }

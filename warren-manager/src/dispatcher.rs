@@ -1,18 +1,20 @@
 //! Agents' sessions: assignments down; heartbeats, status and telemetry up.
 
 mod assignments;
+mod directory;
 mod reports;
 
 use std::{collections::HashSet, sync::Arc};
 
 use opentelemetry::KeyValue;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use warren_proto::v1::{self, agent_message, dispatcher_server, manager_message};
 
 use crate::{ids::NodeId, liveness::Liveness, metrics::ManagerMetrics, store::Store, telemetry::Collected};
 use assignments::Assigned;
+use directory::Directory;
 use reports::Reports;
 
 /// Messages to an agent that wait to be sent.
@@ -26,6 +28,7 @@ pub struct Dispatcher {
     collected: Collected,
     metrics: Arc<ManagerMetrics>,
     reports: Reports,
+    directory: watch::Receiver<Directory>,
     seen: Arc<Mutex<HashSet<NodeId>>>,
 }
 
@@ -34,7 +37,8 @@ impl Dispatcher {
     #[must_use]
     pub fn new(store: Store, liveness: Liveness, collected: Collected, metrics: Arc<ManagerMetrics>) -> Self {
         let reports = Reports::start(store.clone());
-        Self { store, liveness, collected, metrics, reports, seen: Arc::default() }
+        let directory = directory::keep(&store);
+        Self { store, liveness, collected, metrics, reports, directory, seen: Arc::default() }
     }
 
     async fn opened(&self, node: &NodeId, hostname: &str) {
@@ -48,6 +52,8 @@ impl Dispatcher {
         let mut state = self.store.watch();
         let mut assigned = Assigned::default();
         let mut period = self.liveness.period();
+        let mut directory = self.directory.clone();
+        let mut position = None;
         loop {
             let view = state.borrow_and_update().clone();
             if view.node(&node).is_none() {
@@ -67,8 +73,16 @@ impl Dispatcher {
                     return;
                 }
             }
+            let news = directory.borrow_and_update().news(position);
+            if let Some((update, reached)) = news {
+                position = Some(reached);
+                if to.send(Ok(wrap(manager_message::Message::Network(update)))).await.is_err() {
+                    return;
+                }
+            }
             tokio::select! {
                 changed = state.changed() => if changed.is_err() { return },
+                changed = directory.changed() => if changed.is_err() { return },
                 () = to.closed() => return,
             }
             if !self.store.raft().status().is_leader {

@@ -24,8 +24,9 @@ use warren_telemetry::{
 
 use crate::{
     clock::System,
-    core::{self, Core, Seams},
+    core::{self, Core, Networks, Seams},
     data_dir, liveness,
+    state::InvalidNetwork,
     validate::Policy,
 };
 
@@ -46,6 +47,8 @@ pub struct Options {
     pub liveness: liveness::Timing,
     /// What services may ask for.
     pub policy: Policy,
+    /// The networks of a cluster that is founded.
+    pub networks: Networks,
     /// What becomes of metrics.
     pub telemetry: warren_telemetry::Options,
 }
@@ -61,6 +64,9 @@ pub enum Error {
     /// The API would be open to the network, unprotected.
     #[error("{0} is not a loopback address: without mutual TLS the API is served to this machine only")]
     NotLoopback(IpAddr),
+    /// The cluster could not have such networks.
+    #[error(transparent)]
+    Network(#[from] InvalidNetwork),
     /// The data directory.
     #[error(transparent)]
     DataDir(#[from] data_dir::Error),
@@ -92,7 +98,7 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::NotLoopback(_) | Self::Otlp(_) => 2,
+            Self::NotLoopback(_) | Self::Network(_) | Self::Otlp(_) => 2,
             Self::DataDir(_) | Self::Raft(warren_raft::Error::Storage { .. }) => 8,
             Self::Listen { .. } | Self::Metrics(_) => 7,
             Self::Raft(_) | Self::Store(_) => 1,
@@ -142,6 +148,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         snapshot_after: options.snapshot_after,
         liveness: options.liveness,
         policy: options.policy,
+        networks: options.networks,
     };
     let seams = Seams {
         environment: Arc::new(System),

@@ -4,12 +4,14 @@
 //! containers of the same service wins, then the one with the smallest share of its resources reserved, then the one with
 //! the fewest containers. Equals are taken in the order of their ids, so that the same state always gives the same plan.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+use warren_proto::v1;
 
 use crate::{
     ids::{ContainerId, NodeId, ServiceId},
     liveness::Health,
-    state::{Amounts, Container, ContainerState, Desired, State},
+    state::{Amounts, Container, ContainerState, Desired, State, protocol_name},
 };
 
 #[cfg(test)]
@@ -24,9 +26,16 @@ pub enum Refusal {
     Cpu,
     /// Too little memory is left.
     Memory,
+    /// Its containers' network has no address left.
+    Addresses,
+    /// Another container there has the host port.
+    Port,
     /// The container is for another node.
     Pinned,
 }
+
+/// Containers that a node has addresses for: a /24, less its first and last address and the node's own.
+const ADDRESSES: u32 = 253;
 
 impl Refusal {
     /// As a label shows it.
@@ -36,6 +45,8 @@ impl Refusal {
             Self::Down => "down",
             Self::Cpu => "cpu",
             Self::Memory => "memory",
+            Self::Addresses => "addresses",
+            Self::Port => "port",
             Self::Pinned => "pinned",
         }
     }
@@ -45,6 +56,8 @@ impl Refusal {
             Self::Down => "not heard of",
             Self::Cpu => "not enough CPU left",
             Self::Memory => "not enough memory left",
+            Self::Addresses => "no container address left",
+            Self::Port => "a host port is taken",
             Self::Pinned => "meant for another",
         }
     }
@@ -67,11 +80,15 @@ struct Candidate {
     capacity: Amounts,
     reserved: Amounts,
     containers: u32,
+    /// Containers with an address of their own.
+    addresses: u32,
+    /// Ports that its containers have on it.
+    ports: BTreeSet<(u32, &'static str)>,
     by_service: BTreeMap<ServiceId, u32>,
 }
 
 impl Candidate {
-    fn refuses(&self, container: &Container) -> Option<Refusal> {
+    fn refuses(&self, container: &Container, ports: &[(u32, &'static str)]) -> Option<Refusal> {
         let wanted = container.resources.reservations;
         if container.pinned.as_ref().is_some_and(|pinned| *pinned != self.id) {
             Some(Refusal::Pinned)
@@ -81,6 +98,10 @@ impl Candidate {
             Some(Refusal::Memory)
         } else if self.reserved.cpu_millis + wanted.cpu_millis > self.capacity.cpu_millis {
             Some(Refusal::Cpu)
+        } else if has_address(container) && self.addresses >= ADDRESSES {
+            Some(Refusal::Addresses)
+        } else if ports.iter().any(|port| self.ports.contains(port)) {
+            Some(Refusal::Port)
         } else {
             None
         }
@@ -94,12 +115,26 @@ impl Candidate {
         (self.by_service.get(service).copied().unwrap_or(0), load, self.containers)
     }
 
-    fn take(&mut self, container: &Container) {
+    fn take(&mut self, container: &Container, ports: &[(u32, &'static str)]) {
+        self.ports.extend(ports);
+        self.addresses += u32::from(has_address(container));
         self.reserved.cpu_millis += container.resources.reservations.cpu_millis;
         self.reserved.memory_bytes += container.resources.reservations.memory_bytes;
         self.containers += 1;
         *self.by_service.entry(container.service.clone()).or_default() += 1;
     }
+}
+
+fn has_address(container: &Container) -> bool {
+    matches!(container.spec.network(), v1::NetworkMode::Cluster | v1::NetworkMode::Unspecified)
+}
+
+/// The ports that a container needs on its node for itself alone. They are its service's as it is now: what publishes
+/// them follows the service too.
+fn host_ports(state: &State, container: &Container) -> Vec<(u32, &'static str)> {
+    let ports = state.service(&container.service).map(|service| service.spec.ports.as_slice()).unwrap_or_default();
+    let own = ports.iter().filter(|port| port.host_port != 0 && port.publish_mode() == v1::PublishMode::Host);
+    own.map(|port| (port.host_port, protocol_name(port))).collect()
 }
 
 /// Whether a container waits for a node.
@@ -119,10 +154,11 @@ pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health) -> Plan {
     let mut candidates = candidates(state, health);
     let mut plan = Plan::default();
     for container in waiting {
+        let ports = host_ports(state, container);
         let mut refusals = BTreeMap::<Refusal, u32>::new();
         let mut best: Option<(_, usize)> = None;
         for (i, candidate) in candidates.iter().enumerate() {
-            if let Some(refusal) = candidate.refuses(container) {
+            if let Some(refusal) = candidate.refuses(container, &ports) {
                 *refusals.entry(refusal).or_default() += 1;
                 continue;
             }
@@ -133,7 +169,7 @@ pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health) -> Plan {
         }
         match best {
             Some((_, i)) => {
-                candidates[i].take(container);
+                candidates[i].take(container, &ports);
                 plan.assignments.push((container.id.clone(), candidates[i].id.clone()));
             }
             None => {
@@ -153,10 +189,12 @@ fn candidates(state: &State, health: impl Fn(&NodeId) -> Health) -> Vec<Candidat
             capacity: node.description.resources,
             reserved: Amounts::default(),
             containers: 0,
+            addresses: 0,
+            ports: BTreeSet::new(),
             by_service: BTreeMap::new(),
         };
         for container in state.containers_on(&node.id).filter(|container| container.holds_resources()) {
-            candidate.take(container);
+            candidate.take(container, &host_ports(state, container));
         }
         candidate
     };

@@ -5,6 +5,7 @@
 //! transactions are applied.
 
 mod machine;
+mod network;
 mod objects;
 mod transaction;
 
@@ -12,15 +13,19 @@ mod transaction;
 pub(crate) mod tests;
 
 pub use machine::Machine;
+use network::Numbers;
+pub use network::{ClusterNetwork, InvalidNetwork, NetworkV6};
 pub use objects::{
     Amounts, Cluster, Container, ContainerState, Description, Desired, Mode, Node, Probes, Resources, RestartCondition,
     RestartPolicy, Service, ServiceSpec, Status, Timing,
 };
+pub(crate) use transaction::protocol_name;
 pub use transaction::{Change, Expected, Rejection, Reply, Transaction};
 
-use std::{io, sync::Arc};
+use std::{io, net::IpAddr, sync::Arc};
 
 use imbl::{OrdMap, OrdSet, Vector};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{ContainerId, NodeId, ServiceId};
@@ -50,6 +55,9 @@ pub struct State {
     /// Request ids by the revision of their reply, and their replies.
     requests: OrdMap<u64, String>,
     replies: OrdMap<String, Reply>,
+    /// Numbers of nodes' subnets and of services' virtual addresses; which are taken is derived.
+    subnets: Numbers,
+    virtual_addresses: Numbers,
     // What follows is derived, or forgotten at a restart.
     names: OrdMap<String, ServiceId>,
     by_service: OrdSet<(ServiceId, ContainerId)>,
@@ -71,6 +79,8 @@ struct Stored {
     containers: Vec<Arc<Container>>,
     requests: OrdMap<u64, String>,
     replies: OrdMap<String, Reply>,
+    next_subnet: u32,
+    next_virtual_address: u32,
 }
 
 const SCHEMA: u32 = 2;
@@ -86,6 +96,18 @@ impl State {
     #[must_use]
     pub fn cluster(&self) -> Option<&Cluster> {
         self.cluster.as_deref()
+    }
+
+    /// Containers' addresses on a node, as prefixes, one of each family.
+    #[must_use]
+    pub fn subnets_of(&self, node: &Node) -> Vec<IpNet> {
+        self.cluster().map(|cluster| cluster.network.node_subnets(node.subnet_index)).unwrap_or_default()
+    }
+
+    /// Where a service answers whatever becomes of its containers, one of each family.
+    #[must_use]
+    pub fn virtual_addresses_of(&self, service: &Service) -> Vec<IpAddr> {
+        self.cluster().map(|cluster| cluster.network.service_addresses(service.virtual_index)).unwrap_or_default()
     }
 
     /// All services, by id.
@@ -202,6 +224,8 @@ impl State {
             containers: self.containers.values().cloned().collect(),
             requests: self.requests.clone(),
             replies: self.replies.clone(),
+            next_subnet: self.subnets.next,
+            next_virtual_address: self.virtual_addresses.next,
         };
         serde_json::to_vec(&stored).map_err(io::Error::other)
     }
@@ -222,13 +246,17 @@ impl State {
             cluster: stored.cluster,
             requests: stored.requests,
             replies: stored.replies,
+            subnets: Numbers { next: stored.next_subnet, ..Numbers::default() },
+            virtual_addresses: Numbers { next: stored.next_virtual_address, ..Numbers::default() },
             ..Self::default()
         };
         for service in stored.services {
             state.names.insert(service.spec.name.clone(), service.id.clone());
+            state.virtual_addresses.taken.insert(service.virtual_index);
             state.services.insert(service.id.clone(), service);
         }
         for node in stored.nodes {
+            state.subnets.taken.insert(node.subnet_index);
             state.nodes.insert(node.id.clone(), node);
         }
         for container in stored.containers {

@@ -2,13 +2,18 @@
 
 mod container;
 
-use std::{borrow::Cow, collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use warren_proto::v1;
 
 use crate::{
     convert::{self, DEFAULT_RESTART},
-    state::{Amounts, Mode, Resources, RestartCondition, RestartPolicy, ServiceSpec},
+    state::{Amounts, Mode, Resources, RestartCondition, RestartPolicy, ServiceSpec, protocol_name},
 };
 
 /// What is wrong with a request.
@@ -70,14 +75,63 @@ pub(crate) fn service_spec(spec: Option<v1::ServiceSpec>, policy: Policy) -> Res
     if text(&spec.labels) > MAX_TEXT {
         return invalid("spec.labels", format!("are longer than {MAX_TEXT} bytes together"));
     }
+    let container = container::check(spec.container, policy)?;
+    let ports = ports(spec.ports)?;
+    if container.network() != v1::NetworkMode::Cluster
+        && container.network() != v1::NetworkMode::Unspecified
+        && let Some(i) = ports.iter().position(|port| port.host_port != 0)
+    {
+        let why = "cannot be published: its containers have no network of their own";
+        return invalid(format!("spec.ports[{i}].host_port"), why);
+    }
     Ok(ServiceSpec {
         name: spec.name,
         labels: spec.labels,
         mode,
-        container: Arc::new(container::check(spec.container, policy)?),
+        container: Arc::new(container),
         resources: resources(spec.resources.unwrap_or_default())?,
         restart: restart(spec.restart)?,
+        ports,
+        endpoint_mode: match v1::EndpointMode::try_from(spec.endpoint_mode) {
+            Ok(mode) => mode,
+            Err(_) => return invalid("spec.endpoint_mode", format!("{} is not known", spec.endpoint_mode)),
+        },
     })
+}
+
+const MAX_PORTS: usize = 256;
+
+fn ports(ports: Vec<v1::Port>) -> Result<Vec<v1::Port>, Invalid> {
+    if ports.len() > MAX_PORTS {
+        return invalid("spec.ports", format!("are more than {MAX_PORTS}"));
+    }
+    let mut published = BTreeSet::new();
+    let mut names = BTreeSet::new();
+    for (i, port) in ports.iter().enumerate() {
+        let field = |name: &str| format!("spec.ports[{i}].{name}");
+        if !port.name.is_empty() {
+            label(field("name"), &port.name)?;
+            if !names.insert(&port.name) {
+                return invalid(field("name"), format!("{:?} is given twice", port.name));
+            }
+        }
+        if !(1..=65535).contains(&port.container_port) {
+            return invalid(field("container_port"), format!("{} is not between 1 and 65535", port.container_port));
+        }
+        if port.host_port > 65535 {
+            return invalid(field("host_port"), format!("{} is not between 1 and 65535", port.host_port));
+        }
+        if v1::Protocol::try_from(port.protocol).is_err() {
+            return invalid(field("protocol"), format!("{} is not known", port.protocol));
+        }
+        if v1::PublishMode::try_from(port.publish_mode).is_err() {
+            return invalid(field("publish_mode"), format!("{} is not known", port.publish_mode));
+        }
+        if port.host_port != 0 && !published.insert((port.host_port, protocol_name(port))) {
+            return invalid(field("host_port"), format!("{}/{} is given twice", port.host_port, protocol_name(port)));
+        }
+    }
+    Ok(ports)
 }
 
 fn name(name: &str) -> Result<(), Invalid> {
@@ -85,10 +139,19 @@ fn name(name: &str) -> Result<(), Invalid> {
     if name.is_empty() {
         return invalid(FIELD, "is missing");
     }
+    label(FIELD, name)
+}
+
+fn label(field: impl Into<Cow<'static, str>>, name: &str) -> Result<(), Invalid> {
     let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    if name.len() > MAX_NAME || !name.bytes().all(allowed) || name.starts_with('-') || name.ends_with('-') {
+    if name.is_empty()
+        || name.len() > MAX_NAME
+        || !name.bytes().all(allowed)
+        || name.starts_with('-')
+        || name.ends_with('-')
+    {
         return invalid(
-            FIELD,
+            field,
             format!(
                 "{name:?} is no DNS label: 1 to {MAX_NAME} of a-z, 0-9 and '-', with a letter or digit at both ends"
             ),
@@ -170,6 +233,38 @@ mod tests {
         let spec = service_spec(Some(spec()), Policy::default()).expect("valid");
         assert_eq!(spec.mode, Mode::Replicated(1));
         assert_eq!(spec.restart, DEFAULT_RESTART);
+    }
+
+    #[test]
+    fn ports_are_checked_and_named() {
+        let port = v1::Port { name: "http".to_owned(), container_port: 80, host_port: 8080, ..Default::default() };
+        let refused = |ports: &[v1::Port], network: v1::NetworkMode| {
+            let mut spec = v1::ServiceSpec { ports: ports.to_vec(), ..spec() };
+            spec.container.get_or_insert_default().network = network.into();
+            service_spec(Some(spec), Policy::default()).err().map(|error| error.field.into_owned())
+        };
+        let clustered = |ports: &[v1::Port]| refused(ports, v1::NetworkMode::Cluster);
+        let udp = v1::Port { name: String::new(), protocol: v1::Protocol::Udp.into(), ..port.clone() };
+        assert_eq!(clustered(&[port.clone(), udp.clone()]), None);
+        for (change, field) in [
+            (v1::Port { name: "Http".to_owned(), ..port.clone() }, "name"),
+            (v1::Port { container_port: 0, ..port.clone() }, "container_port"),
+            (v1::Port { container_port: 65536, ..port.clone() }, "container_port"),
+            (v1::Port { host_port: 65536, ..port.clone() }, "host_port"),
+            (v1::Port { protocol: 9, ..port.clone() }, "protocol"),
+            (v1::Port { publish_mode: 9, ..port.clone() }, "publish_mode"),
+        ] {
+            assert_eq!(clustered(&[change]), Some(format!("spec.ports[0].{field}")));
+        }
+        let twice = v1::Port { name: String::new(), ..port.clone() };
+        assert_eq!(clustered(&[port.clone(), twice]), Some("spec.ports[1].host_port".to_owned()));
+        assert_eq!(
+            clustered(&[port.clone(), v1::Port { host_port: 1, ..port.clone() }]),
+            Some("spec.ports[1].name".to_owned())
+        );
+        for network in [v1::NetworkMode::Host, v1::NetworkMode::None] {
+            assert_eq!(refused(std::slice::from_ref(&udp), network), Some("spec.ports[0].host_port".to_owned()));
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use tempfile::TempDir;
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Streaming, transport::Channel};
-use warren_manager::{Options, Policy, liveness};
+use warren_manager::{Options, Policy, core::Networks, liveness};
 use warren_proto::v1::{
     self, agent_message, containers_client::ContainersClient, dispatcher_client::DispatcherClient, manager_message,
     nodes_client::NodesClient, service_spec::Mode, services_client::ServicesClient, watch_containers_response::Change,
@@ -36,6 +36,7 @@ impl Manager {
             snapshot_after: 1000,
             liveness: liveness::Timing { heartbeat: Duration::from_millis(100), tolerated: 5, max_rate: 500 },
             policy: Policy::default(),
+            networks: Networks::default(),
             telemetry: warren_telemetry::Options::default(),
         };
         let shutdown = CancellationToken::new();

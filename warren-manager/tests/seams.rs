@@ -16,7 +16,7 @@ use tonic::service::Routes;
 use warren_manager::{
     Policy,
     clock::{Environment, Timestamp},
-    core::{Core, Seams, Settings},
+    core::{Core, Networks, Seams, Settings},
     liveness,
 };
 use warren_proto::v1::{
@@ -173,6 +173,7 @@ impl Manager {
             snapshot_after: 10,
             liveness: liveness::Timing::default(),
             policy: Policy::default(),
+            networks: Networks::default(),
         };
         let environment = Fixed { began: tokio::time::Instant::now(), dice: AtomicU64::new(seed) };
         let seams = Seams {

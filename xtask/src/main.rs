@@ -4,6 +4,7 @@ mod bench;
 mod build_ebpf;
 mod kernels;
 mod mixin;
+mod network;
 mod run;
 mod setup;
 mod test;

@@ -27,19 +27,24 @@ const fn tool(program: &'static str, package: &'static str, why: &'static str) -
     Tool { program, package, why }
 }
 
-const TOOLS: [Tool; 7] = [
+const TOOLS: [Tool; 9] = [
     tool("cc", "gcc", "compiles what some Rust libraries bring in C"),
     tool("protoc", "protobuf-compiler", "generates the wire contract's code"),
     tool("containerd", "containerd", "runs containers"),
     tool("runc", "runc", "runs containers"),
+    tool("nft", "nftables", "loads containers' packet rules"),
+    tool("ip", "iproute2", "cleans up after `cargo xtask up`"),
     tool("tini-static", "tini", "is the init of containers that want one"),
     tool("busybox", "busybox-static", "is the demo image"),
     tool("git", "git", "names the commit a binary is built from"),
 ];
 
-const TEST_TOOLS: [Tool; 3] = [
+const TEST_TOOLS: [Tool; 6] = [
     tool("prometheus", "prometheus", "scrapes Warren in tests"),
     tool("promtool", "prometheus", "checks metrics in tests"),
+    tool("dig", "bind9-dnsutils", "asks DNS queries in tests"),
+    tool("dnsperf", "dnsperf", "asks many of them"),
+    tool("bridge", "iproute2", "shows the overlay's entries in tests"),
     tool("dnsmasq", "dnsmasq-base", "answers DNS queries in tests"),
 ];
 

@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::{
     build_ebpf,
+    network::Before,
     run::{cargo, find, step, target},
     setup,
 };
@@ -97,7 +98,15 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     let warren = target().join(if arguments.release { "release" } else { "debug" }).join("warren");
     let directory = arguments.directory();
     let made_socket_directory = arguments.socket.parent().is_some_and(|directory| !directory.exists());
-    let mut up = Up { arguments, warren, directory, containerd: None, manager_and_agent: None, made_socket_directory };
+    let mut up = Up {
+        arguments,
+        warren,
+        directory,
+        containerd: None,
+        manager_and_agent: None,
+        made_socket_directory,
+        network: Before::look(),
+    };
     let outcome = up.start().and_then(|()| up.show(&interrupted));
     println!("\n==> cleaning up");
     if let Err(error) = up.clean_up() {
@@ -115,6 +124,7 @@ struct Up {
     manager_and_agent: Option<Child>,
     /// The socket's directory was not there before.
     made_socket_directory: bool,
+    network: Before,
 }
 
 impl Up {
@@ -150,6 +160,8 @@ impl Up {
             .arg("--containerd-socket")
             .arg(self.containerd_socket())
             .args(["--containerd-namespace", name, "--cgroup-parent", &format!("/{name}")])
+            .arg("--run-dir")
+            .arg(self.directory.join("network"))
             .args(["--bpf-pin-dir", &format!("/sys/fs/bpf/{name}")]);
         self.manager_and_agent = Some(self.spawn("warren", &mut command)?);
         let ready = || self.warren(&["node", "ls"]).is_ok_and(|listed| listed.contains(" ready "));
@@ -340,6 +352,7 @@ impl Up {
         if let Some((child, _)) = self.containerd.take() {
             end(child);
         }
+        self.network.restore(&self.directory.join("network"));
         let name = &self.arguments.name;
         remove(&Path::new("/sys/fs/bpf").join(name))?;
         for mount in cgroup_mounts() {

@@ -6,7 +6,7 @@ use warren_proto::v1;
 use crate::{
     client::{ClientArguments, all_pages},
     error::Error,
-    output::{self, Format, FormatArguments},
+    output::{self, Format, FormatArguments, say},
 };
 
 #[derive(Debug, Subcommand)]
@@ -24,6 +24,11 @@ pub(crate) enum Command {
         #[command(flatten)]
         format: FormatArguments,
     },
+    /// Removes the record of a node that is down; its containers are replaced elsewhere.
+    Rm {
+        /// Hostname, id, or unique beginning of an id.
+        node: String,
+    },
 }
 
 pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {
@@ -37,6 +42,11 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
                     Ok(())
                 }
             }
+        }
+        Command::Rm { node } => {
+            client.nodes().await?.remove_node(v1::RemoveNodeRequest { node: node.clone() }).await?;
+            say!("{node}");
+            Ok(())
         }
         Command::Inspect { node, format } => {
             let request = v1::GetNodeRequest { node };

@@ -92,6 +92,37 @@ pub(crate) fn mount(text: &str) -> Result<v1::Mount, String> {
     if mount.target.is_empty() { Err("a mount needs a target".to_owned()) } else { Ok(mount) }
 }
 
+/// `8080:80`, `8080:80/udp`, or Docker's long form.
+pub(crate) fn port(text: &str) -> Result<v1::Port, String> {
+    let wrong = || format!("{text:?} is not PUBLISHED:TARGET[/PROTOCOL], nor options like published=8080,target=80");
+    let number = |text: &str| text.parse::<u16>().map(u32::from).map_err(|_| wrong());
+    let protocol = |text: &str| match text {
+        "tcp" => Ok(v1::Protocol::Tcp.into()),
+        "udp" => Ok(v1::Protocol::Udp.into()),
+        _ => Err(format!("{text:?} is not a protocol: tcp or udp")),
+    };
+    let mut port = v1::Port::default();
+    if !text.contains('=') {
+        let (ports, name) = text.split_once('/').unwrap_or((text, "tcp"));
+        let (published, target) = ports.split_once(':').ok_or_else(wrong)?;
+        (port.host_port, port.container_port) = (number(published)?, number(target)?);
+        port.protocol = protocol(name)?;
+        return Ok(port);
+    }
+    for option in text.split(',') {
+        match option.split_once('=').ok_or_else(wrong)? {
+            ("published", value) => port.host_port = number(value)?,
+            ("target", value) => port.container_port = number(value)?,
+            ("name", value) => port.name = value.to_owned(),
+            ("protocol", value) => port.protocol = protocol(value)?,
+            ("mode", "host") => port.publish_mode = v1::PublishMode::Host.into(),
+            ("mode", "ingress") => port.publish_mode = v1::PublishMode::Ingress.into(),
+            _ => return Err(format!("{option:?} is no option of a port")),
+        }
+    }
+    Ok(port)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -110,6 +141,19 @@ mod tests {
         assert_eq!(millis("0.5"), Ok(500));
         for wrong in ["-1", "0.0001", "NaN"] {
             assert!(millis(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn ports_are_parsed() {
+        let tcp =
+            v1::Port { container_port: 80, host_port: 8080, protocol: v1::Protocol::Tcp.into(), ..Default::default() };
+        assert_eq!(port("8080:80"), Ok(tcp.clone()));
+        assert_eq!(port("8080:80/udp"), Ok(v1::Port { protocol: v1::Protocol::Udp.into(), ..tcp.clone() }));
+        let host = v1::Port { name: "http".to_owned(), publish_mode: v1::PublishMode::Host.into(), ..tcp };
+        assert_eq!(port("published=8080,target=80,protocol=tcp,mode=host,name=http"), Ok(host));
+        for wrong in ["", "80", "80:x", "70000:80", "80:80/sctp", "target=80,mode=mesh", "target=80,colour=red"] {
+            assert!(port(wrong).is_err(), "{wrong:?}");
         }
     }
 

@@ -141,6 +141,8 @@ async fn inspect(client: &ClientArguments, service: String, format: Format) -> R
         ("name", spec.name),
         ("mode", mode(spec.mode.as_ref())),
         ("running", format!("{} of {}", status.running, status.desired)),
+        ("addresses", service.virtual_addresses.join(", ")),
+        ("ports", spec.ports.iter().map(port).collect::<Vec<_>>().join(", ")),
         ("image", container.image),
         ("command", container.command.join(" ")),
         ("args", container.args.join(" ")),
@@ -153,6 +155,15 @@ async fn inspect(client: &ClientArguments, service: String, format: Format) -> R
         ("version", service.version.to_string()),
     ]);
     Ok(())
+}
+
+/// As `--publish` takes it.
+fn port(port: &v1::Port) -> String {
+    let protocol = if port.protocol() == v1::Protocol::Udp { "udp" } else { "tcp" };
+    let mode = if port.publish_mode() == v1::PublishMode::Host { " on its nodes" } else { "" };
+    let published = if port.host_port == 0 { String::new() } else { format!("{}:", port.host_port) };
+    let name = if port.name.is_empty() { String::new() } else { format!("{} ", port.name) };
+    format!("{name}{published}{}/{protocol}{mode}", port.container_port)
 }
 
 async fn scale(client: &ClientArguments, service: String, replicas: i64, wait: WaitArguments) -> Result<(), Error> {

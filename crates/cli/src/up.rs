@@ -51,6 +51,9 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
         metrics_addr: arguments.metrics_addr,
         snapshot_after: 5000,
         allow_privileged: arguments.allow_privileged,
+        container_network: None,
+        service_network: None,
+        no_ipv6: false,
         telemetry: arguments.telemetry.clone(),
     };
     let agent = AgentArguments {

@@ -31,6 +31,8 @@ pub enum Emitter {
     Manager,
     /// The agent about its node; the leading manager too, for every node.
     Agent,
+    /// The agent about what it does for its node; on its own endpoint only.
+    Node,
     /// Both, about themselves.
     Both,
 }
@@ -87,10 +89,12 @@ const fn octaves<const N: usize>(first: i32) -> [f64; N] {
 /// What the kernel aggregates: bounds on powers of two seconds, which its exponential slots meet exactly. For packets: 30.5 us
 /// to 8 s.
 const KERNEL_FAST: &[f64] = &octaves::<19>(-15);
+/// For answers from memory and from far away: 1 us to 8 s.
+const RESOLVER: &[f64] = &octaves::<24>(-20);
 /// For container operations: 1 ms to 512 s.
 const KERNEL_SLOW: &[f64] = &octaves::<20>(-10);
 
-use Emitter::{Agent, Both, Manager};
+use Emitter::{Agent, Both, Manager, Node};
 use Kind::{Counter, Gauge, Histogram};
 
 macro_rules! metrics {
@@ -166,6 +170,10 @@ metrics! {
     warren_dns_retransmits_total Counter Agent "{packet}" ["node"] &[]; "DNS queries sent again before an answer"
     warren_dns_pending Gauge Agent "{query}" ["node"] &[]; "DNS queries waiting for an answer"
     warren_dns_unmatched_responses_total Counter Agent "{packet}" ["node"] &[]; "DNS answers that matched no query"
+    // DNS, the node's resolver
+    warren_dns_server_requests_total Counter Node "{request}" ["type" "rcode" "source"] &[]; "DNS requests answered: from the cluster's tables, by the node's resolvers, or from what they answered before"
+    warren_dns_server_request_duration_seconds Histogram Node "s" ["source"] RESOLVER; "From a DNS request to its answer"
+    warren_dns_server_upstream_failures_total Counter Node "{request}" ["reason"] &[]; "DNS requests that the node's resolvers did not answer"
     // Probes
     warren_probe_up Gauge Agent "" ["node" "probe"] &[]; "1 while the probe is attached"
     warren_probe_events_lost_total Counter Agent "{event}" ["node" "probe" "reason"] &[]; "What a probe could not record"
@@ -207,6 +215,7 @@ pub fn markdown() -> String {
         let emitter = match metric.emitter {
             Manager => "manager",
             Agent => "agent, manager",
+            Node => "agent",
             Both => "both",
         };
         writeln!(

@@ -4,16 +4,19 @@ mod devices;
 mod process;
 mod seccomp;
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
 use oci_spec::{
     OciSpecError,
     image::Config as ImageConfig,
     runtime::{
         LinuxBuilder, LinuxCpuBuilder, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxMemoryBuilder,
-        LinuxNamespaceBuilder, LinuxNamespaceType, LinuxPidsBuilder, LinuxResources, LinuxResourcesBuilder, Mount,
-        MountBuilder, RootBuilder, Spec, SpecBuilder, get_default_maskedpaths, get_default_mounts,
-        get_default_readonly_paths,
+        LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxPidsBuilder, LinuxResources,
+        LinuxResourcesBuilder, Mount, MountBuilder, RootBuilder, Spec, SpecBuilder, get_default_maskedpaths,
+        get_default_mounts, get_default_readonly_paths,
     },
 };
 use warren_proto::v1;
@@ -42,15 +45,32 @@ pub struct ContainerOptions {
     pub cgroup_parent: PathBuf,
     /// The node's init program, for containers that want one.
     pub init: Option<PathBuf>,
+    /// Its network.
+    pub network: NetworkNamespace,
+    /// Files of the node that it has at these places.
+    pub files: Vec<(PathBuf, &'static str)>,
+}
+
+/// Which network namespace a container is in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NetworkNamespace {
+    /// A new one with nothing in it.
+    #[default]
+    Empty,
+    /// The node's own.
+    Node,
+    /// The one that is kept there.
+    Path(PathBuf),
+}
+
+/// A container's hostname: what its service says, or the beginning of its id.
+pub(crate) fn hostname(id: &str, spec: &v1::ContainerSpec) -> String {
+    if spec.hostname.is_empty() { id.chars().take(HOSTNAME_ID).collect() } else { spec.hostname.clone() }
 }
 
 impl ContainerOptions {
     fn hostname(&self) -> String {
-        if self.spec.hostname.is_empty() {
-            self.id.chars().take(HOSTNAME_ID).collect()
-        } else {
-            self.spec.hostname.clone()
-        }
+        hostname(&self.id, &self.spec)
     }
 }
 
@@ -61,22 +81,12 @@ pub(super) fn build(image: &ImageConfig, options: &ContainerOptions, identity: &
     let mounts = mounts(options)?;
     let (devices, rules) = if spec.privileged { devices::all()? } else { devices::named(&spec.devices)? };
     let assembled = || -> Result<Spec, OciSpecError> {
-        let kinds = [
-            LinuxNamespaceType::Pid,
-            LinuxNamespaceType::Ipc,
-            LinuxNamespaceType::Uts,
-            LinuxNamespaceType::Mount,
-            LinuxNamespaceType::Network,
-            LinuxNamespaceType::Cgroup,
-        ];
-        let namespaces: Result<Vec<_>, _> =
-            kinds.into_iter().map(|kind| LinuxNamespaceBuilder::default().typ(kind).build()).collect();
         let mut linux = LinuxBuilder::default()
-            .namespaces(namespaces?)
+            .namespaces(namespaces(&options.network)?)
             .cgroups_path(options.cgroup_parent.join(&options.id))
             .resources(resources(options, rules)?)
             .devices(devices)
-            .sysctl(spec.sysctls.clone().into_iter().collect::<std::collections::HashMap<_, _>>());
+            .sysctl(sysctls(options));
         if !spec.privileged {
             linux = linux
                 .seccomp(seccomp::profile(&process::capabilities(spec)))
@@ -97,6 +107,40 @@ pub(super) fn build(image: &ImageConfig, options: &ContainerOptions, identity: &
     assembled().map_err(cannot_be_built)
 }
 
+fn namespaces(network: &NetworkNamespace) -> Result<Vec<LinuxNamespace>, OciSpecError> {
+    let own = [
+        LinuxNamespaceType::Pid,
+        LinuxNamespaceType::Ipc,
+        LinuxNamespaceType::Uts,
+        LinuxNamespaceType::Mount,
+        LinuxNamespaceType::Cgroup,
+    ];
+    let mut namespaces = Vec::new();
+    for kind in own {
+        namespaces.push(LinuxNamespaceBuilder::default().typ(kind).build()?);
+    }
+    let of_network = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Network);
+    match network {
+        NetworkNamespace::Empty => namespaces.push(of_network.build()?),
+        NetworkNamespace::Path(path) => namespaces.push(of_network.path(path).build()?),
+        NetworkNamespace::Node => {}
+    }
+    Ok(namespaces)
+}
+
+/// Kernel parameters. In a network of its own a container may listen on any port and ping, whoever runs it, as with Docker.
+fn sysctls(options: &ContainerOptions) -> HashMap<String, String> {
+    let mut sysctls: HashMap<_, _> = options.spec.sysctls.clone().into_iter().collect();
+    if options.network != NetworkNamespace::Node {
+        for (name, value) in
+            [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")]
+        {
+            sysctls.entry(name.to_owned()).or_insert_with(|| value.to_owned());
+        }
+    }
+    sysctls
+}
+
 fn cannot_be_built(error: OciSpecError) -> Error {
     Error::BadSpec(format!("the container's spec cannot be built: {error}"))
 }
@@ -109,6 +153,12 @@ fn mounts(options: &ContainerOptions) -> Result<Vec<Mount>, Error> {
         for mount in &mut mounts {
             let writable = mount.options().iter().flatten().filter(|option| *option != "ro").cloned().collect();
             mount.set_options(Some(writable));
+        }
+    }
+    for (source, target) in &options.files {
+        // A service's own mount of the same file counts more.
+        if !spec.mounts.iter().any(|mount| mount.target == *target) {
+            mounts.push(bind(source, target, false)?);
         }
     }
     for wanted in &spec.mounts {

@@ -14,6 +14,7 @@ use super::{
     worker::{Beginning, NodeSettings, Registrar, Shared, Spawned, StopOptions, Worker},
 };
 use crate::{
+    network::Network,
     probes::{self, Groups, LifecycleEvent, Maps, Phase},
     runtime::{self, Containerd, Found, TaskState},
 };
@@ -29,6 +30,8 @@ pub struct Options {
     pub timings: Arc<Timings>,
     /// What the node gives them.
     pub node: NodeSettings,
+    /// What connects them.
+    pub network: Network,
     /// The probes, if they work.
     pub probes: Option<(Arc<Maps>, Arc<Mutex<Groups>>)>,
 }
@@ -120,6 +123,7 @@ impl Supervisor {
             timings: options.timings,
             registrar,
             node: options.node,
+            network: options.network,
             actions: TaskTracker::new(),
         });
         let found = shared.containerd.containers().await?;

@@ -17,6 +17,8 @@ use crate::probes::exponential;
 pub enum RuntimePhase {
     /// Finding the image and making its layers and the container's snapshots.
     Unpack,
+    /// Giving the container its network namespace and addresses.
+    Network,
     /// containerd's create, which starts the shim and executes the runtime's create.
     Create,
     /// containerd's start.
@@ -27,6 +29,7 @@ impl RuntimePhase {
     fn label(self) -> &'static str {
         match self {
             Self::Unpack => "unpack",
+            Self::Network => "network",
             Self::Create => "create",
             Self::Start => "start",
         }
@@ -73,7 +76,7 @@ impl Timings {
         self.record(|recorded| {
             recorded.phases.entry(phase).or_insert(Histogram::EMPTY).observe(ns(took));
             let operation = match phase {
-                RuntimePhase::Unpack => return,
+                RuntimePhase::Unpack | RuntimePhase::Network => return,
                 RuntimePhase::Create => CREATE,
                 RuntimePhase::Start => START,
             };

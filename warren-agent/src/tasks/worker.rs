@@ -14,7 +14,10 @@ use warren_proto::v1::{self, ContainerState};
 use warren_spec::{ImageName, InvalidImageName};
 
 use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Phase, RuntimePhase, Timings};
-use crate::runtime::{self, ContainerOptions, Containerd};
+use crate::{
+    network::{Files, Mounted, Network},
+    runtime::{self, ContainerOptions, Containerd, NetworkNamespace},
+};
 
 /// From the stop signal to SIGKILL unless a service says otherwise.
 const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -77,6 +80,7 @@ pub(super) struct Shared {
     pub(super) timings: Arc<Timings>,
     pub(super) registrar: Arc<dyn Registrar>,
     pub(super) node: NodeSettings,
+    pub(super) network: Network,
     /// The actions being carried out. Once it is closed, no other is begun.
     pub(super) actions: TaskTracker,
 }
@@ -293,7 +297,6 @@ impl Worker {
         let spec = assignment.spec.clone().unwrap_or_default();
         let name: ImageName =
             spec.image.parse().map_err(|error: InvalidImageName| Ending::Rejected(error.to_string()))?;
-        let began = Instant::now();
         let image = retry(|| self.shared.containerd.image(&name)).await?;
         if spec.stop_signal.is_empty()
             && let Some(signal) = image.config.stop_signal().as_deref().and_then(warren_spec::signal)
@@ -303,8 +306,12 @@ impl Worker {
         let mut labels: HashMap<_, _> = spec.labels.clone().into_iter().collect();
         labels.extend(self.stop.labels());
         labels.insert(label::SERVICE.to_owned(), assignment.service_name.clone());
+        let (network, files) = self.connect(&spec).await?;
+        let began = Instant::now();
         let options = ContainerOptions {
             id: self.id.clone(),
+            network,
+            files,
             spec,
             resources: assignment.resources.unwrap_or_default(),
             cgroup_parent: self.shared.node.cgroup_parent.clone(),
@@ -316,6 +323,27 @@ impl Worker {
         self.shared.timings.phase(RuntimePhase::Unpack, began.elapsed());
         self.shared.registrar.register(&self.id, &assignment.service_name, self.stop.signal);
         Ok(())
+    }
+
+    /// Gives the container its place in the network that its service wants, and the files that say so.
+    async fn connect(&self, spec: &v1::ContainerSpec) -> Result<(NetworkNamespace, Vec<Mounted>), Ending> {
+        let began = Instant::now();
+        let files = self.shared.network.files();
+        let hostname = runtime::hostname(&self.id, spec);
+        let (namespace, addresses) = match spec.network() {
+            v1::NetworkMode::Host => return Ok((NetworkNamespace::Node, Files::of_the_node())),
+            v1::NetworkMode::None => (NetworkNamespace::Empty, Vec::new()),
+            v1::NetworkMode::Cluster | v1::NetworkMode::Unspecified => {
+                let attached = self.shared.network.attach(&self.id).await;
+                let attachment = attached.map_err(|error| Ending::Failed(format!("network: {error}")))?;
+                (NetworkNamespace::Path(attachment.namespace), attachment.addresses)
+            }
+        };
+        let written = files.write(&self.id, &hostname, &addresses);
+        let files = written.map_err(|error| Ending::Failed(format!("network: writing its files: {error}")))?;
+        self.note(|status| status.addresses = addresses.iter().map(ToString::to_string).collect());
+        self.shared.timings.phase(RuntimePhase::Network, began.elapsed());
+        Ok((namespace, files))
     }
 
     async fn start(&self) -> Result<(), Ending> {
@@ -396,6 +424,10 @@ impl Worker {
                     let _ = self.shared.containerd.kill_task(&self.id, SIGKILL, true).await;
                     Err(error)
                 }
+            };
+            let cleaned = match cleaned {
+                Ok(()) => self.shared.network.detach(&self.id).await.map_err(|error| error.to_string()),
+                Err(error) => Err(error.to_string()),
             };
             match cleaned {
                 Ok(()) => return,

@@ -40,7 +40,7 @@ impl Nodes {
         // A node that comes back as it was costs no log entry.
         if known.is_none_or(|known| known.description != description) {
             let created_at = known.map_or_else(|| self.0.environment.now(), |known| known.created_at);
-            let node = Node { id: id.clone(), version: 0, created_at, description };
+            let node = Node { id: id.clone(), version: 0, created_at, description, subnet_index: 0 };
             let changes = vec![Change::PutNode(Box::new(node))];
             self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
         }
@@ -69,7 +69,10 @@ impl nodes_server::Nodes for Nodes {
         request: Request<v1::RegisterNodeRequest>,
     ) -> Result<Response<v1::RegisterNodeResponse>, Status> {
         let node = self.register(request.into_inner()).await?;
-        Ok(Response::new(v1::RegisterNodeResponse { node: Some(node) }))
+        let state = self.0.store.view();
+        let networks = state.cluster().map(|cluster| cluster.network.prefixes()).unwrap_or_default();
+        let cluster_networks = networks.iter().map(ToString::to_string).collect();
+        Ok(Response::new(v1::RegisterNodeResponse { node: Some(node), cluster_networks }))
     }
 
     async fn list_nodes(

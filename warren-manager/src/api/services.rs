@@ -44,6 +44,7 @@ impl Services {
             created_at: now,
             updated_at: now,
             generation: 1,
+            virtual_index: 0,
             spec,
         };
         let name = service.spec.name.clone();

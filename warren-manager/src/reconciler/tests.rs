@@ -4,7 +4,7 @@ use super::*;
 use crate::{
     ids::ContainerId,
     scheduler,
-    state::tests::{apply, container, node, observe, put, service},
+    state::tests::{apply, container, founded, node, observe, put, service},
 };
 
 /// A cluster in which nothing happens by itself: tests play the agents.
@@ -17,7 +17,7 @@ struct World {
 
 impl World {
     fn new(nodes: &[&'static str]) -> Self {
-        let mut state = State::default();
+        let mut state = founded();
         apply(&mut state, nodes.iter().map(|id| Change::PutNode(Box::new(node(id, 100_000, 1 << 40)))));
         Self { state, now: 1_000_000, down: Vec::new(), made: 0 }
     }

@@ -1,18 +1,19 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
+use warren_proto::v1;
 
 use super::*;
 use crate::{
     clock::Timestamp,
     state::{
         Change,
-        tests::{apply, container, node, put, service},
+        tests::{apply, container, founded, node, put, service},
     },
 };
 
 fn cluster(nodes: &[(&str, u64, u64)]) -> State {
-    let mut state = State::default();
+    let mut state = founded();
     apply(&mut state, nodes.iter().map(|(id, cpu, memory)| Change::PutNode(Box::new(node(id, *cpu, *memory)))));
     state
 }
@@ -87,6 +88,30 @@ fn refusals_say_why_in_words() {
         ready,
     );
     assert_eq!(empty.refusals[0].1, "no node has joined the cluster");
+}
+
+#[test]
+fn a_port_of_the_node_is_one_containers() {
+    let mut state = cluster(&[("a", 1000, 1000), ("b", 1000, 1000)]);
+    let mut web = service("web", "web", 3);
+    let publish_mode = v1::PublishMode::Host.into();
+    web.spec.ports = vec![v1::Port { container_port: 80, host_port: 80, publish_mode, ..Default::default() }];
+    let containers = (1..=3).map(|slot| container(&format!("web-{slot}"), &web, slot, 1));
+    let containers: Vec<_> = containers.map(|c| Change::CreateContainer(Box::new(c))).collect();
+    apply(&mut state, [put(web)]);
+    apply(&mut state, containers);
+    let plan = plan(&state, ready);
+    assert_eq!(by_node(&plan), BTreeMap::from([("a", 1), ("b", 1)]));
+    assert_eq!(plan.refusals[0].1, "no suitable node (2 nodes: 2 a host port is taken)");
+}
+
+#[test]
+fn a_node_runs_as_many_containers_as_it_has_addresses() {
+    let mut state = cluster(&[("a", 1000, 1000)]);
+    add(&mut state, "web", ADDRESSES + 1, NOTHING);
+    let plan = plan(&state, ready);
+    assert_eq!(plan.assignments.len(), ADDRESSES as usize);
+    assert_eq!(plan.refusals[0].1, "no suitable node (1 node: 1 no container address left)");
 }
 
 proptest! {

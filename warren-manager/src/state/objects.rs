@@ -1,10 +1,11 @@
 //! What the tables hold.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use warren_proto::v1;
 
+use super::ClusterNetwork;
 use crate::{
     clock::Timestamp,
     ids::{ContainerId, NodeId, ServiceId},
@@ -17,6 +18,8 @@ pub struct Cluster {
     pub id: String,
     /// When it was made.
     pub created_at: Timestamp,
+    /// The addresses of its containers and services.
+    pub network: ClusterNetwork,
 }
 
 /// A service: what should run, and how many of it.
@@ -34,6 +37,8 @@ pub struct Service {
     pub spec: ServiceSpec,
     /// Counts changes of what its containers run: those of an earlier number are replaced.
     pub generation: u64,
+    /// Which of the cluster's virtual addresses is its own; given by the state when the service is created.
+    pub virtual_index: u32,
 }
 
 /// What a user wants of a service; validated.
@@ -51,6 +56,10 @@ pub struct ServiceSpec {
     pub resources: Resources,
     /// What happens when one ends.
     pub restart: RestartPolicy,
+    /// Where its containers listen.
+    pub ports: Vec<v1::Port>,
+    /// How its name is answered.
+    pub endpoint_mode: v1::EndpointMode,
 }
 
 /// How many containers a service has.
@@ -113,6 +122,8 @@ pub struct Node {
     pub created_at: Timestamp,
     /// What its agent says of it.
     pub description: Description,
+    /// Which of the cluster's subnets is its containers'; given by the state when the node first registers.
+    pub subnet_index: u32,
 }
 
 /// What an agent says of its node.
@@ -132,6 +143,8 @@ pub struct Description {
     pub kernel: String,
     /// Whether its kernel probes work.
     pub probes: Probes,
+    /// Where other nodes reach it.
+    pub address: Option<IpAddr>,
 }
 
 /// Whether a node's kernel probes work.
@@ -264,6 +277,8 @@ pub struct Status {
     pub oom_killed: bool,
     /// Its first process had no handler for the stop signal.
     pub signal_ignored: bool,
+    /// In the cluster's network.
+    pub addresses: Vec<IpAddr>,
 }
 
 impl Status {
@@ -282,6 +297,7 @@ impl Status {
             runtime: Timing::default(),
             oom_killed: false,
             signal_ignored: false,
+            addresses: Vec::new(),
         }
     }
 }

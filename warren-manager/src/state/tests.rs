@@ -1,10 +1,20 @@
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use proptest::prelude::*;
 use warren_proto::v1;
 
 use super::*;
 use crate::clock::Timestamp;
+
+/// A cluster in which nothing is yet.
+pub(crate) fn founded() -> State {
+    let network = ClusterNetwork::of_random(7);
+    let cluster = Cluster { id: "cluster".to_owned(), created_at: Timestamp(0), network };
+    State { cluster: Some(Arc::new(cluster)), ..State::default() }
+}
 
 pub(crate) fn service(id: &str, name: &str, replicas: u32) -> Service {
     Service {
@@ -13,6 +23,7 @@ pub(crate) fn service(id: &str, name: &str, replicas: u32) -> Service {
         created_at: Timestamp(1),
         updated_at: Timestamp(1),
         generation: 1,
+        virtual_index: 0,
         spec: ServiceSpec {
             name: name.to_owned(),
             labels: BTreeMap::new(),
@@ -20,6 +31,8 @@ pub(crate) fn service(id: &str, name: &str, replicas: u32) -> Service {
             container: Arc::new(v1::ContainerSpec { image: "demo".to_owned(), ..Default::default() }),
             resources: Resources::default(),
             restart: RestartPolicy { condition: RestartCondition::Any, delay: Duration::from_secs(1), max_attempts: 0 },
+            ports: Vec::new(),
+            endpoint_mode: v1::EndpointMode::Unspecified,
         },
     }
 }
@@ -27,7 +40,7 @@ pub(crate) fn service(id: &str, name: &str, replicas: u32) -> Service {
 pub(crate) fn node(id: &str, cpu_millis: u64, memory_bytes: u64) -> Node {
     let resources = Amounts { cpu_millis, memory_bytes };
     let description = Description { hostname: id.to_owned(), resources, ..Description::default() };
-    Node { id: id.into(), version: 0, created_at: Timestamp(1), description }
+    Node { id: id.into(), version: 0, created_at: Timestamp(1), description, subnet_index: 0 }
 }
 
 pub(crate) fn container(id: &str, service: &Service, slot: u32, created_at: u64) -> Container {
@@ -74,7 +87,7 @@ pub(crate) fn observe(id: &str, node: &str, state: ContainerState, at: u64) -> C
 
 #[test]
 fn names_are_used_once_and_can_be_used_again() {
-    let mut state = State::default();
+    let mut state = founded();
     let replies = apply(&mut state, [put(service("a", "web", 1)), put(service("b", "web", 1))]);
     assert_eq!(replies, [Ok(1), Err(Rejection::NameTaken("web".to_owned()))]);
     assert_eq!(state.service_named("web").map(|s| s.id.as_str()), Some("a"));
@@ -85,8 +98,39 @@ fn names_are_used_once_and_can_be_used_again() {
 }
 
 #[test]
+fn a_port_is_published_once_in_the_whole_cluster() {
+    use v1::PublishMode::{Host, Ingress};
+    let publishing = |id: &str, host_port, mode: v1::PublishMode| {
+        let mut service = service(id, id, 1);
+        let publish_mode = mode.into();
+        service.spec.ports = vec![v1::Port { container_port: 80, host_port, publish_mode, ..Default::default() }];
+        put(service)
+    };
+    let mut state = founded();
+    let taken = |port: &str, by: &str| Err(Rejection::PortTaken { port: port.to_owned(), service: by.to_owned() });
+    let changes = [
+        publishing("a", 80, Ingress),
+        publishing("b", 80, Ingress),
+        publishing("b", 80, Host),
+        publishing("b", 81, Host),
+        publishing("c", 81, Host),
+        publishing("d", 81, Ingress),
+        // Its own it may keep.
+        publishing("a", 80, Ingress),
+        publishing("a", 0, Ingress),
+        publishing("d", 0, Ingress),
+    ];
+    let replies: Vec<_> = apply(&mut state, changes).into_iter().map(|reply| reply.map(drop)).collect();
+    let b_has_it = taken("81/tcp", "b");
+    assert_eq!(
+        replies,
+        [Ok(()), taken("80/tcp", "a"), taken("80/tcp", "a"), Ok(()), Ok(()), b_has_it, Ok(()), Ok(()), Ok(())]
+    );
+}
+
+#[test]
 fn a_write_that_saw_an_older_version_is_refused() {
-    let mut state = State::default();
+    let mut state = founded();
     apply(&mut state, [put(service("a", "web", 1)), put(service("a", "web", 2))]);
     let stale = Change::PutService { service: Box::new(service("a", "web", 9)), expected: Expected::Version(1) };
     assert!(matches!(apply(&mut state, [stale])[0], Err(Rejection::Conflict(_))));
@@ -98,7 +142,7 @@ fn a_write_that_saw_an_older_version_is_refused() {
 
 #[test]
 fn a_transaction_is_all_or_nothing() {
-    let mut state = State::default();
+    let mut state = founded();
     let missing = Change::DeleteService { id: "nope".into(), expected: Expected::Any };
     let transaction = Transaction { changes: vec![put(service("a", "web", 1)), missing], ..Transaction::default() };
     assert!(state.apply(1, &transaction).is_err());
@@ -108,7 +152,7 @@ fn a_transaction_is_all_or_nothing() {
 
 #[test]
 fn a_request_repeated_is_done_once_and_answered_the_same() {
-    let mut state = State::default();
+    let mut state = founded();
     let request = |service| Transaction {
         request_id: "r1".to_owned(),
         changes: vec![Change::PutService { service: Box::new(service), expected: Expected::Absent }],
@@ -124,7 +168,7 @@ fn a_request_repeated_is_done_once_and_answered_the_same() {
 
 #[test]
 fn observed_states_only_rise_and_only_their_node_reports_them() {
-    let mut state = State::default();
+    let mut state = founded();
     let web = service("a", "web", 1);
     apply(
         &mut state,
@@ -149,7 +193,7 @@ fn observed_states_only_rise_and_only_their_node_reports_them() {
 
 #[test]
 fn watchers_miss_nothing_or_are_told_so() {
-    let mut state = State::default();
+    let mut state = founded();
     let web = service("a", "web", 1);
     apply(&mut state, [put(web.clone())]);
     for i in 0..HISTORY + 10 {
@@ -186,7 +230,7 @@ fn change() -> impl Strategy<Value = Change> {
 proptest! {
     #[test]
     fn any_history_gives_the_same_bytes_and_survives_a_snapshot(changes in prop::collection::vec(change(), 0..60)) {
-        let (mut one, mut two) = (State::default(), State::default());
+        let (mut one, mut two) = (founded(), founded());
         for (i, change) in changes.iter().enumerate() {
             let transaction = Transaction { changes: vec![change.clone()], ..Transaction::default() };
             prop_assert_eq!(one.apply(i as u64 + 1, &transaction), two.apply(i as u64 + 1, &transaction));
@@ -198,6 +242,10 @@ proptest! {
         prop_assert_eq!(one.to_bytes().expect("bytes"), two.to_bytes().expect("bytes"));
         // The indices say what the tables say.
         for state in [&one, &two] {
+            let subnets: BTreeSet<_> = state.nodes().map(|node| node.subnet_index).collect();
+            prop_assert_eq!(subnets.len(), state.nodes().count(), "two nodes have one subnet");
+            let addresses: BTreeSet<_> = state.services().map(|service| service.virtual_index).collect();
+            prop_assert_eq!(addresses.len(), state.services().count(), "two services have one address");
             for node in state.nodes() {
                 let indexed = state.containers_on(&node.id).count();
                 prop_assert_eq!(indexed, state.containers().filter(|c| c.node.as_ref() == Some(&node.id)).count());

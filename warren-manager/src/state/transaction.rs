@@ -3,6 +3,7 @@
 use std::{fmt, sync::Arc};
 
 use serde::{Deserialize, Serialize};
+use warren_proto::v1;
 
 use super::{Cluster, Container, ContainerState, Desired, Node, REQUESTS, Service, State, Status};
 use crate::{
@@ -107,6 +108,15 @@ pub enum Rejection {
     Conflict(String),
     /// There is no such object.
     NotFound(String),
+    /// Another service publishes this port.
+    PortTaken {
+        /// Which, and its protocol.
+        port: String,
+        /// Whose it is.
+        service: String,
+    },
+    /// The cluster's networks have no more of these.
+    Exhausted(String),
 }
 
 impl fmt::Display for Rejection {
@@ -115,7 +125,18 @@ impl fmt::Display for Rejection {
             Self::NameTaken(name) => write!(f, "a service named {name:?} exists already"),
             Self::Conflict(what) => write!(f, "{what} was changed by someone else; look again and repeat"),
             Self::NotFound(what) => write!(f, "there is no {what}"),
+            Self::PortTaken { port, service } => write!(f, "port {port} is published by service {service:?}"),
+            Self::Exhausted(what) => write!(f, "the cluster has no {what} left"),
         }
+    }
+}
+
+/// As tables and errors show it.
+#[must_use]
+pub(crate) fn protocol_name(port: &v1::Port) -> &'static str {
+    match port.protocol() {
+        v1::Protocol::Udp => "udp",
+        v1::Protocol::Tcp | v1::Protocol::Unspecified => "tcp",
     }
 }
 
@@ -174,17 +195,27 @@ impl State {
                 if !matches(*expected, Some(known.version)) {
                     return Err(Rejection::Conflict(format!("service {:?}", known.spec.name)));
                 }
-                let name = known.spec.name.clone();
+                let (name, virtual_index) = (known.spec.name.clone(), known.virtual_index);
                 self.names.remove(&name);
+                self.virtual_addresses.taken.remove(&virtual_index);
                 self.services.remove(id);
             }
             Change::PutNode(node) => {
                 let mut node = (**node).clone();
                 node.version = self.revision;
+                node.subnet_index = match self.nodes.get(&node.id) {
+                    Some(known) => known.subnet_index,
+                    None => {
+                        let count = self.cluster.as_ref().map_or(0, |cluster| cluster.network.subnets());
+                        let taken = self.subnets.take(0, count);
+                        taken.ok_or_else(|| Rejection::Exhausted("subnet for another node".to_owned()))?
+                    }
+                };
                 self.nodes.insert(node.id.clone(), Arc::new(node));
             }
             Change::DeleteNode { id } => {
-                self.nodes.remove(id).ok_or_else(|| Rejection::NotFound(format!("node {id}")))?;
+                let node = self.nodes.remove(id).ok_or_else(|| Rejection::NotFound(format!("node {id}")))?;
+                self.subnets.taken.remove(&node.subnet_index);
                 let containers: Vec<_> = self.containers_on(id).map(|container| container.id.clone()).collect();
                 for container in containers {
                     self.delete_container(&container);
@@ -230,14 +261,49 @@ impl State {
         if self.names.get(name).is_some_and(|owner| *owner != service.id) {
             return Err(Rejection::NameTaken(name.clone()));
         }
-        if let Some(old) = known.map(|known| known.spec.name.clone()) {
-            self.names.remove(&old);
+        if let Some((port, service)) = self.published_elsewhere(service) {
+            return Err(Rejection::PortTaken { port, service });
         }
         let mut service = service.clone();
         service.version = self.revision;
+        if let Some(known) = known {
+            let old = known.spec.name.clone();
+            service.virtual_index = known.virtual_index;
+            self.names.remove(&old);
+        } else {
+            let count = self.cluster.as_ref().map_or(0, |cluster| cluster.network.virtual_addresses());
+            // The first and the last address of a network are not anybody's.
+            let taken = self.virtual_addresses.take(1, count.saturating_sub(1));
+            service.virtual_index =
+                taken.ok_or_else(|| Rejection::Exhausted("virtual address for another service".to_owned()))?;
+        }
         self.names.insert(service.spec.name.clone(), service.id.clone());
         self.services.insert(service.id.clone(), Arc::new(service));
         Ok(())
+    }
+
+    /// A port of this service that another one publishes, where one of the two does so on every node.
+    fn published_elsewhere(&self, service: &Service) -> Option<(String, String)> {
+        let everywhere = |port: &v1::Port| port.publish_mode() != v1::PublishMode::Host;
+        let published = |service: &Service| {
+            service.spec.ports.iter().filter(|port| port.host_port != 0).cloned().collect::<Vec<_>>()
+        };
+        let own = published(service);
+        if own.is_empty() {
+            return None;
+        }
+        for other in self.services.values().filter(|other| other.id != service.id) {
+            for theirs in published(other) {
+                let clash = own.iter().find(|port| {
+                    (port.host_port, protocol_name(port)) == (theirs.host_port, protocol_name(&theirs))
+                        && (everywhere(port) || everywhere(&theirs))
+                });
+                if let Some(port) = clash {
+                    return Some((format!("{}/{}", port.host_port, protocol_name(port)), other.spec.name.clone()));
+                }
+            }
+        }
+        None
     }
 
     /// A container that no longer waits, or a node that is gone, makes an assignment moot, not wrong.

@@ -66,6 +66,7 @@ pub(super) fn check(spec: Option<v1::ContainerSpec>, policy: Policy) -> Result<v
     }
     devices(&spec)?;
     mounts(&spec)?;
+    network(&spec)?;
     Ok(spec)
 }
 
@@ -163,6 +164,19 @@ fn devices(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
         }
     }
     Ok(())
+}
+
+fn network(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
+    let Ok(mode) = v1::NetworkMode::try_from(spec.network) else {
+        return invalid("spec.container.network", format!("{} is not known", spec.network));
+    };
+    let of_network = spec.sysctls.keys().find(|name| warren_spec::sysctl(name).is_some_and(|known| known.network));
+    match of_network {
+        Some(name) if mode == v1::NetworkMode::Host => {
+            invalid("spec.container.sysctls", format!("{name} would be the node's own: its network is the node's"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The kernel's own file systems, which a mount would break.
@@ -275,6 +289,12 @@ mod tests {
         assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].type");
         let mount = v1::Mount { size_bytes: 1, ..tmpfs("/a") };
         assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].size_bytes");
+        let host = |spec: &mut v1::ContainerSpec| {
+            spec.network = v1::NetworkMode::Host.into();
+            spec.sysctls = pair("net.core.somaxconn", "1".to_owned());
+        };
+        assert_eq!(refused(host), "spec.container.sysctls");
+        assert_eq!(refused(|spec| spec.network = 99), "spec.container.network");
         let mount = v1::Mount { mode: 0o10000, ..tmpfs("/a") };
         assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].mode");
     }

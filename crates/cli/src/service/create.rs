@@ -22,6 +22,24 @@ enum Restart {
     Never,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Network {
+    /// An address of its own for each.
+    Cluster,
+    /// The node's own addresses and ports.
+    Host,
+    /// Nothing but loopback.
+    None,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum EndpointMode {
+    /// The addresses of its healthy containers, in changing order.
+    Dnsrr,
+    /// Its virtual address.
+    Vip,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
     /// The service's name: a DNS label.
@@ -113,6 +131,17 @@ pub(crate) struct Arguments {
     /// A mount: type=bind,source=/srv,target=/data,readonly or type=tmpfs,target=/tmp,size=64M,mode=1777; may be repeated.
     #[arg(long, value_name = "OPTIONS", value_parser = parse::mount)]
     mount: Vec<v1::Mount>,
+    /// A port, as 8080:80, 8080:80/udp, or published=8080,target=80,protocol=tcp,mode=host,name=http; may be repeated. In
+    /// mode ingress, which is the usual one, every node answers; in mode host those that run a container. Without
+    /// published it is only named.
+    #[arg(long, short, value_name = "PORT", value_parser = parse::port)]
+    publish: Vec<v1::Port>,
+    /// What its name is answered with.
+    #[arg(long, value_enum, default_value = "dnsrr")]
+    endpoint_mode: EndpointMode,
+    /// The containers' network.
+    #[arg(long, value_enum, default_value = "cluster")]
+    network: Network,
     #[command(flatten)]
     wait: WaitArguments,
     /// Replaces the image's command.
@@ -129,6 +158,15 @@ fn spec(arguments: &Arguments) -> v1::ServiceSpec {
         Restart::Any => v1::RestartCondition::Any,
         Restart::OnFailure => v1::RestartCondition::OnFailure,
         Restart::Never => v1::RestartCondition::Never,
+    };
+    let network = match arguments.network {
+        Network::Cluster => v1::NetworkMode::Cluster,
+        Network::Host => v1::NetworkMode::Host,
+        Network::None => v1::NetworkMode::None,
+    };
+    let endpoint_mode = match arguments.endpoint_mode {
+        EndpointMode::Dnsrr => v1::EndpointMode::Dnsrr,
+        EndpointMode::Vip => v1::EndpointMode::Vip,
     };
     let delay = arguments
         .restart_delay_ms
@@ -162,6 +200,7 @@ fn spec(arguments: &Arguments) -> v1::ServiceSpec {
             privileged: arguments.privileged,
             pids_limit: arguments.limit_pids,
             mounts: arguments.mount.clone(),
+            network: network.into(),
         }),
         resources: Some(v1::Resources {
             reservations: amounts(arguments.reserve_cpu, arguments.reserve_memory),
@@ -172,6 +211,8 @@ fn spec(arguments: &Arguments) -> v1::ServiceSpec {
             delay,
             max_attempts: arguments.restart_max_attempts,
         }),
+        ports: arguments.publish.clone(),
+        endpoint_mode: endpoint_mode.into(),
     }
 }
 

@@ -1,0 +1,358 @@
+//! Containers' addresses, the ways between them, and what is left of it all.
+
+use std::{fs, path::Path, process::Command};
+
+use warren_tests::{Inside, Output, World, find, run, until};
+
+/// A web server that says where it is.
+const SERVER: &str =
+    "hostname > /tmp/index.html; httpd -p 80 -h /tmp; trap 'exit 0' TERM; while :; do sleep 0.05; done";
+
+/// A service of servers, and its containers.
+fn servers(world: &World, name: &str, replicas: u32, options: &[&str]) -> Vec<Inside> {
+    world.create(name, replicas, options, SERVER);
+    Inside::all(world, name)
+}
+
+fn hostname(container: &Inside) -> String {
+    container.id[..12].to_owned()
+}
+
+/// What a server answers to a container.
+fn fetch(world: &World, from: &Inside, url: &str) -> Output {
+    let (code, text) = from.shell(world, &format!("timeout 2 wget -q -O - http://{url}/"));
+    Output { code, stdout: text.trim().to_owned(), stderr: String::new() }
+}
+
+/// What a server answers to this machine.
+fn fetch_here(url: &str) -> Output {
+    let output = run("busybox", &["timeout", "2", "busybox", "wget", "-q", "-O", "-", &format!("http://{url}/")]);
+    Output { stdout: output.stdout.trim().to_owned(), ..output }
+}
+
+fn virtual_addresses(world: &World, service: &str) -> Vec<String> {
+    let shown = world.warren(&["service", "inspect", service, "--format", "json"]).succeeded();
+    let shown: serde_json::Value = serde_json::from_str(&shown).expect("JSON");
+    let addresses = shown["virtualAddresses"].as_array().cloned().unwrap_or_default();
+    addresses.iter().filter_map(|address| address.as_str().map(str::to_owned)).collect()
+}
+
+fn url(address: &str) -> String {
+    if address.contains(':') { format!("[{address}]") } else { address.to_owned() }
+}
+
+/// What the node has of containers' network now: links, routes, namespaces, and addresses in the rules.
+fn traces(world: &World) -> Vec<String> {
+    let lines = |program: &str, arguments: &[&str], word: &str| {
+        let listed = run(program, arguments).succeeded();
+        listed.lines().filter(|line| line.contains(word)).map(|line| format!("{program}: {line}")).collect::<Vec<_>>()
+    };
+    let mut traces = lines("ip", &["-o", "link"], "wrn");
+    traces.extend(lines("ip", &["route"], "wrn"));
+    traces.extend(lines("ip", &["-6", "route"], "wrn"));
+    traces.extend(lines("nft", &["list", "table", "inet", "warren"], "dnat ip to"));
+    traces.extend(lines("nft", &["list", "table", "inet", "warren"], "elements"));
+    for directory in ["netns", "agent/network/files"] {
+        let kept = fs::read_dir(world.path(directory)).into_iter().flatten().flatten();
+        traces.extend(kept.map(|entry| format!("{}", entry.path().display())));
+    }
+    traces
+}
+
+#[test]
+fn a_container_has_addresses_and_leaves_none() {
+    let world = World::with_warren("addresses");
+    let containers = servers(&world, "web", 2, &[]);
+    let (one, two) = (&containers[0], &containers[1]);
+    assert_eq!((one.addresses.len(), two.addresses.len()), (2, 2), "one of each family: {containers:?}");
+    for address in &two.addresses {
+        assert_eq!(fetch(&world, one, &url(address)).succeeded(), hostname(two), "{address} from a container");
+        assert_eq!(fetch_here(&url(address)).succeeded(), hostname(two), "{address} from the node");
+    }
+    let (_, hosts) = one.shell(&world, "cat /etc/hosts /etc/hostname /etc/resolv.conf");
+    for expected in [&format!("{}\t{}", one.addresses[0], hostname(one)), "nameserver 169.254.1.1", "search warren"] {
+        assert!(hosts.contains(expected), "{expected:?} is not in {hosts}");
+    }
+    // Everything goes by the node, and nobody asks who has an address.
+    assert!(one.enter(&["ip", "route"]).starts_with("default via 169.254.1.1 dev eth0"));
+    assert!(one.enter(&["ip", "neighbour"]).contains("PERMANENT"));
+    // What it sends under another's address goes nowhere.
+    assert_eq!(one.shell(&world, "ip addr add 10.128.0.77/32 dev eth0").0, 2, "it may not");
+    let spoofed = one.enter(&["ip", "addr", "add", "10.128.0.77/32", "dev", "eth0"]);
+    assert_eq!(spoofed, "");
+    let ping = |source: &str| one.enter(&["busybox", "ping", "-c", "1", "-W", "1", "-I", source, &two.addresses[0]]);
+    assert!(ping(&one.addresses[0]).contains(" 0% packet loss"), "{}", ping(&one.addresses[0]));
+    assert!(ping("10.128.0.77").contains("100% packet loss"));
+
+    let phase = world.agent_metrics();
+    let observed = phase.sum("warren_container_phase_duration_seconds_count", &["phase=\"network\""]);
+    assert_eq!(observed, 2.0);
+    assert!(!traces(&world).is_empty());
+    let _ = world.warren(&["service", "rm", "web", "--wait"]).succeeded();
+    until("nothing is left of the network", || {
+        let traces = traces(&world);
+        traces.is_empty().then_some(()).ok_or(traces).ok()
+    });
+}
+
+#[test]
+fn a_virtual_address_leads_to_every_healthy_container() {
+    let world = World::with_warren("virtual");
+    let containers = servers(&world, "web", 3, &[]);
+    servers(&world, "other", 1, &[]);
+    let client = &Inside::all(&world, "other")[0];
+    let addresses = virtual_addresses(&world, "web");
+    assert_eq!(addresses.len(), 2, "{addresses:?}");
+    for address in &addresses {
+        let mut answered = std::collections::BTreeSet::new();
+        until("all three have answered", || {
+            let answer = fetch(&world, client, &url(address));
+            answered.insert(answer.stdout);
+            answered.remove("");
+            (answered.len() == 3).then_some(())
+        });
+        assert_eq!(answered, containers.iter().map(hostname).collect());
+        assert_eq!(fetch_here(&url(address)).succeeded().len(), 12, "from the node");
+        // A container of the service itself, be it led to itself.
+        for _ in 0..6 {
+            assert_eq!(fetch(&world, &containers[0], &url(address)).succeeded().len(), 12);
+        }
+    }
+    assert_ne!(addresses, virtual_addresses(&world, "other"));
+    // Nobody is behind it any more: refused at once, not after a time-out.
+    let _ = world.warren(&["service", "scale", "web", "0", "--wait"]).succeeded();
+    let refused = until("the address is refused", || {
+        let answer = client.shell(&world, &format!("timeout 5 wget -O - http://{}/", addresses[0]));
+        answer.1.contains("refused").then_some(answer)
+    });
+    assert_ne!(refused.0, 0);
+}
+
+/// A machine beyond the node: a network of its own, with one wire to it.
+struct Outside {
+    name: String,
+}
+
+impl Outside {
+    const HERE: &'static str = "192.0.2.1";
+    const THERE: &'static str = "192.0.2.2";
+
+    fn new(world: &World) -> Self {
+        let name = world.cgroup_parent().trim_start_matches('/').to_owned();
+        let ip = |arguments: &str| drop(run("ip", &arguments.split(' ').collect::<Vec<_>>()).succeeded());
+        ip(&format!("netns add {name}"));
+        ip(&format!("link add wire type veth peer name wire netns {name}"));
+        ip(&format!("addr add {}/24 dev wire", Self::HERE));
+        ip("link set wire up");
+        ip(&format!("-n {name} addr add {}/24 dev wire", Self::THERE));
+        ip(&format!("-n {name} link set wire up"));
+        ip(&format!("-n {name} link set lo up"));
+        Self { name }
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.name)).arg(find(program));
+        command
+    }
+
+    fn fetch(&self, url: &str) -> String {
+        let mut command = self.command("busybox");
+        let output =
+            command.args(["timeout", "2", "busybox", "wget", "-q", "-O", "-", &format!("http://{url}/")]).output();
+        String::from_utf8_lossy(&output.expect("busybox").stdout).trim().to_owned()
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        let _ = run("ip", &["netns", "del", &self.name]);
+    }
+}
+
+/// Runs a command in a container's network, whichever node it is on.
+fn fetch_inside(from: &Inside, url: &str) -> String {
+    from.enter(&["busybox", "timeout", "2", "busybox", "wget", "-q", "-O", "-", &format!("http://{url}/")])
+}
+
+#[test]
+fn containers_of_two_nodes_reach_each_other() {
+    let world = World::empty("overlay");
+    let other = Outside::new(&world);
+    let mut world = world.and_containerd();
+    world.start_manager();
+    world.start_agent(&["--advertise-addr", Outside::HERE]);
+    let there = ["--advertise-addr", Outside::THERE];
+    let mut second = Some(world.start_other_agent("node-2", &other.name, &there));
+    world.wait_ready();
+    until("both nodes are ready", || {
+        let nodes = world.warren(&["node", "ls"]).succeeded();
+        (nodes.matches("ready").count() == 2).then_some(())
+    });
+    let web = servers(&world, "web", 2, &["--endpoint-mode", "vip"]);
+    let single = servers(&world, "single", 1, &["--publish", "8080:80"]);
+    assert_ne!(web[0].node, web[1].node, "one on each");
+    let virtuals = virtual_addresses(&world, "web");
+    for (from, to) in [(&web[0], &web[1]), (&web[1], &web[0])] {
+        for address in &to.addresses {
+            let answer = until("the other node's container answers", || {
+                Some(fetch_inside(from, &url(address))).filter(|answer| !answer.is_empty())
+            });
+            assert_eq!(answer, hostname(to), "{address}");
+        }
+        for address in &virtuals {
+            let mut answered = std::collections::BTreeSet::new();
+            until("both have answered", || {
+                answered.insert(fetch_inside(from, &url(address)));
+                answered.remove("");
+                (answered.len() == 2).then_some(())
+            });
+        }
+    }
+    // Either node answers for a container that only one of them has, seen from the node itself and from the other one.
+    for address in [Outside::HERE, Outside::THERE] {
+        let port = format!("{address}:8080");
+        until("the port answers", || (fetch_here(&port).stdout == hostname(&single[0])).then_some(()));
+        until("the port answers", || (other.fetch(&port) == hostname(&single[0])).then_some(()));
+    }
+    // It still does while the other node's agent is away, and after it is back.
+    second.take().expect("it runs").kill();
+    assert_eq!(fetch_inside(&web[0], &web[1].addresses[0]), hostname(&web[1]));
+    let second = world.start_other_agent("node-2", &other.name, &there);
+    until("the nodes are ready again", || {
+        let nodes = world.warren(&["node", "ls"]).succeeded();
+        (nodes.matches("ready").count() == 2).then_some(())
+    });
+    until("the other node's container answers", || {
+        (fetch_inside(&web[1], &web[0].addresses[0]) == hostname(&web[0])).then_some(())
+    });
+    // Somebody who is no member puts nothing into the network.
+    let members = run("nft", &["list", "chain", "inet", "warren", "guard"]).succeeded();
+    assert!(members.contains("udp dport 4789 ip saddr != { 192.0.2.1, 192.0.2.2 } drop"), "{members}");
+    // A node that is gone is forgotten.
+    let routes = || run("ip", &["route", "show", "dev", "warren-vxlan"]).succeeded();
+    assert_eq!(routes().lines().count(), 1, "{}", routes());
+    let _ = world.warren(&["service", "rm", "web", "single", "--wait"]).succeeded();
+    let _ = second.terminate();
+    until("the node is removed", || (world.warren(&["node", "rm", "node-2"]).code == 0).then_some(()));
+    until("its route is gone", || routes().is_empty().then_some(()));
+    assert_eq!(run("bridge", &["fdb", "show", "dev", "warren-vxlan"]).succeeded(), "");
+    assert_eq!(run("ip", &["neighbour", "show", "dev", "warren-vxlan"]).succeeded(), "");
+}
+
+#[test]
+fn what_leaves_the_cluster_leaves_as_the_node() {
+    let world = World::empty("egress");
+    let outside = Outside::new(&world);
+    drop(run("ip", &["route", "add", "default", "via", Outside::THERE]).succeeded());
+    let world = world.and_warren();
+    let client = &servers(&world, "web", 1, &[])[0];
+    // It tells a caller who the caller is, as it sees it; it has no way back to a container's own address.
+    let mut command = outside.command("busybox");
+    command.args(["nc", "-ll", "-p", "7000", "-e", "sh", "-c", "echo \"$NCAT_REMOTE_ADDR\"; busybox netstat -tn"]);
+    let mut server = command.stdout(std::process::Stdio::null()).spawn().expect("a server");
+    let seen = until("the server answers", || {
+        let (_, text) = client.shell(&world, &format!("nc -w 2 {} 7000 < /dev/null", Outside::THERE));
+        text.contains(":7000").then_some(text)
+    });
+    let _ = server.kill();
+    let _ = server.wait();
+    assert!(seen.contains(Outside::HERE), "{seen}");
+    assert!(!seen.contains(&client.addresses[0]), "{seen}");
+}
+
+#[test]
+fn ports_are_published_on_the_node() {
+    let world = World::empty("publish");
+    let outside = Outside::new(&world);
+    let world = world.and_warren();
+    let web = servers(&world, "web", 2, &["--publish", "8080:80"]);
+    let host = servers(&world, "host", 1, &["--publish", "published=8081,target=80,mode=host"]);
+    servers(&world, "quiet", 1, &["--publish", "name=http,target=80"]);
+    for address in ["127.0.0.1:8080", "192.0.2.1:8080"] {
+        let answer = until("the port answers", || {
+            let answer = fetch_here(address);
+            (answer.code == 0).then_some(answer.stdout)
+        });
+        assert!(web.iter().any(|container| hostname(container) == answer), "{address}: {answer}");
+    }
+    let mut answered = std::collections::BTreeSet::new();
+    until("both have answered", || {
+        answered.insert(outside.fetch("192.0.2.1:8080"));
+        answered.remove("");
+        (answered.len() == 2).then_some(())
+    });
+    assert_eq!(outside.fetch("192.0.2.1:8081"), hostname(&host[0]));
+    assert_eq!(outside.fetch("192.0.2.1:80"), "", "it is not published");
+    // From a container, by the node's address, also to itself.
+    for _ in 0..4 {
+        assert_eq!(fetch(&world, &web[0], "192.0.2.1:8080").succeeded().len(), 12);
+    }
+    // Nobody else may have it, and the second container of a node not the host's.
+    let taken = world.warren(&["service", "create", "thief", "--image", "x", "--publish", "8080:80"]).failed(5);
+    assert!(taken.contains("spec.ports: port 8080/tcp is published by service \"web\""), "{taken}");
+    let _ = world.warren(&["service", "scale", "host", "2"]).succeeded();
+    let waiting = until("the second one waits", || {
+        let containers = world.containers("host");
+        let message = |c: &serde_json::Value| c["status"]["message"].as_str().unwrap_or_default().to_owned();
+        containers.iter().map(message).find(|message| message.contains("host port"))
+    });
+    assert_eq!(waiting, "no suitable node (1 node: 1 a host port is taken)");
+    let _ = world.warren(&["service", "rm", "web", "host", "--wait"]).succeeded();
+    until("the ports are closed", || (fetch_here("127.0.0.1:8080").code != 0).then_some(()));
+    assert_eq!(outside.fetch("192.0.2.1:8081"), "");
+}
+
+#[test]
+fn a_container_may_have_the_nodes_network_or_none() {
+    let world = World::with_warren("modes");
+    world.create("host", 1, &["--network", "host"], "httpd -f -p 8099 -h /etc");
+    let host = Inside::only(&world, "host");
+    let network = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).expect("a namespace");
+    assert_eq!(network(&host.pid.to_string()), network("thread-self"));
+    assert!(fetch_here("127.0.0.1:8099/hostname").code == 0 || fetch_here("127.0.0.1:8099").code != 0);
+    assert!(host.addresses.is_empty());
+    let none = Inside::of(&world, "none", &["--network", "none"]);
+    assert_ne!(network(&none.pid.to_string()), network("thread-self"));
+    assert!(none.addresses.is_empty());
+    assert!(!none.enter(&["ip", "-o", "link"]).contains("eth0"));
+    let error = world.warren(&["service", "create", "bad", "--image", "x", "--network", "host", "--publish", "80:80"]);
+    assert!(error.failed(2).contains("spec.ports[0].host_port"));
+    assert!(!traces(&world).iter().any(|trace| trace.starts_with("ip: ")));
+}
+
+#[test]
+fn an_agent_that_was_killed_finds_its_networks_and_removes_the_others() {
+    let mut world = World::with_warren("killed");
+    let kept = servers(&world, "kept", 1, &["--publish", "8080:80"]);
+    let gone = servers(&world, "gone", 1, &[]);
+    world.agent.take().expect("it runs").kill();
+    // Meanwhile one of them goes, with nobody to clean up after it.
+    for (command, arguments) in [("tasks", ["kill", "--signal", "SIGKILL"]), ("tasks", ["delete", "--force", ""])] {
+        let mut words = vec![command];
+        words.extend(arguments.iter().filter(|word| !word.is_empty()));
+        words.push(&gone[0].id);
+        until("ctr does it", || (world.ctr(&words).code == 0).then_some(()));
+    }
+    // A namespace that belongs to nobody, and a link too.
+    fs::write(world.path("netns/nobody"), "").expect("writable");
+    drop(run("ip", &["link", "add", "wrnnobody", "type", "veth", "peer", "name", "wrnpeer"]).succeeded());
+    assert_eq!(fetch_here("127.0.0.1:8080").succeeded(), hostname(&kept[0]), "without an agent");
+    world.start_agent(&[]);
+    world.wait_ready();
+    let replaced = until("the other is replaced", || {
+        let running = Inside::all(&world, "gone");
+        (running.len() == 1 && running[0].id != gone[0].id).then_some(running)
+    });
+    assert_ne!(replaced[0].addresses, kept[0].addresses);
+    assert_eq!(Inside::all(&world, "kept")[0].id, kept[0].id);
+    assert_eq!(fetch_here("127.0.0.1:8080").succeeded(), hostname(&kept[0]));
+    assert_eq!(fetch(&world, &replaced[0], &kept[0].addresses[0]).succeeded(), hostname(&kept[0]));
+    until("what is nobody's is gone", || {
+        let links = run("ip", &["-o", "link"]).succeeded();
+        let old = links.contains("wrnnobody") || links.contains(&format!("wrn{}", hostname(&gone[0])));
+        let kept =
+            Path::new(&world.path("netns")).join("nobody").exists() || world.path("netns").join(&gone[0].id).exists();
+        (!old && !kept).then_some(())
+    });
+}

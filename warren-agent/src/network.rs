@@ -1,0 +1,435 @@
+//! Containers' network: an address for each, the way to it from everywhere in the cluster, and names for services.
+//!
+//! A container has a network namespace of its own with one interface and a /32 (and a /128) on it. Everything it sends goes
+//! to the node by a permanent neighbour entry; the node has a route to it. There is no bridge, no ARP and no state but the
+//! kernel's: what the manager says of services and nodes becomes one nftables table and the overlay's routes, and either is
+//! made anew from that at any time. Nothing here decides where a container runs.
+
+mod files;
+mod host;
+mod namespace;
+mod netlink;
+mod overlay;
+mod pool;
+mod ruleset;
+mod tables;
+
+pub use tables::{Place, Tables};
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use rtnetlink::packet_route::address::AddressScope;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use warren_proto::v1;
+
+pub(crate) use files::{Files, Mounted};
+use netlink::{Netlink, Veth};
+use overlay::{Peer, VXLAN_LINK, VXLAN_OVERHEAD, Vxlan};
+use pool::Pool;
+
+/// Where every node's resolver answers, and containers' way out: the same on all nodes, so that every container's
+/// configuration is the same.
+pub const RESOLVER: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// Containers' way out in IPv6.
+const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+/// The link-layer address of every container's gateway.
+const GATEWAY_MAC: [u8; 6] = [0xee; 6];
+/// What the names of containers' links on the node begin with.
+const CONTAINER_LINKS: &str = "wrn";
+/// Characters of a container's id in its link's name, of which the kernel allows 15 in all.
+const LINK_ID: usize = 12;
+/// The interface in a container.
+const INTERFACE: &str = "eth0";
+/// What a wire carries that does not say otherwise.
+const DEFAULT_MTU: u32 = 1500;
+/// Changes of the tables that come within this time are one change of the rules.
+const QUIET: Duration = Duration::from_millis(50);
+/// Before trying again what could not be done.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Why containers cannot be connected.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel refused.
+    #[error("{action}: {source}")]
+    Netlink {
+        /// What was tried.
+        action: &'static str,
+        /// Its answer.
+        source: Box<rtnetlink::Error>,
+    },
+    /// A link that should be there is not.
+    #[error("there is no link {0}")]
+    NoLink(String),
+    /// A file or a process.
+    #[error("{action}: {source}")]
+    Io {
+        /// What was tried.
+        action: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The program that loads rules is not installed.
+    #[error("the program nft is missing: install the package nftables")]
+    NoNft,
+    /// Rules that the kernel does not take.
+    #[error("the packet rules are refused: {0}")]
+    Rules(String),
+    /// No manager has said yet which addresses are this node's.
+    #[error("this node has no subnet yet")]
+    NoSubnet,
+    /// As many containers as there are addresses.
+    #[error("this node has no container address left")]
+    Exhausted,
+}
+
+/// How a node's containers are connected.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where namespaces are kept; gone with a restart of the machine, like them.
+    pub run_dir: PathBuf,
+    /// Where the tables and containers' own files are kept.
+    pub data_dir: PathBuf,
+    /// Where other nodes reach this one; `None` is found out.
+    pub address: Option<IpAddr>,
+    /// The domain of services' names.
+    pub domain: String,
+}
+
+/// A container's place in the network.
+#[derive(Clone, Debug)]
+pub(crate) struct Attachment {
+    /// The namespace that its processes join.
+    pub(crate) namespace: PathBuf,
+    /// One of each family.
+    pub(crate) addresses: Vec<IpAddr>,
+}
+
+#[derive(Debug, Default)]
+struct Changing {
+    pool: Option<Pool>,
+    overlay: Option<Vxlan>,
+    mtu: u32,
+    /// What is wrong with it as a whole.
+    problem: Option<String>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    options: Options,
+    netlink: Netlink,
+    /// Where other nodes reach this one, if they do.
+    address: Option<IpAddr>,
+    changing: Mutex<Changing>,
+    tables: watch::Sender<Tables>,
+    files: Files,
+}
+
+/// A node's network. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Network(Arc<Inner>);
+
+/// The source address of what leaves this machine, if anything can.
+fn own_address() -> Option<IpAddr> {
+    // Connecting a UDP socket sends nothing; the addresses are for documentation (RFC 5737, RFC 3849).
+    let towards = |from: IpAddr, to: IpAddr| {
+        let socket = UdpSocket::bind((from, 0)).ok()?;
+        socket.connect((to, 9)).ok()?;
+        Some(socket.local_addr().ok()?.ip()).filter(|address| !address.is_loopback())
+    };
+    towards(Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(192, 0, 2, 1).into())
+        .or_else(|| towards(Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()))
+}
+
+fn link_name(container: &str) -> String {
+    let id: String = container.chars().take(LINK_ID).collect();
+    format!("{CONTAINER_LINKS}{id}")
+}
+
+impl Network {
+    /// Begins with what was known before; `kept` are the addresses of containers that are there already. What is left of
+    /// others is removed.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel's network cannot be talked to at all.
+    pub async fn start(options: Options, kept: &HashMap<String, Vec<IpAddr>>) -> Result<Self, Error> {
+        let io = |action: String| move |source| Error::Io { action, source };
+        for directory in [&options.run_dir, &options.data_dir] {
+            let action = format!("making {}", directory.display());
+            fs::create_dir_all(directory).map_err(io(action))?;
+        }
+        let address = options.address.or_else(own_address);
+        let tables = Tables::load(&options.data_dir.join("tables.json"));
+        let place = tables.place.clone();
+        let network = Self(Arc::new(Inner {
+            netlink: Netlink::here()?,
+            address,
+            changing: Mutex::default(),
+            tables: watch::channel(tables).0,
+            files: Files::new(options.data_dir.join("files"), &options.domain),
+            options,
+        }));
+        network.remove_others(kept).await?;
+        if let Some(place) = place {
+            network.set_pool(&place, kept);
+        }
+        network.changing().problem = Some("this node has no place in the cluster's network yet".to_owned());
+        Ok(network)
+    }
+
+    fn changing(&self) -> MutexGuard<'_, Changing> {
+        // Every change is one assignment: a panic leaves it whole.
+        self.0.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where other nodes reach this one, if they do.
+    #[must_use]
+    pub fn address(&self) -> Option<IpAddr> {
+        self.0.address
+    }
+
+    /// Follows the tables of services and nodes.
+    #[must_use]
+    pub fn tables(&self) -> watch::Receiver<Tables> {
+        self.0.tables.subscribe()
+    }
+
+    /// Containers' own configuration files.
+    pub(crate) fn files(&self) -> &Files {
+        &self.0.files
+    }
+
+    /// Nothing wrong with the node's rules and routes, or what is.
+    ///
+    /// # Errors
+    ///
+    /// What keeps services from being reached.
+    pub fn check(&self) -> Result<(), String> {
+        self.changing().problem.clone().map_or(Ok(()), Err)
+    }
+
+    fn set_pool(&self, place: &Place, kept: &HashMap<String, Vec<IpAddr>>) {
+        let mut pool = Pool::new(&place.subnets);
+        for (container, addresses) in kept {
+            if let Some(pool) = &mut pool {
+                pool.keep(container, addresses);
+            }
+        }
+        self.changing().pool = pool;
+    }
+
+    /// Takes note of the node's place in the cluster, as a manager gave it. Containers of an earlier place keep theirs.
+    pub fn set_place(&self, place: Place) {
+        let known = self.0.tables.borrow().place.clone();
+        if known.as_ref() != Some(&place) {
+            if known.as_ref().is_none_or(|known| known.subnets != place.subnets) {
+                self.set_pool(&place, &HashMap::new());
+            }
+            self.0.tables.send_modify(|tables| tables.place = Some(place));
+        }
+    }
+
+    /// Takes note of what a manager says of services and nodes.
+    pub fn update(&self, update: v1::NetworkUpdate) {
+        self.0.tables.send_if_modified(|tables| {
+            let before = tables.clone();
+            tables.apply(update);
+            *tables != before
+        });
+    }
+
+    /// Keeps rules, routes and the copy on disk as the tables say, until `shutdown`.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let mut tables = self.0.tables.subscribe();
+        let mut prepared = None;
+        loop {
+            let current = tables.borrow_and_update().clone();
+            let mut pause = None;
+            if let Some(place) = current.place.clone() {
+                let outcome = async {
+                    if prepared.as_ref() != Some(&place) {
+                        self.prepare_node(&place).await?;
+                        prepared = Some(place.clone());
+                    }
+                    self.bring_up_to_date(&place, &current).await
+                };
+                let problem = outcome.await.err().map(|error| error.to_string());
+                if let Some(problem) = &problem {
+                    tracing::warn!(problem, "the node's network is not as it should be; trying again");
+                    pause = Some(RETRY);
+                }
+                self.changing().problem = problem;
+                current.store(&self.0.options.data_dir.join("tables.json"));
+            }
+            let changed = async {
+                match pause {
+                    // Whatever comes first.
+                    Some(pause) => drop(tokio::time::timeout(pause, tables.changed()).await),
+                    None => drop(tables.changed().await),
+                }
+                tokio::time::sleep(QUIET).await;
+            };
+            if shutdown.run_until_cancelled(changed).await.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// What the node needs once: forwarding, its own addresses, the overlay's link.
+    async fn prepare_node(&self, place: &Place) -> Result<(), Error> {
+        let netlink = &self.0.netlink;
+        let v6 = place.subnets.iter().any(|subnet| matches!(subnet, IpNet::V6(_)));
+        host::forward(v6)?;
+        let own = self.changing().pool.as_ref().map(Pool::node).unwrap_or_default();
+        let loopback = netlink.set_up("lo").await?;
+        // Only this machine may use it: of link scope, it is never a source of what leaves.
+        netlink.add_address(loopback, RESOLVER.into(), AddressScope::Link).await?;
+        for address in &own {
+            netlink.add_address(loopback, *address, AddressScope::Universe).await?;
+        }
+        // The rules lead virtual addresses elsewhere; for the node's own packets to get as far as the rules, there must be a
+        // way.
+        for network in ruleset::services(place) {
+            let source = own.iter().copied().find(|own| own.is_ipv4() == network.addr().is_ipv4());
+            netlink.add_route(*network, loopback, None, source).await?;
+        }
+        let mtu = match self.0.address {
+            Some(address) => {
+                let link = netlink.link_with(address).await?;
+                let links = netlink.links().await?;
+                let mtu = links.iter().find(|(index, ..)| Some(*index) == link).map(|(_, _, mtu)| *mtu);
+                mtu.unwrap_or(DEFAULT_MTU).min(u32::from(u16::MAX)) - VXLAN_OVERHEAD
+            }
+            None => DEFAULT_MTU - VXLAN_OVERHEAD,
+        };
+        let overlay = match self.0.address {
+            Some(address) => Some(Vxlan::create(netlink, address, mtu, own).await?),
+            None => None,
+        };
+        let mut changing = self.changing();
+        (changing.mtu, changing.overlay) = (mtu, overlay);
+        Ok(())
+    }
+
+    async fn bring_up_to_date(&self, place: &Place, tables: &Tables) -> Result<(), Error> {
+        let (own, overlay) = {
+            let mut changing = self.changing();
+            (changing.pool.as_ref().map(Pool::node).unwrap_or_default(), changing.overlay.take())
+        };
+        if let Some(mut overlay) = overlay {
+            let others = tables.nodes.values().filter(|node| node.id != place.node_id);
+            let peers: Vec<_> = others.filter_map(peer).collect();
+            let outcome = overlay.set_peers(&self.0.netlink, &peers).await;
+            self.changing().overlay = Some(overlay);
+            outcome?;
+        }
+        let link = self.0.address.map(|_| VXLAN_LINK);
+        host::load_rules(&ruleset::render(place, &own, tables, link)).await
+    }
+
+    fn namespace(&self, container: &str) -> PathBuf {
+        self.0.options.run_dir.join(container)
+    }
+
+    /// Gives a container its namespace and addresses. What an attempt that was cut short left is made anew.
+    pub(crate) async fn attach(&self, container: &str) -> Result<Attachment, Error> {
+        let (addresses, mtu) = {
+            let mut changing = self.changing();
+            let mtu = if changing.mtu == 0 { DEFAULT_MTU - VXLAN_OVERHEAD } else { changing.mtu };
+            let pool = changing.pool.as_mut().ok_or(Error::NoSubnet)?;
+            (pool.take(container).ok_or(Error::Exhausted)?, mtu)
+        };
+        let namespace = self.namespace(container);
+        if host::exists(&namespace) {
+            self.disconnect(container).await?;
+        }
+        let made = self.connect(container, &namespace, &addresses, mtu).await;
+        if let Err(error) = made {
+            self.detach(container).await?;
+            return Err(error);
+        }
+        Ok(Attachment { namespace, addresses })
+    }
+
+    async fn connect(&self, container: &str, path: &Path, addresses: &[IpAddr], mtu: u32) -> Result<(), Error> {
+        let made = namespace::create(path);
+        let namespace = made.map_err(|source| Error::Io { action: format!("making {}", path.display()), source })?;
+        let name = link_name(container);
+        // Unique on this node, as its first address is.
+        let mut container_mac = [0x02, 0x57, 0, 0, 0, 0];
+        if let Some(IpAddr::V4(v4)) = addresses.first() {
+            container_mac[2..].copy_from_slice(&v4.octets());
+        }
+        let netlink = &self.0.netlink;
+        let veth = Veth { name: &name, node_mac: GATEWAY_MAC, container_mac, mtu };
+        let link = netlink.add_veth(&veth, &namespace, INTERFACE).await?;
+        host::lead_loopback_to(&name)?;
+        let inside = Netlink::inside(&namespace)?;
+        inside.set_up("lo").await?;
+        let interface = inside.set_up(INTERFACE).await?;
+        for address in addresses {
+            let gateway = if address.is_ipv4() { IpAddr::from(RESOLVER) } else { IpAddr::from(GATEWAY_V6) };
+            inside.add_address(interface, *address, AddressScope::Universe).await?;
+            inside.add_neighbour(interface, gateway, GATEWAY_MAC).await?;
+            inside.add_route(netlink::everything(*address), interface, Some(gateway), None).await?;
+            netlink.add_neighbour(link, *address, container_mac).await?;
+            let own = IpNet::new_assert(*address, netlink::full_prefix(*address));
+            netlink.add_route(own, link, None, None).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes a container's namespace, link and addresses away; it may have none.
+    pub(crate) async fn detach(&self, container: &str) -> Result<(), Error> {
+        self.disconnect(container).await?;
+        self.0.files.remove(container);
+        if let Some(pool) = &mut self.changing().pool {
+            pool.give_back(container);
+        }
+        Ok(())
+    }
+
+    async fn disconnect(&self, container: &str) -> Result<(), Error> {
+        let path = self.namespace(container);
+        if !host::exists(&path) {
+            return Ok(());
+        }
+        // The kernel removes the pair with the namespace, in its own time; the name must be free at once.
+        self.0.netlink.remove_link(&link_name(container)).await?;
+        let removed = namespace::remove(&path);
+        removed.map_err(|source| Error::Io { action: format!("removing {}", path.display()), source })
+    }
+
+    /// Removes namespaces, links and files of containers that are not among these.
+    async fn remove_others(&self, kept: &HashMap<String, Vec<IpAddr>>) -> Result<(), Error> {
+        let entries = fs::read_dir(&self.0.options.run_dir).into_iter().flatten().flatten();
+        let here: Vec<_> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        for container in here.iter().filter(|container| !kept.contains_key(*container)) {
+            tracing::info!(container, "removing the network of a container that is not there");
+            self.disconnect(container).await?;
+        }
+        let names: BTreeSet<_> = kept.keys().map(|container| link_name(container)).collect();
+        for (_, link, _) in self.0.netlink.links().await? {
+            if host::is_containers(&link) && !names.contains(&link) {
+                self.0.netlink.remove_link(&link).await?;
+            }
+        }
+        self.0.files.keep_only(|container| kept.contains_key(container));
+        Ok(())
+    }
+}
+
+fn peer(node: &v1::NodeEntry) -> Option<Peer> {
+    let subnets = node.subnets.iter().filter_map(|subnet| subnet.parse().ok()).collect();
+    Some(Peer { address: node.address.parse().ok()?, subnets })
+}

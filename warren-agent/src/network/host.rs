@@ -1,0 +1,73 @@
+//! The node's own side: what it forwards, and the rules of its packets.
+
+use std::{fs, io, path::Path, process::Stdio};
+
+use tokio::{io::AsyncWriteExt as _, process::Command};
+
+use super::{CONTAINER_LINKS, Error};
+
+fn write(path: &str, value: &str) -> Result<(), Error> {
+    // Writing what is there already would fail on a read-only /proc/sys for no reason.
+    if fs::read_to_string(path).is_ok_and(|known| known.trim() == value) {
+        return Ok(());
+    }
+    fs::write(path, value).map_err(|source| Error::Io { action: format!("setting {path} to {value}"), source })
+}
+
+/// Lets the node forward packets. With IPv6 a node that forwards no longer listens to routers, unless it is told to.
+pub(super) fn forward(v6: bool) -> Result<(), Error> {
+    write("/proc/sys/net/ipv4/ip_forward", "1")?;
+    if v6 {
+        let links = fs::read_dir("/proc/sys/net/ipv6/conf").into_iter().flatten().flatten();
+        for link in links {
+            let accept = link.path().join("accept_ra");
+            if fs::read_to_string(&accept).is_ok_and(|accepts| accepts.trim() == "1") {
+                write(&accept.to_string_lossy(), "2")?;
+            }
+        }
+        write("/proc/sys/net/ipv6/conf/all/forwarding", "1")?;
+    }
+    Ok(())
+}
+
+/// Lets what the node sends to its own loopback be led to containers on this link: a published port on 127.0.0.1. What
+/// comes from the link to loopback addresses, the rules drop.
+pub(super) fn lead_loopback_to(link: &str) -> Result<(), Error> {
+    write(&format!("/proc/sys/net/ipv4/conf/{link}/route_localnet"), "1")
+}
+
+/// Whether a link is a container's.
+pub(super) fn is_containers(link: &str) -> bool {
+    link.starts_with(CONTAINER_LINKS)
+}
+
+/// Makes the rules these, all at once.
+pub(super) async fn load_rules(rules: &str) -> Result<(), Error> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => Error::NoNft,
+        _ => Error::Io { action: "running nft".to_owned(), source },
+    };
+    let mut nft = Command::new("nft")
+        .args(["-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed)?;
+    if let Some(mut stdin) = nft.stdin.take() {
+        // If it ends before it has read all, its exit code says why.
+        let _ = stdin.write_all(rules.as_bytes()).await;
+    }
+    let output = nft.wait_with_output().await.map_err(failed)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).lines().next().unwrap_or_default().to_owned();
+    Err(Error::Rules(said))
+}
+
+/// Whether a path is there, a mount point or not.
+pub(super) fn exists(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}

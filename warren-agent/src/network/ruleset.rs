@@ -1,0 +1,292 @@
+//! The node's packet rules, as one nftables table that is made from the tables of services and nodes. A pure function.
+//!
+//! - A service's virtual address leads to one of its healthy endpoints, chosen at random for each connection.
+//! - A published port leads there too: in `host` mode on the nodes that run an endpoint, in `ingress` mode on every node.
+//! - What a container sends out of the cluster leaves under the node's address.
+//! - A container cannot send under an address that is not its own, nor reach the node's loopback.
+
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Write as _},
+    net::IpAddr,
+};
+
+use ipnet::IpNet;
+use warren_proto::v1;
+
+use super::{
+    CONTAINER_LINKS, RESOLVER,
+    tables::{Place, Tables, addresses},
+};
+
+/// The table. Nobody else's rules are touched.
+pub(super) const TABLE: &str = "warren";
+/// On connections that came in through a published port: the answer must leave through the same node.
+const PUBLISHED: &str = "0x57000000";
+
+/// A destination of a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Target {
+    address: IpAddr,
+    /// `None` leaves the port as it is.
+    port: Option<u32>,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.port {
+            Some(port) => write!(f, "{} . {port}", self.address),
+            None => write!(f, "{}", self.address),
+        }
+    }
+}
+
+/// Renders the table. `node` is the node's own addresses in its subnets, `overlay` the link to other nodes.
+pub(super) fn render(place: &Place, node: &[IpAddr], tables: &Tables, overlay: Option<&str>) -> String {
+    let mut out = String::new();
+    // Declared first, so that deleting it cannot fail; all of it is one transaction.
+    let _ = write!(out, "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n");
+    let mut virtuals = BTreeMap::from([(4, Vec::new()), (6, Vec::new())]);
+    let mut published = Vec::new();
+    for (number, service) in tables.services.values().enumerate() {
+        let chain = format!("service-{number}");
+        let healthy: Vec<_> = service.endpoints.iter().filter(|endpoint| endpoint.healthy).collect();
+        let everywhere: Vec<IpAddr> = healthy.iter().flat_map(|endpoint| addresses(endpoint)).collect();
+        let targets: Vec<_> = everywhere.iter().map(|address| Target { address: *address, port: None }).collect();
+        let _ = writeln!(out, "  chain {chain} {{ # {}", service.name);
+        forward(&mut out, None, &targets);
+        let _ = writeln!(out, "  }}");
+        for address in service.virtual_addresses.iter().filter_map(|address| address.parse::<IpAddr>().ok()) {
+            let family = if address.is_ipv4() { 4 } else { 6 };
+            virtuals.entry(family).or_default().push(format!("{address} : goto {chain}"));
+        }
+        for (i, port) in service.ports.iter().enumerate().filter(|(_, port)| port.host_port != 0) {
+            let here = |endpoint: &&&v1::Endpoint| {
+                port.publish_mode() != v1::PublishMode::Host || endpoint.node_id == place.node_id
+            };
+            let targets: Vec<_> = healthy
+                .iter()
+                .filter(here)
+                .flat_map(|endpoint| addresses(endpoint))
+                .map(|address| Target { address, port: Some(port.container_port) })
+                .collect();
+            let protocol = if port.protocol() == v1::Protocol::Udp { "udp" } else { "tcp" };
+            if !targets.is_empty() {
+                let chain = format!("publish-{number}-{i}");
+                let _ = writeln!(out, "  chain {chain} {{ # {}\n    ct mark set ct mark or {PUBLISHED}", service.name);
+                forward(&mut out, Some(protocol), &targets);
+                let _ = writeln!(out, "  }}");
+                published.push(format!("{protocol} . {} : goto {chain}", port.host_port));
+            }
+        }
+    }
+    let elements = |list: &[String]| {
+        if list.is_empty() { String::new() } else { format!("\n    elements = {{ {} }}", list.join(", ")) }
+    };
+    let hairpins = |want_v4: bool| {
+        let own = tables.services.values().flat_map(|service| &service.endpoints);
+        let own = own.filter(|endpoint| endpoint.node_id == place.node_id).flat_map(addresses);
+        let mut own: Vec<_> = own.filter(|address| address.is_ipv4() == want_v4).collect();
+        own.sort();
+        own.dedup();
+        own.iter().map(|address| format!("{address} . {address}")).collect::<Vec<_>>()
+    };
+    for (family, kind) in [(4, "ipv4_addr"), (6, "ipv6_addr")] {
+        let _ = writeln!(
+            out,
+            "  map virtual{family} {{\n    type {kind} : verdict{}\n  }}\n  set hairpin{family} {{\n    type {kind} . {kind}{}\n  }}",
+            elements(&virtuals[&family]),
+            elements(&hairpins(family == 4)),
+        );
+    }
+    let _ =
+        writeln!(out, "  map published {{\n    type inet_proto . inet_service : verdict{}\n  }}", elements(&published));
+    let _ = write!(
+        out,
+        "  chain services {{
+    ip daddr {RESOLVER} return
+    ip daddr vmap @virtual4
+    ip6 daddr vmap @virtual6
+    fib daddr type local meta l4proto . th dport vmap @published
+  }}
+  chain prerouting {{
+    type nat hook prerouting priority dstnat; policy accept;
+    jump services
+  }}
+  chain output {{
+    type nat hook output priority -100; policy accept;
+    jump services
+  }}
+"
+    );
+    postrouting(&mut out, place, node, overlay);
+    guards(&mut out, place, tables);
+    out.push_str("}\n");
+    out
+}
+
+/// Sends a connection to one of the targets, each as likely as the next.
+fn forward(out: &mut String, protocol: Option<&str>, targets: &[Target]) {
+    for (family, word, is_v4) in [("ipv4", "ip", true), ("ipv6", "ip6", false)] {
+        let of_family: Vec<_> = targets.iter().filter(|target| target.address.is_ipv4() == is_v4).collect();
+        let protocol = protocol.map(|protocol| format!("meta l4proto {protocol} ")).unwrap_or_default();
+        match of_family.as_slice() {
+            [] => {}
+            // A map of one needs no dice.
+            [one] => {
+                let port = one.port.map(|port| format!(":{port}")).unwrap_or_default();
+                let address =
+                    if is_v4 || port.is_empty() { one.address.to_string() } else { format!("[{}]", one.address) };
+                let _ = writeln!(out, "    meta nfproto {family} {protocol}dnat {word} to {address}{port}");
+            }
+            several => {
+                let elements: Vec<_> =
+                    several.iter().enumerate().map(|(i, target)| format!("{i} : {target}")).collect();
+                let _ = writeln!(
+                    out,
+                    "    meta nfproto {family} {protocol}dnat {word} to numgen random mod {} map {{ {} }}",
+                    several.len(),
+                    elements.join(", ")
+                );
+            }
+        }
+    }
+}
+
+/// Under which address connections leave.
+fn postrouting(out: &mut String, place: &Place, node: &[IpAddr], overlay: Option<&str>) {
+    out.push_str("  chain postrouting {\n    type nat hook postrouting priority srcnat; policy accept;\n");
+    for (is_v4, word, hairpin) in [(true, "ip", "hairpin4"), (false, "ip6", "hairpin6")] {
+        let Some(own) = node.iter().find(|address| address.is_ipv4() == is_v4) else { continue };
+        // A container that reaches itself through its service: the answer must come back here to be translated.
+        let _ = writeln!(out, "    ct status dnat {word} saddr . {word} daddr @{hairpin} snat {word} to {own}");
+        if let Some(overlay) = overlay {
+            // Another node's container would answer by its own node's way out.
+            let _ = writeln!(
+                out,
+                "    ct mark and {PUBLISHED} == {PUBLISHED} oifname \"{overlay}\" {word} saddr != {} snat {word} to {own}",
+                networks(&place.cluster, is_v4)
+            );
+        }
+        let loopback = if is_v4 { "127.0.0.0/8" } else { "::1" };
+        let _ = writeln!(out, "    oifname \"{CONTAINER_LINKS}*\" {word} saddr {loopback} snat {word} to {own}");
+        let subnets = networks(&place.subnets, is_v4);
+        let _ =
+            writeln!(out, "    {word} saddr {subnets} {word} daddr != {} masquerade", networks(&place.cluster, is_v4));
+    }
+    out.push_str("  }\n");
+}
+
+fn networks(all: &[IpNet], is_v4: bool) -> String {
+    let of_family: Vec<_> = all.iter().filter(|net| net.addr().is_ipv4() == is_v4).map(ToString::to_string).collect();
+    format!("{{ {} }}", of_family.join(", "))
+}
+
+/// What is dropped.
+fn guards(out: &mut String, place: &Place, tables: &Tables) {
+    let _ = write!(
+        out,
+        "  chain guard {{
+    type filter hook prerouting priority raw; policy accept;
+    iifname \"{CONTAINER_LINKS}*\" ip daddr 127.0.0.0/8 drop
+    iifname \"{CONTAINER_LINKS}*\" meta nfproto ipv4 fib saddr . iif oif missing drop
+    iifname \"{CONTAINER_LINKS}*\" meta nfproto ipv6 ip6 saddr != fe80::/10 fib saddr . iif oif missing drop
+"
+    );
+    let members: Vec<_> = tables.nodes.values().filter_map(|node| node.address.parse::<IpAddr>().ok()).collect();
+    for (is_v4, word) in [(true, "ip"), (false, "ip6")] {
+        let of_family: Vec<_> =
+            members.iter().filter(|address| address.is_ipv4() == is_v4).map(ToString::to_string).collect();
+        if !of_family.is_empty() {
+            // Only members of the cluster may put packets into its network.
+            let port = super::overlay::VXLAN_PORT;
+            let _ = writeln!(out, "    udp dport {port} {word} saddr != {{ {} }} drop", of_family.join(", "));
+        }
+    }
+    out.push_str("  }\n");
+    // A virtual address with nobody behind it: refused at once, and never sent out into the world.
+    let refuse = |out: &mut String, hook: &str| {
+        let _ = writeln!(out, "  chain refuse-{hook} {{\n    type filter hook {hook} priority filter; policy accept;");
+        for network in services(place) {
+            let word = if network.addr().is_ipv4() { "ip" } else { "ip6" };
+            let _ = writeln!(out, "    {word} daddr {network} meta l4proto tcp reject with tcp reset");
+            let _ = writeln!(out, "    {word} daddr {network} reject");
+        }
+        out.push_str("  }\n");
+    };
+    refuse(out, "forward");
+    refuse(out, "output");
+}
+
+/// The networks of virtual addresses: those of the cluster's that hold none of this node's subnets.
+pub(super) fn services(place: &Place) -> impl Iterator<Item = &IpNet> {
+    place.cluster.iter().filter(|network| !place.subnets.iter().any(|subnet| network.contains(subnet)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place() -> Place {
+        let nets = |list: &[&str]| list.iter().map(|net| net.parse().expect("a network")).collect();
+        Place {
+            node_id: "here".to_owned(),
+            subnets: nets(&["10.128.0.0/24", "fd00::/64"]),
+            cluster: nets(&["10.128.0.0/10", "10.127.0.0/16", "fd00::/50", "fd00:0:0:ffff::/112"]),
+        }
+    }
+
+    fn endpoint(node: &str, address: &str, healthy: bool) -> v1::Endpoint {
+        v1::Endpoint { node_id: node.to_owned(), addresses: vec![address.to_owned()], healthy, ..Default::default() }
+    }
+
+    fn tables() -> Tables {
+        let port = |host_port, publish_mode: v1::PublishMode| v1::Port {
+            container_port: 80,
+            host_port,
+            publish_mode: publish_mode.into(),
+            ..Default::default()
+        };
+        let service = v1::ServiceEntry {
+            id: "s".to_owned(),
+            name: "web".to_owned(),
+            virtual_addresses: vec!["10.127.0.1".to_owned(), "fd00:0:0:ffff::1".to_owned()],
+            ports: vec![
+                port(8080, v1::PublishMode::Ingress),
+                port(9090, v1::PublishMode::Host),
+                port(0, v1::PublishMode::Ingress),
+            ],
+            endpoints: vec![
+                endpoint("here", "10.128.0.2", true),
+                endpoint("there", "10.128.1.2", true),
+                endpoint("here", "10.128.0.9", false),
+                endpoint("here", "fd00::2", true),
+            ],
+            ..Default::default()
+        };
+        Tables { services: [("s".to_owned(), service)].into(), ..Tables::default() }
+    }
+
+    #[test]
+    fn connections_go_to_healthy_endpoints_and_to_nobody_else() {
+        let node = ["10.128.0.1", "fd00::1"].map(|address| address.parse().expect("an address"));
+        let rules = render(&place(), &node, &tables(), Some("overlay"));
+        for expected in [
+            "meta nfproto ipv4 dnat ip to numgen random mod 2 map { 0 : 10.128.0.2, 1 : 10.128.1.2 }",
+            "meta nfproto ipv6 dnat ip6 to fd00::2\n",
+            "10.127.0.1 : goto service-0",
+            "fd00:0:0:ffff::1 : goto service-0",
+            "meta l4proto tcp dnat ip to numgen random mod 2 map { 0 : 10.128.0.2 . 80, 1 : 10.128.1.2 . 80 }",
+            "tcp . 8080 : goto publish-0-0, tcp . 9090 : goto publish-0-1 }",
+            "meta nfproto ipv4 meta l4proto tcp dnat ip to 10.128.0.2:80\n",
+            "meta nfproto ipv6 meta l4proto tcp dnat ip6 to [fd00::2]:80\n",
+            "10.128.0.2 . 10.128.0.2",
+            "ip saddr { 10.128.0.0/24 } ip daddr != { 10.128.0.0/10, 10.127.0.0/16 } masquerade",
+            "ip daddr 10.127.0.0/16 meta l4proto tcp reject with tcp reset",
+        ] {
+            assert!(rules.contains(expected), "{expected} is not in\n{rules}");
+        }
+        assert!(!rules.contains("to 10.128.0.9") && !rules.contains(": 10.128.0.9"), "{rules}");
+        assert!(!rules.contains(" . 0 :"), "{rules}");
+    }
+}

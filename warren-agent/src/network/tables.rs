@@ -1,0 +1,110 @@
+//! What the manager says of services and nodes, as it was last heard. It is kept on disk, so that an agent that begins
+//! while no manager answers connects containers as before.
+
+use std::{collections::BTreeMap, fs, io, net::IpAddr, path::Path};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use warren_proto::v1;
+
+/// The node's own place in the cluster's network.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// The node's id.
+    pub node_id: String,
+    /// Its containers' addresses.
+    pub subnets: Vec<IpNet>,
+    /// All containers' addresses and all services' virtual ones.
+    pub cluster: Vec<IpNet>,
+}
+
+/// Services and nodes by id. Two copies are equal if they say the same.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Tables {
+    /// The node's own place; `None` until a manager gave it one.
+    pub place: Option<Place>,
+    /// All services.
+    pub services: BTreeMap<String, v1::ServiceEntry>,
+    /// All nodes.
+    pub nodes: BTreeMap<String, v1::NodeEntry>,
+}
+
+impl Tables {
+    /// Follows an update.
+    pub fn apply(&mut self, update: v1::NetworkUpdate) {
+        if update.complete {
+            self.services.clear();
+            self.nodes.clear();
+        }
+        for id in &update.removed_services {
+            self.services.remove(id);
+        }
+        for id in &update.removed_nodes {
+            self.nodes.remove(id);
+        }
+        self.services.extend(update.services.into_iter().map(|entry| (entry.id.clone(), entry)));
+        self.nodes.extend(update.nodes.into_iter().map(|entry| (entry.id.clone(), entry)));
+    }
+
+    /// Reads what was kept; nothing if there is nothing, or nothing that can be read.
+    pub(super) fn load(path: &Path) -> Self {
+        match fs::read(path).and_then(|bytes| serde_json::from_slice(&bytes).map_err(io::Error::other)) {
+            Ok(tables) => tables,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::default(),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "the cached network cannot be read");
+                Self::default()
+            }
+        }
+    }
+
+    pub(super) fn store(&self, path: &Path) {
+        let bytes = serde_json::to_vec(self).map_err(io::Error::other);
+        if let Err(error) = bytes.and_then(|bytes| warren_durable::replace(path, &bytes)) {
+            tracing::warn!(path = %path.display(), %error, "the network cannot be cached");
+        }
+    }
+}
+
+/// An endpoint's addresses.
+pub(super) fn addresses(endpoint: &v1::Endpoint) -> impl Iterator<Item = IpAddr> {
+    endpoint.addresses.iter().filter_map(|address| address.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service(id: &str, name: &str) -> v1::ServiceEntry {
+        v1::ServiceEntry { id: id.to_owned(), name: name.to_owned(), ..Default::default() }
+    }
+
+    #[test]
+    fn updates_replace_add_and_remove() {
+        let mut tables = Tables::default();
+        let names = |tables: &Tables| tables.services.values().map(|entry| entry.name.clone()).collect::<Vec<_>>();
+        let services = vec![service("1", "a"), service("2", "b")];
+        tables.apply(v1::NetworkUpdate { complete: true, services, ..Default::default() });
+        assert_eq!(names(&tables), ["a", "b"]);
+        let removed_services = vec!["2".to_owned()];
+        let services = vec![service("1", "renamed"), service("3", "c")];
+        tables.apply(v1::NetworkUpdate { services, removed_services, ..Default::default() });
+        assert_eq!(names(&tables), ["renamed", "c"]);
+        tables.apply(v1::NetworkUpdate { complete: true, ..Default::default() });
+        assert!(tables.services.is_empty());
+    }
+
+    #[test]
+    fn what_is_kept_is_read_again() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("network.json");
+        assert_eq!(Tables::load(&path), Tables::default());
+        let mut tables = Tables::default();
+        tables.services.insert("1".to_owned(), service("1", "a"));
+        tables.place = Some(Place { subnets: vec!["10.128.0.0/24".parse().expect("a net")], ..Place::default() });
+        tables.store(&path);
+        assert_eq!(Tables::load(&path), tables);
+        fs::write(&path, "{").expect("writable");
+        assert_eq!(Tables::load(&path), Tables::default());
+    }
+}
