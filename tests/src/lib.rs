@@ -5,6 +5,7 @@ mod dns;
 mod inside;
 mod metrics;
 mod process;
+mod registry;
 mod watch;
 mod world;
 
@@ -12,6 +13,7 @@ pub use dns::{Answer, DnsServer, Transport, ask, ask_silently, script_that_asks}
 pub use inside::Inside;
 pub use metrics::{Metrics, Prometheus};
 pub use process::{Process, find, free_port, until, until_within};
+pub use registry::{Registry, RegistryOptions};
 pub use watch::Watch;
 /// A shell script that runs until it is told to stop, and then does.
 pub const WELL_BEHAVED: &str = "trap 'exit 0' TERM; while :; do sleep 0.05; done";

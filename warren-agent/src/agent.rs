@@ -12,6 +12,7 @@ use std::{
 use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use warren_proto::v1;
+use warren_registry::Registries;
 use warren_telemetry::{
     Checks, Measurement, Meters, ProcessSource, Series, Source,
     build::BuildInfo,
@@ -27,7 +28,7 @@ use crate::{
     node,
     observe::{Labelled, log_dns, sweep},
     probes::{self, Groups, MAX_DNS_PORTS, Maps, ProbeSource, drain_dns, drain_lifecycle},
-    runtime::{self, Containerd},
+    runtime::{self, Containerd, Images},
     session::{self, Link},
     tasks::{self, Board, Cache, NodeSettings, Supervisor, Timings, handle_kernel_event},
 };
@@ -55,6 +56,10 @@ pub struct Options {
     pub network: network::Options,
     /// How names are answered.
     pub dns: dns::Options,
+    /// Where images come from.
+    pub registries: warren_registry::Options,
+    /// How long an image that was pulled is kept without use; zero is for ever.
+    pub keep_images: Duration,
     /// The probes'; `None` leaves them out.
     pub probes: Option<probes::Options>,
     /// How long a DNS query may wait before it counts as unanswered.
@@ -201,6 +206,8 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let containerd = runtime::connect(&options.containerd_socket, &options.containerd_namespace).await?;
     let network = Network::start(options.network.clone(), &connected(&cache, &containerd).await?).await?;
     let resolver = Resolver::new(options.dns.clone())?;
+    let registries = Registries::new(options.registries.clone()).map_err(runtime::Error::from)?;
+    let images = Images::new(containerd.clone(), registries);
     let probing = Probing::start(options.probes.clone()).await;
 
     let timings = Arc::new(Timings::new(matches!(probing, Probing::Absent(_))));
@@ -225,6 +232,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
             timings,
             node: options.node.clone(),
             network: network.clone(),
+            images: images.clone(),
             probes,
         },
         board.clone(),
@@ -247,6 +255,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         tasks.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
     }
     tasks.spawn(network.clone().run(shutdown.clone()));
+    tasks.spawn(images.collect(options.keep_images, shutdown.clone()));
     tasks.spawn(resolver.clone().run(network.tables(), shutdown.clone()));
     let link = Link::new();
     let pulse = Pulse::default();

@@ -10,6 +10,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
+use warren_registry::cli::RegistryArguments;
 use warren_telemetry::{build, cli::TelemetryArguments, otlp::InvalidEndpoint};
 
 use crate::{agent, dns, network, node, observe, probes, tasks::NodeSettings};
@@ -125,6 +126,12 @@ pub struct NodeArguments {
     /// DNS requests a second that one container may make; twice as many at once.
     #[arg(long, env = "WARREN_DNS_RATE", default_value = "1000")]
     pub dns_rate: NonZeroU32,
+    /// Hours after which an image that was pulled and that no container uses any more is removed; 0 keeps them for ever.
+    #[arg(long, env = "WARREN_KEEP_IMAGES_H", default_value_t = 168.0, value_parser = hours)]
+    pub keep_images_h: f64,
+    #[command(flatten)]
+    /// Where images come from.
+    pub registries: RegistryArguments,
     /// Where containers' network namespaces are kept: a directory that is empty after a restart of the machine.
     #[arg(long, env = "WARREN_RUN_DIR", default_value = "/run/warren/network")]
     pub run_dir: PathBuf,
@@ -137,6 +144,12 @@ pub struct NodeArguments {
     #[command(flatten)]
     /// The probes.
     pub probes: ProbeArguments,
+}
+
+/// A number of hours: fractions are for trying things out.
+fn hours(text: &str) -> Result<f64, String> {
+    let hours: f64 = text.parse().map_err(|_| "not a number of hours".to_owned())?;
+    if (0.0..1e6).contains(&hours) { Ok(hours) } else { Err("not between 0 and a million hours".to_owned()) }
 }
 
 fn parse_label(text: &str) -> Result<(String, String), String> {
@@ -177,6 +190,8 @@ impl AgentArguments {
                 upstreams: node.dns_upstreams.clone(),
                 rate: node.dns_rate,
             },
+            registries: node.registries.options(),
+            keep_images: Duration::from_secs_f64(node.keep_images_h * 3600.0),
             probes: (!node.no_probes).then_some(probes),
             dns_timeout: node.probes.dns_timeout(),
             telemetry_interval: Duration::from_secs(node.telemetry_interval_s),

@@ -8,6 +8,8 @@ mod client;
 mod content;
 mod events;
 mod image;
+mod images;
+mod pull;
 mod spec;
 mod task;
 mod users;
@@ -16,11 +18,13 @@ pub use archive::import;
 pub use client::{Containerd, all_containers, connect, service_label, service_of};
 pub use events::watch_starts;
 pub use image::LocalImage;
+pub use images::{Images, Pulling, Wanted};
+pub use pull::{Progress, pull};
 pub(crate) use spec::hostname;
 pub use spec::{ContainerOptions, NetworkNamespace};
 pub use task::{Found, TaskState};
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, sync::Arc};
 
 use containerd_client::tonic::{self, Code};
 
@@ -44,9 +48,15 @@ pub enum Error {
         /// Its answer.
         status: Box<tonic::Status>,
     },
-    /// No such image here.
-    #[error("image {0} is not on this node: import it with `warren image import`")]
+    /// No such image here, and none to be pulled.
+    #[error("image {0} is not on this node, and its service says never to pull it")]
     NoSuchImage(String),
+    /// What a registry has, or has not.
+    #[error(transparent)]
+    Registry(#[from] warren_registry::Error),
+    /// A pull that others wait for too.
+    #[error(transparent)]
+    Shared(Arc<Error>),
     /// An image or archive that is not what it should be.
     #[error("{what} is not a usable image: {why}")]
     BadImage {
@@ -85,6 +95,8 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Unavailable { .. } => true,
+            Self::Registry(error) => error.is_transient(),
+            Self::Shared(error) => error.is_transient(),
             Self::Call { status, .. } => {
                 matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Internal)
             }

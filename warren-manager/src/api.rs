@@ -23,6 +23,7 @@ use crate::{
     dispatcher::Dispatcher,
     liveness::Liveness,
     metrics::ManagerMetrics,
+    pinning::Pinning,
     store,
     store::Store,
     validate::{Invalid, Policy},
@@ -41,6 +42,8 @@ pub struct Context {
     pub environment: Arc<dyn Environment>,
     /// What services may ask for.
     pub policy: Policy,
+    /// Who is asked what an image's name means.
+    pub registries: Arc<dyn Pinning>,
 }
 
 /// Why a call was refused.

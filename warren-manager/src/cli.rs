@@ -5,6 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::Args;
 use ipnet::Ipv4Net;
 
+use warren_registry::cli::RegistryArguments;
 use warren_telemetry::cli::TelemetryArguments;
 
 use crate::{core::Networks, liveness, manager::Options, validate::Policy};
@@ -33,6 +34,9 @@ pub struct ManagerArguments {
     /// Allow services whose containers are privileged: those can do to their node whatever root can.
     #[arg(long, env = "WARREN_ALLOW_PRIVILEGED")]
     pub allow_privileged: bool,
+    #[command(flatten)]
+    /// Where images come from: what a service's image is, is settled when the service is created.
+    pub registries: RegistryArguments,
     /// The network of containers' addresses, of a cluster that begins: each node has a /24 of it. 10.128.0.0/10 unless given.
     #[arg(long, env = "WARREN_CONTAINER_NETWORK")]
     pub container_network: Option<Ipv4Net>,
@@ -59,6 +63,7 @@ impl ManagerArguments {
             snapshot_after: self.snapshot_after,
             liveness: liveness::Timing::default(),
             policy: Policy { privileged: self.allow_privileged },
+            registries: self.registries.options(),
             networks: Networks {
                 containers: self.container_network,
                 services: self.service_network,

@@ -18,6 +18,7 @@ use crate::{
     liveness::{self, Liveness},
     manager::Error,
     metrics::ManagerMetrics,
+    pinning::Pinning,
     state::{Change, Cluster, ClusterNetwork, InvalidNetwork, Machine, State, Transaction},
     store::Store,
     telemetry::{self, Collected},
@@ -54,6 +55,8 @@ pub struct Settings {
     pub liveness: liveness::Timing,
     /// What services may ask for.
     pub policy: Policy,
+    /// Who is asked what an image's name means.
+    pub registries: Arc<dyn Pinning>,
     /// The networks of a cluster that is founded; later they stay.
     pub networks: Networks,
 }
@@ -128,6 +131,7 @@ impl Core {
             metrics: Arc::clone(&metrics),
             environment: Arc::clone(&environment),
             policy: settings.policy,
+            registries: settings.registries,
         };
         let dispatcher = Dispatcher::new(store.clone(), liveness.clone(), collected, Arc::clone(&metrics));
         let routes = api::router(&context, dispatcher);

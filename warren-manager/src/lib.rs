@@ -15,6 +15,7 @@ pub mod ids;
 pub mod liveness;
 pub mod manager;
 mod metrics;
+pub mod pinning;
 pub mod reconciler;
 pub mod scheduler;
 pub mod state;

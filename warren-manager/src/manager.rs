@@ -14,6 +14,7 @@ use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::{Server, server::UdsConnectInfo};
 use warren_raft::{Disconnected, Files};
+use warren_registry::Registries;
 use warren_telemetry::{
     Meters, ProcessSource,
     endpoint::{self, Endpoint},
@@ -47,6 +48,8 @@ pub struct Options {
     pub liveness: liveness::Timing,
     /// What services may ask for.
     pub policy: Policy,
+    /// Where images come from.
+    pub registries: warren_registry::Options,
     /// The networks of a cluster that is founded.
     pub networks: Networks,
     /// What becomes of metrics.
@@ -67,6 +70,9 @@ pub enum Error {
     /// The cluster could not have such networks.
     #[error(transparent)]
     Network(#[from] InvalidNetwork),
+    /// How registries are reached.
+    #[error(transparent)]
+    Registries(#[from] warren_registry::Error),
     /// The data directory.
     #[error(transparent)]
     DataDir(#[from] data_dir::Error),
@@ -98,7 +104,7 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::NotLoopback(_) | Self::Network(_) | Self::Otlp(_) => 2,
+            Self::NotLoopback(_) | Self::Network(_) | Self::Registries(_) | Self::Otlp(_) => 2,
             Self::DataDir(_) | Self::Raft(warren_raft::Error::Storage { .. }) => 8,
             Self::Listen { .. } | Self::Metrics(_) => 7,
             Self::Raft(_) | Self::Store(_) => 1,
@@ -149,6 +155,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         liveness: options.liveness,
         policy: options.policy,
         networks: options.networks,
+        registries: Arc::new(Registries::new(options.registries.clone())?),
     };
     let seams = Seams {
         environment: Arc::new(System),

@@ -37,6 +37,7 @@ impl Manager {
             liveness: liveness::Timing { heartbeat: Duration::from_millis(100), tolerated: 5, max_rate: 500 },
             policy: Policy::default(),
             networks: Networks::default(),
+            registries: warren_registry::Options::default(),
             telemetry: warren_telemetry::Options::default(),
         };
         let shutdown = CancellationToken::new();

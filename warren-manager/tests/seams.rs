@@ -18,6 +18,7 @@ use warren_manager::{
     clock::{Environment, Timestamp},
     core::{Core, Networks, Seams, Settings},
     liveness,
+    pinning::Unasked,
 };
 use warren_proto::v1::{
     self, agent_message, dispatcher_client::DispatcherClient, manager_message, nodes_client::NodesClient,
@@ -174,6 +175,7 @@ impl Manager {
             liveness: liveness::Timing::default(),
             policy: Policy::default(),
             networks: Networks::default(),
+            registries: Arc::new(Unasked),
         };
         let environment = Fixed { began: tokio::time::Instant::now(), dice: AtomicU64::new(seed) };
         let seams = Seams {

@@ -39,11 +39,14 @@ const TOOLS: [Tool; 9] = [
     tool("git", "git", "names the commit a binary is built from"),
 ];
 
-const TEST_TOOLS: [Tool; 6] = [
+const TEST_TOOLS: [Tool; 9] = [
     tool("prometheus", "prometheus", "scrapes Warren in tests"),
     tool("promtool", "prometheus", "checks metrics in tests"),
     tool("dig", "bind9-dnsutils", "asks DNS queries in tests"),
     tool("dnsperf", "dnsperf", "asks many of them"),
+    tool("docker-registry", "docker-registry", "is the registry of tests"),
+    tool("htpasswd", "apache2-utils", "gives it users"),
+    tool("curl", "curl", "puts images there"),
     tool("bridge", "iproute2", "shows the overlay's entries in tests"),
     tool("dnsmasq", "dnsmasq-base", "answers DNS queries in tests"),
 ];

@@ -31,6 +31,8 @@ pub(crate) enum Error {
     NotReady { service: String, running: u32, desired: u32, after: Duration, why: String },
     #[error("containers of {service} are still there after {} s", timeout.as_secs())]
     NotGone { service: String, timeout: Duration },
+    #[error("there is no image {0:?} on this node")]
+    NoImage(String),
     #[error(transparent)]
     Runtime(#[from] warren_agent::runtime::Error),
     #[error(transparent)]
@@ -65,6 +67,7 @@ impl Error {
                 _ => 1,
             },
             Self::NotReady { .. } | Self::NotGone { .. } | Self::Io(_) | Self::File { .. } | Self::Json(_) => 1,
+            Self::NoImage(_) => 3,
             Self::Runtime(error) if error.is_transient() => 4,
             Self::Runtime(warren_agent::runtime::Error::NoSuchImage(_)) => 3,
             Self::Runtime(_) => 1,

@@ -1,12 +1,38 @@
-//! `warren image ...`: images are a node's, so this talks to its containerd.
+//! `warren image ...`: works on this node's containerd, not on the cluster.
 
-use std::path::PathBuf;
+use std::{io::IsTerminal as _, path::PathBuf};
 
-use clap::Subcommand;
-use warren_agent::runtime;
+use clap::{Args, Subcommand};
+use warren_agent::runtime::{self, Containerd, Images, Wanted};
+use warren_proto::v1::PullPolicy;
+use warren_registry::{Credentials, Registries, cli::RegistryArguments};
 use warren_spec::ImageName;
 
-use crate::{error::Error, output::say};
+use crate::{
+    error::Error,
+    output::{self, Format, FormatArguments, say},
+};
+
+#[derive(Args, Debug)]
+pub(crate) struct Daemon {
+    /// containerd's socket.
+    #[arg(long, env = "WARREN_CONTAINERD_SOCKET", default_value = "/run/containerd/containerd.sock")]
+    containerd_socket: PathBuf,
+    /// containerd's namespace.
+    #[arg(long, env = "WARREN_CONTAINERD_NAMESPACE", default_value = "warren")]
+    containerd_namespace: String,
+}
+
+impl Daemon {
+    async fn connect(&self) -> Result<Containerd, Error> {
+        Ok(runtime::connect(&self.containerd_socket, &self.containerd_namespace).await?)
+    }
+
+    async fn images(&self, registries: &RegistryArguments) -> Result<Images, Error> {
+        let registries = Registries::new(registries.options()).map_err(runtime::Error::from)?;
+        Ok(Images::new(self.connect().await?, registries))
+    }
+}
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -17,24 +43,102 @@ pub(crate) enum Command {
         /// Names the archive's only image; otherwise its own name is taken.
         #[arg(long)]
         name: Option<String>,
-        /// containerd's socket.
-        #[arg(long, env = "WARREN_CONTAINERD_SOCKET", default_value = "/run/containerd/containerd.sock")]
-        containerd_socket: PathBuf,
-        /// containerd's namespace.
-        #[arg(long, env = "WARREN_CONTAINERD_NAMESPACE", default_value = "warren")]
-        containerd_namespace: String,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Pulls an image from its registry.
+    Pull {
+        /// The image.
+        image: String,
+        /// A file with credentials: `user:password`, or what `docker login` writes.
+        #[arg(long, value_name = "FILE")]
+        credentials: Option<PathBuf>,
+        #[command(flatten)]
+        registries: RegistryArguments,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Lists images.
+    #[command(alias = "list")]
+    Ls {
+        #[command(flatten)]
+        daemon: Daemon,
+        #[command(flatten)]
+        format: FormatArguments,
+    },
+    /// Removes images by name; what containers use of them stays.
+    Rm {
+        /// Their names, as `warren image ls` shows them.
+        #[arg(required = true)]
+        images: Vec<String>,
+        #[command(flatten)]
+        daemon: Daemon,
     },
 }
 
+fn parse(name: &str) -> Result<ImageName, Error> {
+    name.parse().map_err(|error: warren_spec::InvalidImageName| Error::Usage(error.to_string()))
+}
+
 pub(crate) async fn run(command: Command) -> Result<(), Error> {
-    let Command::Import { file, name, containerd_socket, containerd_namespace } = command;
-    let name = name.map(|name| name.parse::<ImageName>()).transpose();
-    let name = name.map_err(|error| Error::Usage(error.to_string()))?;
-    // Before the daemon is asked: a name that was misspelt is the likelier fault.
-    std::fs::metadata(&file).map_err(|error| Error::File { path: file.clone(), source: error })?;
-    let containerd = runtime::connect(&containerd_socket, &containerd_namespace).await?;
-    for image in runtime::import(&containerd, &file, name.as_ref()).await? {
-        say!("{image}");
+    match command {
+        Command::Import { file, name, daemon } => {
+            let name = name.as_deref().map(parse).transpose()?;
+            // Before the daemon is asked: a name that was misspelt is the likelier fault.
+            std::fs::metadata(&file).map_err(|error| Error::File { path: file.clone(), source: error })?;
+            for image in runtime::import(&daemon.connect().await?, &file, name.as_ref()).await? {
+                say!("{image}");
+            }
+            Ok(())
+        }
+        Command::Pull { image, credentials, registries, daemon } => {
+            let name = parse(&image)?;
+            let credentials = match credentials {
+                Some(path) => {
+                    let bytes = std::fs::read(&path).map_err(|error| Error::File { path, source: error })?;
+                    Credentials::parse(&bytes, name.registry()).map_err(runtime::Error::from)?
+                }
+                None => Credentials::Anonymous,
+            };
+            let images = daemon.images(&registries).await?;
+            let wanted = Wanted { name, digest: None, policy: PullPolicy::Always, credentials };
+            let shown = std::io::stderr().is_terminal();
+            let pulled = images
+                .ensure(&wanted, |come, all| {
+                    if shown && all > 0 {
+                        eprint!("\r{:.1} of {:.1} MB ", come as f64 / 1e6, all as f64 / 1e6);
+                    }
+                })
+                .await;
+            if shown {
+                eprint!("\r");
+            }
+            say!("{} {}", wanted.name, pulled?.target());
+            Ok(())
+        }
+        Command::Ls { daemon, format } => {
+            let images = daemon.images(&RegistryArguments::default()).await?.all().await?;
+            if let Format::Json = format.format {
+                let entry = |(name, digest): &(String, String)| serde_json::json!({"name": name, "digest": digest});
+                return output::json(&images.iter().map(entry).collect::<Vec<_>>());
+            }
+            output::table(["NAME", "DIGEST"], images.into_iter().map(|(name, digest)| [name, digest]));
+            Ok(())
+        }
+        Command::Rm { images, daemon } => {
+            let here = daemon.images(&RegistryArguments::default()).await?;
+            let mut outcome = Ok(());
+            for image in images {
+                let removed = here.remove(&image).await;
+                if removed.is_ok() {
+                    say!("{image}");
+                }
+                outcome = outcome.and(removed.map_err(|error| match error {
+                    runtime::Error::NoSuchImage(name) => Error::NoImage(name),
+                    error => error.into(),
+                }));
+            }
+            outcome
+        }
     }
-    Ok(())
 }

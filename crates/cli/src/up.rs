@@ -51,6 +51,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
         metrics_addr: arguments.metrics_addr,
         snapshot_after: 5000,
         allow_privileged: arguments.allow_privileged,
+        registries: arguments.node.registries.clone(),
         container_network: None,
         service_network: None,
         no_ipv6: false,

@@ -2,12 +2,13 @@
 
 use std::{collections::HashMap, io::Read};
 
+use bytes::Bytes;
 use containerd_client::{
     services::v1 as api,
     tonic::{Code, Status},
 };
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _, wrappers::ReceiverStream};
 
 use super::{Containerd, Error};
 
@@ -66,6 +67,53 @@ impl Containerd {
             Err(status) if status.code() == Code::AlreadyExists => self.label_blob(digest, labels).await,
             Err(status) if status.code() == Code::FailedPrecondition => Err(Error::bad_image(digest, status.message())),
             other => other.map_err(Error::call("writing content")),
+        }
+    }
+
+    /// Writes a blob from a stream, which containerd checks against its digest. What an attempt that was cut short wrote of it is
+    /// thrown away. `arrived` hears of bytes as they come.
+    pub(super) async fn write_stream<S, E>(
+        &self,
+        digest: &str,
+        size: u64,
+        mut body: S,
+        arrived: impl Fn(u64) + Send + 'static,
+    ) -> Result<Result<(), E>, Error>
+    where
+        S: Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
+        E: Send + 'static,
+    {
+        let message = Message { reference: format!("warren-{digest}"), digest: digest.to_owned(), size: size as i64 };
+        let abort = self.request(api::AbortRequest { r#ref: message.reference.clone() });
+        // There rarely is one.
+        let _ = self.client().content().abort(abort).await;
+        let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD);
+        let pump = tokio::spawn(async move {
+            let mut offset = 0;
+            while let Some(part) = body.next().await {
+                for data in part?.chunks(CHUNK) {
+                    let write = message.base(api::WriteAction::Write, offset);
+                    offset += data.len() as i64;
+                    arrived(data.len() as u64);
+                    if sender.send(api::WriteContentRequest { data: data.to_vec(), ..write }).await.is_err() {
+                        // The daemon ended the stream and says why there.
+                        return Ok(());
+                    }
+                }
+            }
+            // As above.
+            let _ = sender.send(message.base(api::WriteAction::Commit, offset)).await;
+            Ok(())
+        });
+        let written = self.receive_written(receiver).await;
+        let pumped = pump.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+        if let Err(error) = pumped {
+            return Ok(Err(error));
+        }
+        match written {
+            Err(status) if status.code() == Code::AlreadyExists => Ok(Ok(())),
+            Err(status) if status.code() == Code::FailedPrecondition => Err(Error::bad_image(digest, status.message())),
+            other => other.map(Ok).map_err(Error::call("writing content")),
         }
     }
 

@@ -23,6 +23,7 @@ pub struct LocalImage {
     pub name: String,
     /// How to run it.
     pub config: oci::Config,
+    target_digest: String,
     manifest_digest: String,
     config_digest: String,
     layers: Vec<Descriptor>,
@@ -30,6 +31,12 @@ pub struct LocalImage {
 }
 
 impl LocalImage {
+    /// The digest that its name stands for: a manifest's, or an index's.
+    #[must_use]
+    pub fn target(&self) -> &str {
+        &self.target_digest
+    }
+
     /// The manifest's digest.
     #[must_use]
     pub fn digest(&self) -> &str {
@@ -55,6 +62,7 @@ impl Containerd {
         let (manifest_digest, manifest) = self.manifest_for_this_machine(&name, &target).await?;
         let config_digest = manifest.config().digest().to_string();
         let config: oci::ImageConfiguration = self.read_json(&name, &config_digest).await?;
+        check_platform(&name, &config)?;
         let diff_ids = config.rootfs().diff_ids().clone();
         if diff_ids.len() != manifest.layers().len() {
             return Err(Error::bad_image(name, "its manifest and its configuration differ in their layers"));
@@ -62,6 +70,7 @@ impl Containerd {
         Ok(LocalImage {
             name,
             config: config.config().clone().unwrap_or_default(),
+            target_digest: target.digest,
             manifest_digest,
             config_digest,
             layers: manifest.layers().iter().map(descriptor).collect(),
@@ -84,20 +93,9 @@ impl Containerd {
         image: &str,
         target: &Descriptor,
     ) -> Result<(String, oci::ImageManifest), Error> {
-        let is_index = target.media_type.contains("index") || target.media_type.contains("manifest.list");
-        let digest = if is_index {
+        let digest = if is_index(&target.media_type) {
             let index: oci::ImageIndex = self.read_json(image, &target.digest).await?;
-            let machine = machine();
-            let fits = |descriptor: &&oci::Descriptor| {
-                descriptor
-                    .platform()
-                    .as_ref()
-                    .is_none_or(|platform| *platform.architecture() == machine && *platform.os() == oci::Os::Linux)
-            };
-            let Some(found) = index.manifests().iter().find(fits) else {
-                return Err(Error::bad_image(image, format!("it has nothing for linux/{machine}")));
-            };
-            found.digest().to_string()
+            for_this_machine(image, &index)?.1.digest().to_string()
         } else {
             target.digest.clone()
         };
@@ -212,6 +210,34 @@ impl Containerd {
             Err(status) => Err(Error::call("removing a snapshot")(status)),
         }
     }
+}
+
+/// Whether a manifest is a list of them, one for each platform.
+pub(super) fn is_index(media_type: &str) -> bool {
+    media_type.contains("index") || media_type.contains("manifest.list")
+}
+
+/// What an index has for this machine, and where in it.
+pub(super) fn for_this_machine<'a>(
+    image: &str,
+    index: &'a oci::ImageIndex,
+) -> Result<(usize, &'a oci::Descriptor), Error> {
+    let machine = machine();
+    let fits = |descriptor: &oci::Descriptor| {
+        let platform = descriptor.platform().as_ref();
+        platform.is_none_or(|platform| *platform.architecture() == machine && *platform.os() == oci::Os::Linux)
+    };
+    let found = index.manifests().iter().enumerate().find(|(_, descriptor)| fits(descriptor));
+    found.ok_or_else(|| Error::bad_image(image, format!("it has nothing for linux/{machine}")))
+}
+
+/// Whether a configuration is for this machine. One that does not say is.
+pub(super) fn check_platform(image: &str, configuration: &oci::ImageConfiguration) -> Result<(), Error> {
+    let (os, architecture, machine) = (configuration.os(), configuration.architecture(), machine());
+    if *os == oci::Os::Linux && *architecture == machine {
+        return Ok(());
+    }
+    Err(Error::bad_image(image, format!("it is for {os}/{architecture}, this node is linux/{machine}")))
 }
 
 /// This machine's architecture as images name it.

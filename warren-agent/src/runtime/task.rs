@@ -1,6 +1,9 @@
 //! Containers and their tasks.
 
-use std::{collections::HashMap, time::SystemTime};
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::SystemTime,
+};
 
 use containerd_client::{
     services::v1::{self as api, snapshots as snap},
@@ -226,6 +229,14 @@ impl Containerd {
             Err(status) => return Err(Error::call("removing a container")(status)),
         }
         self.remove_snapshot(id).await
+    }
+
+    /// Names of the images that containers were made from.
+    pub(super) async fn images_in_use(&self) -> Result<BTreeSet<String>, Error> {
+        let request = self.request(api::ListContainersRequest::default());
+        let mut client = self.client().containers().max_decoding_message_size(MAX_MESSAGE);
+        let listed = client.list(request).await.map_err(Error::call("listing containers"))?.into_inner();
+        Ok(listed.containers.into_iter().map(|container| container.image).collect())
     }
 
     /// All containers of the namespace with their tasks.

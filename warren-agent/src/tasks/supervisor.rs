@@ -16,7 +16,7 @@ use super::{
 use crate::{
     network::Network,
     probes::{self, Groups, LifecycleEvent, Maps, Phase},
-    runtime::{self, Containerd, Found, TaskState},
+    runtime::{self, Containerd, Found, Images, TaskState},
 };
 
 /// What containers run with.
@@ -32,6 +32,8 @@ pub struct Options {
     pub node: NodeSettings,
     /// What connects them.
     pub network: Network,
+    /// What they are made from.
+    pub images: Images,
     /// The probes, if they work.
     pub probes: Option<(Arc<Maps>, Arc<Mutex<Groups>>)>,
 }
@@ -124,6 +126,7 @@ impl Supervisor {
             registrar,
             node: options.node,
             network: options.network,
+            images: options.images,
             actions: TaskTracker::new(),
         });
         let found = shared.containerd.containers().await?;

@@ -15,7 +15,9 @@ use crate::probes::exponential;
 /// A phase of bringing a container up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RuntimePhase {
-    /// Finding the image and making its layers and the container's snapshots.
+    /// Finding the image, and pulling it if it is not here.
+    Pull,
+    /// Making its layers and the container's snapshots.
     Unpack,
     /// Giving the container its network namespace and addresses.
     Network,
@@ -28,6 +30,7 @@ pub enum RuntimePhase {
 impl RuntimePhase {
     fn label(self) -> &'static str {
         match self {
+            Self::Pull => "pull",
             Self::Unpack => "unpack",
             Self::Network => "network",
             Self::Create => "create",
@@ -76,7 +79,7 @@ impl Timings {
         self.record(|recorded| {
             recorded.phases.entry(phase).or_insert(Histogram::EMPTY).observe(ns(took));
             let operation = match phase {
-                RuntimePhase::Unpack | RuntimePhase::Network => return,
+                RuntimePhase::Pull | RuntimePhase::Unpack | RuntimePhase::Network => return,
                 RuntimePhase::Create => CREATE,
                 RuntimePhase::Start => START,
             };

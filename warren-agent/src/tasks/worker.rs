@@ -11,18 +11,21 @@ use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument as _, Span};
 use warren_proto::v1::{self, ContainerState};
+use warren_registry::Credentials;
 use warren_spec::{ImageName, InvalidImageName};
 
 use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Phase, RuntimePhase, Timings};
 use crate::{
     network::{Files, Mounted, Network},
-    runtime::{self, ContainerOptions, Containerd, NetworkNamespace},
+    runtime::{self, ContainerOptions, Containerd, Images, LocalImage, NetworkNamespace, Wanted},
 };
 
 /// From the stop signal to SIGKILL unless a service says otherwise.
 const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long SIGKILL may take before it is sent again.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
+/// Between reports of how far a pull is.
+const PULL_NEWS: Duration = Duration::from_secs(2);
 /// Before asking a daemon again that did not answer.
 const RETRY: Duration = Duration::from_millis(500);
 const SIGKILL: u32 = 9;
@@ -81,6 +84,7 @@ pub(super) struct Shared {
     pub(super) registrar: Arc<dyn Registrar>,
     pub(super) node: NodeSettings,
     pub(super) network: Network,
+    pub(super) images: Images,
     /// The actions being carried out. Once it is closed, no other is begun.
     pub(super) actions: TaskTracker,
 }
@@ -295,9 +299,7 @@ impl Worker {
     async fn prepare(&mut self) -> Result<(), Ending> {
         let Some(assignment) = self.assignment.clone() else { return Err(Ending::Cancelled) };
         let spec = assignment.spec.clone().unwrap_or_default();
-        let name: ImageName =
-            spec.image.parse().map_err(|error: InvalidImageName| Ending::Rejected(error.to_string()))?;
-        let image = retry(|| self.shared.containerd.image(&name)).await?;
+        let image = self.image(&spec).await?;
         if spec.stop_signal.is_empty()
             && let Some(signal) = image.config.stop_signal().as_deref().and_then(warren_spec::signal)
         {
@@ -323,6 +325,38 @@ impl Worker {
         self.shared.timings.phase(RuntimePhase::Unpack, began.elapsed());
         self.shared.registrar.register(&self.id, &assignment.service_name, self.stop.signal);
         Ok(())
+    }
+
+    /// Finds the image or has it pulled, and says how far that is.
+    async fn image(&self, spec: &v1::ContainerSpec) -> Result<LocalImage, Ending> {
+        let began = Instant::now();
+        let name: ImageName =
+            spec.image.parse().map_err(|error: InvalidImageName| Ending::Rejected(error.to_string()))?;
+        let wanted = Wanted {
+            name,
+            digest: Some(spec.image_digest.clone()).filter(|digest| !digest.is_empty()),
+            policy: spec.pull_policy(),
+            credentials: Credentials::Anonymous,
+        };
+        let mut said = Instant::now();
+        let watch = |come: u64, all: u64| {
+            let megabytes = |bytes: u64| bytes as f64 / 1e6;
+            let message = match all {
+                0 => "pulling the image".to_owned(),
+                all => format!("pulling the image: {:.1} of {:.1} MB", megabytes(come), megabytes(all)),
+            };
+            // Each is an entry of the manager's log.
+            if all == 0 || said.elapsed() >= PULL_NEWS {
+                said = Instant::now();
+                self.note(|status| status.message = message);
+            }
+        };
+        let ended = |error: runtime::Error| {
+            if error.is_transient() { Ending::Failed(error.to_string()) } else { Ending::Rejected(error.to_string()) }
+        };
+        let image = self.shared.images.ensure(&wanted, watch).await.map_err(ended)?;
+        self.shared.timings.phase(RuntimePhase::Pull, began.elapsed());
+        Ok(image)
     }
 
     /// Gives the container its place in the network that its service wants, and the files that say so.

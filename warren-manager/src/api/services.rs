@@ -2,6 +2,8 @@ use std::{sync::Arc, time::Instant};
 
 use tonic::{Request, Response, Status};
 use warren_proto::v1::{self, services_server};
+use warren_registry::Credentials;
+use warren_spec::InvalidImageName;
 
 use super::{Context, Error, lookup, pages::page};
 use crate::{
@@ -27,6 +29,24 @@ impl Services {
         Ok(())
     }
 
+    /// The spec with its image's digest: that of the spec before if the image has not changed, else what the registry says.
+    async fn pinned(&self, mut spec: ServiceSpec, before: Option<&ServiceSpec>) -> Result<ServiceSpec, Error> {
+        const FIELD: &str = "spec.container.image";
+        let container = Arc::make_mut(&mut spec.container);
+        container.image_digest = match before.filter(|before| before.container.image == container.image) {
+            Some(before) => before.container.image_digest.clone(),
+            None if container.pull_policy() == v1::PullPolicy::Never => String::new(),
+            None => {
+                let image = container.image.parse();
+                let image =
+                    image.map_err(|error: InvalidImageName| validate::Invalid::new(FIELD, error.to_string()))?;
+                let digest = self.0.registries.digest(&image, &Credentials::Anonymous).await;
+                digest.map_err(|error| validate::Invalid::new(FIELD, error.to_string()))?.unwrap_or_default()
+            }
+        };
+        Ok(spec)
+    }
+
     /// A service as it is now.
     fn shown(&self, name: &str) -> Result<v1::Service, Error> {
         let state = self.0.store.view();
@@ -34,7 +54,7 @@ impl Services {
     }
 
     async fn create(&self, request: v1::CreateServiceRequest) -> Result<v1::Service, Error> {
-        let spec = validate::service_spec(request.spec, self.0.policy)?;
+        let spec = self.pinned(validate::service_spec(request.spec, self.0.policy)?, None).await?;
         // A client that repeats a request after a lost answer is answered with what it made.
         self.0.store.read().await?;
         let now = self.0.environment.now();
@@ -61,6 +81,7 @@ impl Services {
             return self.shown(&spec.name).or_else(|_| self.shown(&request.service));
         }
         let known = lookup::service(&state, &request.service)?;
+        let spec = self.pinned(spec, Some(&known.spec)).await?;
         let service = Service {
             updated_at: self.0.environment.now(),
             generation: known.generation + u64::from(runs_something_else(&known.spec, &spec)),

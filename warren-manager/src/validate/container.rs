@@ -67,6 +67,9 @@ pub(super) fn check(spec: Option<v1::ContainerSpec>, policy: Policy) -> Result<v
     devices(&spec)?;
     mounts(&spec)?;
     network(&spec)?;
+    if v1::PullPolicy::try_from(spec.pull_policy).is_err() {
+        return invalid("spec.container.pull_policy", format!("{} is not known", spec.pull_policy));
+    }
     Ok(spec)
 }
 

@@ -33,6 +33,16 @@ enum Network {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
+enum Pull {
+    /// What is on the node is taken; what is not is pulled.
+    IfNotPresent,
+    /// Each time.
+    Always,
+    /// What is not on the node cannot be run.
+    Never,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum EndpointMode {
     /// The addresses of its healthy containers, in changing order.
     Dnsrr,
@@ -139,6 +149,9 @@ pub(crate) struct Arguments {
     /// What its name is answered with.
     #[arg(long, value_enum, default_value = "dnsrr")]
     endpoint_mode: EndpointMode,
+    /// When nodes ask the image's registry.
+    #[arg(long, value_enum, default_value = "if-not-present")]
+    pull: Pull,
     /// The containers' network.
     #[arg(long, value_enum, default_value = "cluster")]
     network: Network,
@@ -163,6 +176,11 @@ fn spec(arguments: &Arguments) -> v1::ServiceSpec {
         Network::Cluster => v1::NetworkMode::Cluster,
         Network::Host => v1::NetworkMode::Host,
         Network::None => v1::NetworkMode::None,
+    };
+    let pull_policy = match arguments.pull {
+        Pull::IfNotPresent => v1::PullPolicy::IfNotPresent,
+        Pull::Always => v1::PullPolicy::Always,
+        Pull::Never => v1::PullPolicy::Never,
     };
     let endpoint_mode = match arguments.endpoint_mode {
         EndpointMode::Dnsrr => v1::EndpointMode::Dnsrr,
@@ -201,6 +219,8 @@ fn spec(arguments: &Arguments) -> v1::ServiceSpec {
             pids_limit: arguments.limit_pids,
             mounts: arguments.mount.clone(),
             network: network.into(),
+            pull_policy: pull_policy.into(),
+            image_digest: String::new(),
         }),
         resources: Some(v1::Resources {
             reservations: amounts(arguments.reserve_cpu, arguments.reserve_memory),
