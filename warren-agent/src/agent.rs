@@ -24,6 +24,7 @@ use warren_telemetry::{
 
 use crate::{
     dns::{self, Resolver},
+    health,
     network::{self, Network},
     node,
     observe::{Labelled, log_dns, sweep},
@@ -208,6 +209,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let resolver = Resolver::new(options.dns.clone())?;
     let registries = Registries::new(options.registries.clone()).map_err(runtime::Error::from)?;
     let images = Images::new(containerd.clone(), registries);
+    let checks = health::Checks::new();
     let probing = Probing::start(options.probes.clone()).await;
 
     let timings = Arc::new(Timings::new(matches!(probing, Probing::Absent(_))));
@@ -233,6 +235,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
             node: options.node.clone(),
             network: network.clone(),
             images: images.clone(),
+            checks: checks.clone(),
             probes,
         },
         board.clone(),
@@ -246,6 +249,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
 
     let meters = Meters::new(&own_identity(&node_id), &[Emitter::Agent, Emitter::Node, Emitter::Both]);
     meters.add_source(resolver.source());
+    meters.add_source(checks.source());
     meters.add_source(Arc::new(ProcessSource));
     meters.add_source(Arc::new(BuildInfo));
     for source in &sources {

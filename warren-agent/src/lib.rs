@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod cli;
 pub mod dns;
+mod health;
 pub mod network;
 pub mod node;
 pub mod observe;

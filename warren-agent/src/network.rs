@@ -14,6 +14,7 @@ mod pool;
 mod ruleset;
 mod tables;
 
+pub(crate) use namespace::tcp_socket;
 pub use tables::{Place, Tables};
 
 use std::{

@@ -7,6 +7,7 @@ mod archive;
 mod client;
 mod content;
 mod events;
+mod exec;
 mod image;
 mod images;
 mod pull;

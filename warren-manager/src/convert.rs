@@ -158,6 +158,8 @@ pub(crate) fn observed_status(wire: v1::ContainerStatus) -> Option<Status> {
         oom_killed: wire.oom_killed,
         signal_ignored: wire.signal_ignored,
         addresses: wire.addresses.iter().filter_map(|address| address.parse().ok()).collect(),
+        health: v1::Health::try_from(wire.health).unwrap_or_default(),
+        health_message: wire.health_message,
     })
 }
 
@@ -175,6 +177,8 @@ fn wire_status(status: &Status) -> v1::ContainerStatus {
         oom_killed: status.oom_killed,
         signal_ignored: status.signal_ignored,
         addresses: text(&status.addresses),
+        health: status.health.into(),
+        health_message: status.health_message.clone(),
     }
 }
 

@@ -10,7 +10,7 @@ use crate::{
     clock::Timestamp,
     ids::NodeId,
     liveness::Health,
-    state::{Change, Container, ContainerState, Desired, Mode, RestartCondition, Service, State},
+    state::{Change, Container, Desired, Mode, RestartCondition, Service, State},
 };
 
 #[cfg(test)]
@@ -121,7 +121,7 @@ fn service_slots(
         match slot.iter().find(runs) {
             Some(container) => {
                 let current = container.generation == service.generation;
-                match (current, container.status.state == ContainerState::Running) {
+                match (current, container.status.serves()) {
                     // It serves nobody: there is nothing to wait for.
                     (false, false) if counts => {
                         plan.remove(container);

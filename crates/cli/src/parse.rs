@@ -123,6 +123,47 @@ pub(crate) fn port(text: &str) -> Result<v1::Port, String> {
     Ok(port)
 }
 
+/// `http://:80/path`, `https://...`, `tcp://:80`, `grpc://:80/service`, `exec:command`.
+pub(crate) fn health(text: &str) -> Result<v1::health_check::Check, String> {
+    use v1::health_check::Check;
+
+    if let Some(command) = text.strip_prefix("exec:") {
+        let command = ["/bin/sh", "-c", command].map(str::to_owned).into();
+        return Ok(Check::Exec(v1::ExecCheck { command }));
+    }
+    let wrong =
+        || format!("{text:?} is no check: http://:8080/path, https://, tcp://:5432, grpc://:50051 or exec:COMMAND");
+    let (scheme, rest) = text.split_once("://:").ok_or_else(wrong)?;
+    let (port, path) = rest.find('/').map_or((rest, ""), |at| rest.split_at(at));
+    let port = port.parse::<u16>().map(u32::from).map_err(|_| wrong())?;
+    match scheme {
+        "http" | "https" => {
+            let tls = scheme == "https";
+            Ok(Check::Http(v1::HttpCheck { port, path: path.to_owned(), tls, ..Default::default() }))
+        }
+        "tcp" if path.is_empty() => Ok(Check::Tcp(v1::TcpCheck { port })),
+        "grpc" => Ok(Check::Grpc(v1::GrpcCheck { port, service: path.trim_start_matches('/').to_owned() })),
+        _ => Err(wrong()),
+    }
+}
+
+/// `10s`, `500ms`, `2m`, `1h`; a number alone is seconds.
+pub(crate) fn duration(text: &str) -> Result<pbjson_types::Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor = match &text[digits.len()..] {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(format!("{text:?} is not a duration like 10s, 500ms, 2m or 1h")),
+    };
+    let seconds = digits.parse::<f64>().ok().map(|number| number * factor);
+    let seconds = seconds.filter(|seconds| (0.0..1e9).contains(seconds));
+    let seconds = seconds.ok_or_else(|| format!("{text:?} is not a duration like 10s, 500ms, 2m or 1h"))?;
+    let nanos = ((seconds.fract() * 1e9).round() as i32).min(999_999_999);
+    Ok(pbjson_types::Duration { seconds: seconds.trunc() as i64, nanos })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,6 +183,29 @@ mod tests {
         for wrong in ["-1", "0.0001", "NaN"] {
             assert!(millis(wrong).is_err(), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn checks_and_durations_are_parsed() {
+        use v1::health_check::Check;
+
+        let http = |port, path: &str, tls| {
+            Ok(Check::Http(v1::HttpCheck { port, path: path.to_owned(), tls, ..Default::default() }))
+        };
+        assert_eq!(health("http://:80/up?x=1"), http(80, "/up?x=1", false));
+        assert_eq!(health("https://:443"), http(443, "", true));
+        assert_eq!(health("tcp://:5432"), Ok(Check::Tcp(v1::TcpCheck { port: 5432 })));
+        let grpc = v1::GrpcCheck { port: 1, service: "a.B".to_owned() };
+        assert_eq!(health("grpc://:1/a.B"), Ok(Check::Grpc(grpc)));
+        assert!(matches!(health("exec:true"), Ok(Check::Exec(exec)) if exec.command == ["/bin/sh", "-c", "true"]));
+        for wrong in ["", "http://web:80", "tcp://:80/x", "ftp://:21", "http://:99999"] {
+            assert!(health(wrong).is_err(), "{wrong:?}");
+        }
+        let parsed = |text| duration(text).map(|d| (d.seconds, d.nanos));
+        assert_eq!(parsed("10s"), Ok((10, 0)));
+        assert_eq!(parsed("500ms"), Ok((0, 500_000_000)));
+        assert_eq!((parsed("2m"), parsed("3")), (Ok((120, 0)), Ok((3, 0))));
+        assert!(duration("soon").is_err() && duration("-1s").is_err() && duration("1d").is_err());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
 use clap::Args;
 use tonic::Streaming;
 use warren_proto::v1::{
-    self, ContainerState, RestartCondition, WatchContainersResponse, watch_containers_response::Change,
+    self, ContainerState, Health, RestartCondition, WatchContainersResponse, watch_containers_response::Change,
 };
 
 use crate::{client::ClientArguments, container, error::Error, service};
@@ -67,7 +67,10 @@ fn progress(service: &v1::Service, containers: &BTreeMap<String, v1::Container>)
     let state = |container: &v1::Container| container::status(container).state();
     let live = count(&|container| !container::has_ended(container));
     let running = count(&|container| {
-        state(container) == ContainerState::Running && container.desired_state() == ContainerState::Running
+        let health = container::status(container).health();
+        state(container) == ContainerState::Running
+            && container.desired_state() == ContainerState::Running
+            && matches!(health, Health::Unspecified | Health::Healthy)
     });
     // What may end has done what it was for.
     let may_end = matches!(restart, RestartCondition::Never | RestartCondition::OnFailure);

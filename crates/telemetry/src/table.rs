@@ -174,6 +174,9 @@ metrics! {
     warren_dns_server_requests_total Counter Node "{request}" ["type" "rcode" "source"] &[]; "DNS requests answered: from the cluster's tables, by the node's resolvers, or from what they answered before"
     warren_dns_server_request_duration_seconds Histogram Node "s" ["source"] RESOLVER; "From a DNS request to its answer"
     warren_dns_server_upstream_failures_total Counter Node "{request}" ["reason"] &[]; "DNS requests that the node's resolvers did not answer"
+    // Health checks
+    warren_health_checks_total Counter Node "{check}" ["type" "result"] &[]; "Health checks, by kind and result: success or failure"
+    warren_health_check_duration_seconds Histogram Node "s" ["type"] KERNEL_FAST; "Time of one health check"
     // Probes
     warren_probe_up Gauge Agent "" ["node" "probe"] &[]; "1 while the probe is attached"
     warren_probe_events_lost_total Counter Agent "{event}" ["node" "probe" "reason"] &[]; "What a probe could not record"

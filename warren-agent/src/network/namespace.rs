@@ -13,6 +13,7 @@ use rustix::{
     mount::{UnmountFlags, mount_bind, unmount},
     thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
 };
+use tokio::net::TcpSocket;
 
 /// Makes a namespace and keeps it at `path`, which must not be there yet. It ends when it is unmounted and its last
 /// process is gone.
@@ -54,6 +55,17 @@ pub(super) fn netlink(namespace: &File) -> io::Result<TokioSocket> {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
         let _reactor = runtime.enter();
         TokioSocket::new(NETLINK_ROUTE)
+    })
+}
+
+/// A socket in the namespace at `path`, which may be a process's.
+pub(crate) fn tcp_socket(path: &Path, is_v4: bool) -> io::Result<TcpSocket> {
+    let namespace = File::open(path)?;
+    let runtime = tokio::runtime::Handle::current();
+    in_thread(move || {
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+        let _reactor = runtime.enter();
+        if is_v4 { TcpSocket::new_v4() } else { TcpSocket::new_v6() }
     })
 }
 

@@ -45,6 +45,8 @@ pub enum Event {
     Started(Result<(), Ending>),
     /// Its first process exited.
     Exited(i32),
+    /// It does not answer any more, and why that is thought.
+    Unhealthy(String),
     /// The time it had to stop is over.
     KillDue,
     /// Nothing of it is left.
@@ -73,6 +75,8 @@ pub enum Action {
 pub struct Lifecycle {
     phase: Phase,
     removing: bool,
+    /// Why it is stopped, if it is for being unhealthy.
+    unhealthy: Option<String>,
     ending: Option<Ending>,
 }
 
@@ -80,20 +84,20 @@ impl Lifecycle {
     /// A container that was just assigned, and what to do first.
     #[must_use]
     pub fn assigned() -> (Self, Vec<Action>) {
-        let lifecycle = Self { phase: Phase::Preparing, removing: false, ending: None };
+        let lifecycle = Self { phase: Phase::Preparing, removing: false, unhealthy: None, ending: None };
         (lifecycle, vec![Action::Report, Action::Prepare])
     }
 
     /// A container that was found running.
     #[must_use]
     pub fn adopted() -> (Self, Vec<Action>) {
-        (Self { phase: Phase::Running, removing: false, ending: None }, vec![Action::Report])
+        (Self { phase: Phase::Running, removing: false, unhealthy: None, ending: None }, vec![Action::Report])
     }
 
     /// A container that was found after its end.
     #[must_use]
     pub fn ended(ending: Ending) -> (Self, Vec<Action>) {
-        let lifecycle = Self { phase: Phase::Cleaning, removing: false, ending: Some(ending) };
+        let lifecycle = Self { phase: Phase::Cleaning, removing: false, unhealthy: None, ending: Some(ending) };
         (lifecycle, vec![Action::Report, Action::Clean])
     }
 
@@ -146,7 +150,19 @@ impl Lifecycle {
                 actions
             }
             (Phase::Running, Event::Exited(code)) => self.end(Ending::Exited(code)),
-            (Phase::Stopping, Event::Exited(code)) => self.end(Ending::Stopped(code)),
+            (Phase::Running, Event::Unhealthy(why)) => {
+                self.unhealthy = Some(why);
+                self.stop()
+            }
+            (Phase::Stopping, Event::Remove) => {
+                // Now it is wanted gone, whatever it suffered from.
+                self.unhealthy = None;
+                Vec::new()
+            }
+            (Phase::Stopping, Event::Exited(code)) => match self.unhealthy.take() {
+                Some(why) => self.end(Ending::Failed(format!("unhealthy: {why}"))),
+                None => self.end(Ending::Stopped(code)),
+            },
             (Phase::Stopping, Event::KillDue) => vec![Action::Kill],
             (Phase::Cleaning, Event::Cleaned) => {
                 self.phase = Phase::Gone;
@@ -178,6 +194,16 @@ mod tests {
         let (lifecycle, actions) = run(events);
         assert_eq!(actions, [Report, Prepare, Report, Start, Report, Report, Clean]);
         assert_eq!((lifecycle.phase(), lifecycle.ending()), (Phase::Gone, Some(&Ending::Exited(3))));
+    }
+
+    #[test]
+    fn a_container_that_does_not_answer_is_stopped_and_has_failed() {
+        let begin = [Event::Prepared(Ok(())), Event::Started(Ok(())), Event::Unhealthy("no answer".to_owned())];
+        let (lifecycle, actions) = run(begin.clone().into_iter().chain([Event::Exited(0)]));
+        assert!(actions.contains(&Action::Stop));
+        assert_eq!(lifecycle.ending(), Some(&Ending::Failed("unhealthy: no answer".to_owned())));
+        let (lifecycle, _) = run(begin.into_iter().chain([Event::Remove, Event::Exited(0)]));
+        assert_eq!(lifecycle.ending(), Some(&Ending::Stopped(0)), "it was removed meanwhile");
     }
 
     #[test]
@@ -215,6 +241,7 @@ mod tests {
             Just(Event::Started(Ok(()))),
             Just(Event::Started(Err(Ending::Failed(String::new())))),
             (0..256).prop_map(Event::Exited),
+            Just(Event::Unhealthy(String::new())),
             Just(Event::KillDue),
             Just(Event::Cleaned),
         ]

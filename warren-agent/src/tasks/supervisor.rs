@@ -14,6 +14,7 @@ use super::{
     worker::{Beginning, NodeSettings, Registrar, Shared, Spawned, StopOptions, Worker},
 };
 use crate::{
+    health::Checks,
     network::Network,
     probes::{self, Groups, LifecycleEvent, Maps, Phase},
     runtime::{self, Containerd, Found, Images, TaskState},
@@ -34,6 +35,8 @@ pub struct Options {
     pub network: Network,
     /// What they are made from.
     pub images: Images,
+    /// What finds out whether they are well.
+    pub(crate) checks: Checks,
     /// The probes, if they work.
     pub probes: Option<(Arc<Maps>, Arc<Mutex<Groups>>)>,
 }
@@ -127,6 +130,7 @@ impl Supervisor {
             node: options.node,
             network: options.network,
             images: options.images,
+            checks: options.checks,
             actions: TaskTracker::new(),
         });
         let found = shared.containerd.containers().await?;

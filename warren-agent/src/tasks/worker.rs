@@ -8,7 +8,7 @@ use std::{
 };
 
 use tokio::sync::mpsc;
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, Span};
 use warren_proto::v1::{self, ContainerState};
 use warren_registry::Credentials;
@@ -16,6 +16,7 @@ use warren_spec::{ImageName, InvalidImageName};
 
 use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Phase, RuntimePhase, Timings};
 use crate::{
+    health::{Checks, Health, Subject},
     network::{Files, Mounted, Network},
     runtime::{self, ContainerOptions, Containerd, Images, LocalImage, NetworkNamespace, Wanted},
 };
@@ -85,6 +86,7 @@ pub(super) struct Shared {
     pub(super) node: NodeSettings,
     pub(super) network: Network,
     pub(super) images: Images,
+    pub(super) checks: Checks,
     /// The actions being carried out. Once it is closed, no other is begun.
     pub(super) actions: TaskTracker,
 }
@@ -109,6 +111,8 @@ pub(super) struct Worker {
     sender: mpsc::UnboundedSender<Event>,
     events: mpsc::UnboundedReceiver<Event>,
     stop_began: Option<Instant>,
+    /// Cancelled with the container's end.
+    ended: CancellationToken,
 }
 
 fn timestamp(time: SystemTime) -> pbjson_types::Timestamp {
@@ -160,11 +164,22 @@ impl Worker {
             Beginning::Running { .. } => Lifecycle::adopted(),
             Beginning::Ended(ending, _) => Lifecycle::ended(ending.clone()),
         };
-        let worker = Self { shared, id, assignment, stop, lifecycle, sender: sender.clone(), events, stop_began: None };
+        let worker = Self {
+            shared,
+            id,
+            assignment,
+            stop,
+            lifecycle,
+            sender: sender.clone(),
+            events,
+            stop_began: None,
+            ended: CancellationToken::new(),
+        };
         match beginning {
             Beginning::Running { pid } => {
                 worker.note(|status| status.pid = pid);
                 worker.watch_exit();
+                worker.watch_health(pid);
             }
             Beginning::Ended(_, Some(at)) => worker.note(|status| status.finished_at = Some(timestamp(at))),
             Beginning::New | Beginning::Ended(_, None) => {}
@@ -234,9 +249,12 @@ impl Worker {
                 self.tell(Event::Started(started));
                 if runs {
                     self.watch_exit();
+                    let pid = self.shared.board.get(&self.id).unwrap_or_default().pid;
+                    self.watch_health(pid);
                 }
             }
             Action::Stop => {
+                self.ended.cancel();
                 self.stop_began = Some(Instant::now());
                 self.signal(self.stop.signal, false).await;
                 self.kill_later(self.stop.timeout);
@@ -283,6 +301,7 @@ impl Worker {
     }
 
     fn exited(&mut self, code: i32) {
+        self.ended.cancel();
         self.note(|status| {
             status.exit_code = Some(code);
             // The daemon's time of it, if that came first.
@@ -430,6 +449,50 @@ impl Worker {
             // A worker that is gone has seen the end otherwise.
             let _ = sender.send(Event::Exited(code));
         });
+    }
+
+    /// Has the container checked, if its service says how, until it ends.
+    fn watch_health(&self, pid: u32) {
+        let spec = self.assignment.as_ref().and_then(|assignment| assignment.spec.as_ref());
+        let Some(check) = spec.and_then(|spec| spec.health_check.clone()) else { return };
+        let status = self.shared.board.get(&self.id).unwrap_or_default();
+        // What it was before the agent's restart it is until it is found otherwise.
+        let health = match status.health() {
+            v1::Health::Healthy => Health::Healthy,
+            _ => Health::Starting,
+        };
+        self.note(|status| {
+            if health == Health::Starting {
+                status.health = v1::Health::Starting.into();
+            }
+        });
+        let subject = Subject {
+            containerd: self.shared.containerd.clone(),
+            id: self.id.clone(),
+            pid,
+            addresses: status.addresses,
+            check,
+            health,
+        };
+        let (shared, id, sender) = (Arc::clone(&self.shared), self.id.clone(), self.sender.clone());
+        let changed = move |health: Health, why: String| {
+            shared.board.amend(&id, |status| {
+                let health = match health {
+                    Health::Starting => v1::Health::Starting,
+                    Health::Healthy => v1::Health::Healthy,
+                    Health::Unhealthy => v1::Health::Unhealthy,
+                };
+                status.health = health.into();
+                status.health_message.clone_from(&why);
+            });
+            if health == Health::Unhealthy {
+                // A worker that is gone needs no telling.
+                let _ = sender.send(Event::Unhealthy(why));
+            }
+            health != Health::Unhealthy
+        };
+        let (checks, ended) = (self.shared.checks.clone(), self.ended.clone());
+        tokio::spawn(async move { ended.run_until_cancelled(checks.watch(subject, changed)).await });
     }
 
     async fn signal(&self, signal: u32, all: bool) {

@@ -174,7 +174,7 @@ fn endpoint(state: &State, container: &Container) -> Option<v1::Endpoint> {
         slot: container.slot,
         node_id: node.to_string(),
         addresses,
-        healthy: true,
+        healthy: container.status.serves(),
     })
 }
 

@@ -4,7 +4,10 @@ use super::*;
 use crate::{
     ids::ContainerId,
     scheduler,
-    state::tests::{apply, container, founded, node, observe, put, service},
+    state::{
+        ContainerState,
+        tests::{apply, container, founded, node, observe, put, service},
+    },
 };
 
 /// A cluster in which nothing happens by itself: tests play the agents.

@@ -279,6 +279,10 @@ pub struct Status {
     pub signal_ignored: bool,
     /// In the cluster's network.
     pub addresses: Vec<IpAddr>,
+    /// What its checks say.
+    pub health: v1::Health,
+    /// Why it is not healthy.
+    pub health_message: String,
 }
 
 impl Status {
@@ -298,7 +302,15 @@ impl Status {
             oom_killed: false,
             signal_ignored: false,
             addresses: Vec::new(),
+            health: v1::Health::Unspecified,
+            health_message: String::new(),
         }
+    }
+
+    /// Whether it runs and, if it is checked, has been found to do its work.
+    #[must_use]
+    pub fn serves(&self) -> bool {
+        self.state == ContainerState::Running && matches!(self.health, v1::Health::Unspecified | v1::Health::Healthy)
     }
 }
 

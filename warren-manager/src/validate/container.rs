@@ -67,6 +67,9 @@ pub(super) fn check(spec: Option<v1::ContainerSpec>, policy: Policy) -> Result<v
     devices(&spec)?;
     mounts(&spec)?;
     network(&spec)?;
+    if let Some(check) = &spec.health_check {
+        health(check)?;
+    }
     if v1::PullPolicy::try_from(spec.pull_policy).is_err() {
         return invalid("spec.container.pull_policy", format!("{} is not known", spec.pull_policy));
     }
@@ -165,6 +168,55 @@ fn devices(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
         if permissions.len() != device.permissions.len() || !permissions.iter().all(|c| "rwm".contains(*c)) {
             return invalid(field("permissions"), format!("{:?} is not some of \"rwm\"", device.permissions));
         }
+    }
+    Ok(())
+}
+
+fn health(check: &v1::HealthCheck) -> Result<(), Invalid> {
+    use v1::health_check::Check;
+
+    let field = |name: &str| format!("spec.container.health_check.{name}");
+    let port = |kind: &str, port: u32| match port {
+        1..=65535 => Ok(()),
+        _ => invalid(field(&format!("{kind}.port")), format!("{port} is not between 1 and 65535")),
+    };
+    match &check.check {
+        None => return invalid(field("check"), "is missing: http, tcp, exec or grpc"),
+        Some(Check::Http(http)) => {
+            port("http", http.port)?;
+            let plain = |text: &str| text.bytes().all(|byte| (0x21..0x7f).contains(&byte));
+            if !http.path.is_empty() && (!http.path.starts_with('/') || !plain(&http.path)) {
+                return invalid(field("http.path"), format!("{:?} is not a path of a URL", http.path));
+            }
+            let is_token =
+                |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+            let bad = |(name, value): &(&String, &String)| !is_token(name) || value.contains(|c: char| c.is_control());
+            if let Some((name, _)) = http.headers.iter().find(bad) {
+                return invalid(field("http.headers"), format!("{name:?} or its value is not of a header"));
+            }
+        }
+        Some(Check::Tcp(tcp)) => port("tcp", tcp.port)?,
+        Some(Check::Grpc(grpc)) => port("grpc", grpc.port)?,
+        Some(Check::Exec(exec)) => {
+            if exec.command.is_empty() || exec.command.iter().any(|word| word.contains('\0')) {
+                return invalid(field("exec.command"), "is missing, or has NUL bytes");
+            }
+        }
+    }
+    for (name, wire) in
+        [("interval", &check.interval), ("timeout", &check.timeout), ("start_period", &check.start_period)]
+    {
+        let Some(wire) = wire else { continue };
+        let duration = convert::duration(wire);
+        if wire.seconds < 0 || wire.nanos < 0 || duration > MAX_TIMEOUT {
+            return invalid(field(name), "is not between 0 and a day");
+        }
+        if name != "start_period" && !duration.is_zero() && duration < std::time::Duration::from_millis(100) {
+            return invalid(field(name), "is less than 100 ms");
+        }
+    }
+    if check.retries > 100 {
+        return invalid(field("retries"), "is more than 100");
     }
     Ok(())
 }
@@ -292,6 +344,21 @@ mod tests {
         assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].type");
         let mount = v1::Mount { size_bytes: 1, ..tmpfs("/a") };
         assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].size_bytes");
+        let check = |check| Some(v1::HealthCheck { check, ..Default::default() });
+        let http = |port, path: &str| {
+            let http = v1::HttpCheck { port, path: path.to_owned(), ..Default::default() };
+            check(Some(v1::health_check::Check::Http(http)))
+        };
+        for (wrong, field) in [
+            (check(None), "check"),
+            (http(0, ""), "http.port"),
+            (http(80, "no slash"), "http.path"),
+            (check(Some(v1::health_check::Check::Tcp(v1::TcpCheck { port: 65536 }))), "tcp.port"),
+            (check(Some(v1::health_check::Check::Exec(v1::ExecCheck::default()))), "exec.command"),
+            (http(80, "/").map(|check| v1::HealthCheck { retries: 101, ..check }), "retries"),
+        ] {
+            assert_eq!(refused(|spec| spec.health_check = wrong), format!("spec.container.health_check.{field}"));
+        }
         let host = |spec: &mut v1::ContainerSpec| {
             spec.network = v1::NetworkMode::Host.into();
             spec.sysctls = pair("net.core.somaxconn", "1".to_owned());

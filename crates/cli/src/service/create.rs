@@ -149,6 +149,22 @@ pub(crate) struct Arguments {
     /// What its name is answered with.
     #[arg(long, value_enum, default_value = "dnsrr")]
     endpoint_mode: EndpointMode,
+    /// How to find out whether a container does its work: http://:8080/path, https://:8443/path, tcp://:5432,
+    /// grpc://:50051/service, or exec:COMMAND, which a shell runs in the container.
+    #[arg(long, value_name = "CHECK", value_parser = parse::health)]
+    health: Option<v1::health_check::Check>,
+    /// Between checks, like 10s or 500ms.
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration, requires = "health")]
+    health_interval: Option<pbjson_types::Duration>,
+    /// How long a check may take; 5s unless given.
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration, requires = "health")]
+    health_timeout: Option<pbjson_types::Duration>,
+    /// Failures in a row after which a container is replaced; 3 unless given.
+    #[arg(long, value_name = "N", requires = "health")]
+    health_retries: Option<u32>,
+    /// How long failures do not count, until a container has answered once.
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration, requires = "health")]
+    health_start_period: Option<pbjson_types::Duration>,
     /// When nodes ask the image's registry.
     #[arg(long, value_enum, default_value = "if-not-present")]
     pull: Pull,
@@ -221,6 +237,13 @@ fn spec(arguments: &Arguments) -> v1::ServiceSpec {
             network: network.into(),
             pull_policy: pull_policy.into(),
             image_digest: String::new(),
+            health_check: arguments.health.clone().map(|check| v1::HealthCheck {
+                check: Some(check),
+                interval: arguments.health_interval,
+                timeout: arguments.health_timeout,
+                retries: arguments.health_retries.unwrap_or(0),
+                start_period: arguments.health_start_period,
+            }),
         }),
         resources: Some(v1::Resources {
             reservations: amounts(arguments.reserve_cpu, arguments.reserve_memory),
