@@ -2,11 +2,12 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     "warren/v1/cluster.proto",
     "warren/v1/container.proto",
     "warren/v1/network.proto",
     "warren/v1/node.proto",
+    "warren/v1/secret.proto",
     "warren/v1/service.proto",
     "warren/v1/session.proto",
     "warren/v1/telemetry.proto",

@@ -272,6 +272,8 @@ impl World {
             .args(["--cgroup-parent", &self.cgroup_parent()])
             .arg("--run-dir")
             .arg(self.path("netns"))
+            .arg("--secrets-dir")
+            .arg(self.path("secrets"))
             .args(["--telemetry-interval-s", "1"])
             .args(["--dns-ports", &self.dns_port.to_string(), "--dns-timeout-s", "2"])
             .arg("--bpf-pin-dir")
@@ -310,6 +312,8 @@ impl World {
             .arg(self.path(name))
             .arg("--run-dir")
             .arg(self.path(&format!("netns-{name}")))
+            .arg("--secrets-dir")
+            .arg(self.path(&format!("secrets-{name}")))
             .arg("--containerd-socket")
             .arg(self.containerd_socket())
             .args(["--cgroup-parent", &format!("{}/{name}", self.cgroup_parent())])
@@ -560,6 +564,10 @@ impl Drop for World {
             entries(self.directory.path()).filter(|entry| entry.file_name().to_string_lossy().starts_with("netns"));
         for kept in kept.flat_map(|directory| entries(&directory.path())) {
             let _ = rustix::mount::unmount(kept.path(), rustix::mount::UnmountFlags::DETACH);
+        }
+        for secrets in entries(self.directory.path()).filter(|e| e.file_name().to_string_lossy().starts_with("secrets"))
+        {
+            let _ = rustix::mount::unmount(secrets.path(), rustix::mount::UnmountFlags::DETACH);
         }
         // Nothing of it may stay: neither programs in the kernel nor directories.
         let _ = fs::remove_dir_all(self.pins());

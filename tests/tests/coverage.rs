@@ -48,7 +48,10 @@ fn every_metric_of_the_table_has_a_sample_and_every_sample_is_in_the_table() {
     world.agent.take().expect("it runs").kill();
     world.start_agent(&["--log", LOG]);
     world.wait_ready();
-    world.create("dns", 1, &["--health", "exec:true"], &script_that_asks(world.dns_port, true));
+    let value = world.path("value");
+    std::fs::write(&value, "secret").expect("writable");
+    let _ = world.warren(&["secret", "create", "key", &value.display().to_string()]).succeeded();
+    world.create("dns", 1, &["--health", "exec:true", "--secret", "key"], &script_that_asks(world.dns_port, true));
     // Of the node's resolver: what it knows, and what the node's own would have to know, which are none here.
     for name in ["dns", "elsewhere.example"] {
         let _ = run("dig", &["@169.254.1.1", "+tries=1", "+timeout=5", name]);

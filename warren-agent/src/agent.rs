@@ -30,6 +30,7 @@ use crate::{
     observe::{Labelled, log_dns, sweep},
     probes::{self, Groups, MAX_DNS_PORTS, Maps, ProbeSource, drain_dns, drain_lifecycle},
     runtime::{self, Containerd, Images},
+    secrets::{self, Secrets},
     session::{self, Link},
     tasks::{self, Board, Cache, NodeSettings, Supervisor, Timings, handle_kernel_event},
 };
@@ -57,6 +58,8 @@ pub struct Options {
     pub network: network::Options,
     /// How names are answered.
     pub dns: dns::Options,
+    /// Where secrets are: a tmpfs, or what becomes one.
+    pub secrets_dir: PathBuf,
     /// Where images come from.
     pub registries: warren_registry::Options,
     /// How long an image that was pulled is kept without use; zero is for ever.
@@ -100,6 +103,9 @@ pub enum Error {
     /// The metrics' address.
     #[error(transparent)]
     Metrics(#[from] endpoint::BindError),
+    /// Containers could not be given secrets.
+    #[error(transparent)]
+    Secrets(#[from] secrets::Error),
     /// Names could not be answered.
     #[error("the domain of services' names is none: {0}")]
     Domain(#[from] hickory_proto::ProtoError),
@@ -120,7 +126,7 @@ impl Error {
             Self::Otlp(_) | Self::DnsPorts(_) | Self::Domain(_) => USAGE,
             Self::NotRoot => 6,
             Self::Runtime(error) if error.is_transient() => 4,
-            Self::Runtime(_) | Self::Network(_) => 1,
+            Self::Runtime(_) | Self::Network(_) | Self::Secrets(_) => 1,
             Self::DataDir { .. } => 8,
             Self::Metrics(_) => ADDRESS_IN_USE,
         }
@@ -205,7 +211,9 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let node_id = node_id(&options.data_dir).map_err(data_dir_error)?;
     let cache = Cache::open(&options.data_dir.join("containers")).map_err(data_dir_error)?;
     let containerd = runtime::connect(&options.containerd_socket, &options.containerd_namespace).await?;
-    let network = Network::start(options.network.clone(), &connected(&cache, &containerd).await?).await?;
+    let connected = connected(&cache, &containerd).await?;
+    let network = Network::start(options.network.clone(), &connected).await?;
+    let secrets = Secrets::start(&options.secrets_dir, |id| connected.contains_key(id))?;
     let resolver = Resolver::new(options.dns.clone())?;
     let registries = Registries::new(options.registries.clone()).map_err(runtime::Error::from)?;
     let images = Images::new(containerd.clone(), registries);
@@ -236,6 +244,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
             network: network.clone(),
             images: images.clone(),
             checks: checks.clone(),
+            secrets,
             probes,
         },
         board.clone(),

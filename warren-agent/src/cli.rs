@@ -135,6 +135,9 @@ pub struct NodeArguments {
     /// Where containers' network namespaces are kept: a directory that is empty after a restart of the machine.
     #[arg(long, env = "WARREN_RUN_DIR", default_value = "/run/warren/network")]
     pub run_dir: PathBuf,
+    /// Where containers' secrets are, in memory only: it becomes a tmpfs.
+    #[arg(long, env = "WARREN_SECRETS_DIR", default_value = "/run/warren/secrets")]
+    pub secrets_dir: PathBuf,
     /// Time containers around the runtime's calls instead of in the kernel.
     #[arg(long, env = "WARREN_NO_PROBES")]
     pub no_probes: bool,
@@ -190,6 +193,7 @@ impl AgentArguments {
                 upstreams: node.dns_upstreams.clone(),
                 rate: node.dns_rate,
             },
+            secrets_dir: node.secrets_dir.clone(),
             registries: node.registries.options(),
             keep_images: Duration::from_secs_f64(node.keep_images_h * 3600.0),
             probes: (!node.no_probes).then_some(probes),

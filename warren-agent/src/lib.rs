@@ -12,5 +12,6 @@ pub mod node;
 pub mod observe;
 pub mod probes;
 pub mod runtime;
+pub mod secrets;
 pub mod session;
 pub mod tasks;

@@ -6,6 +6,7 @@ mod layer;
 mod lookup;
 mod nodes;
 mod pages;
+mod secrets;
 mod services;
 
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use tonic::Status;
 use warren_proto::v1::{
     cluster_server::ClusterServer, containers_server::ContainersServer, dispatcher_server::DispatcherServer,
-    nodes_server::NodesServer, services_server::ServicesServer,
+    nodes_server::NodesServer, secrets_server::SecretsServer, services_server::ServicesServer,
 };
 
 pub use layer::MetricsLayer;
@@ -27,6 +28,7 @@ use crate::{
     store,
     store::Store,
     validate::{Invalid, Policy},
+    vault::{self, Vault},
 };
 
 /// What every resource's service needs.
@@ -44,7 +46,12 @@ pub struct Context {
     pub policy: Policy,
     /// Who is asked what an image's name means.
     pub registries: Arc<dyn Pinning>,
+    /// What opens secrets.
+    pub vault: Vault,
 }
+
+/// A secret, and what is around it.
+const MAX_SECRET_REQUEST: usize = 1 << 20;
 
 /// Why a call was refused.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +84,9 @@ pub enum Error {
     /// The history does not reach back that far.
     #[error("changes since revision {0} are no longer known: list again and watch from there")]
     TooOld(u64),
+    /// A secret could not be sealed or opened.
+    #[error(transparent)]
+    Vault(#[from] vault::Error),
     /// The state could not be read or written.
     #[error(transparent)]
     Store(#[from] store::Error),
@@ -98,7 +108,10 @@ impl From<Error> for Status {
             Error::NotFound { .. } => Self::not_found(message),
             Error::Precondition(_) => Self::failed_precondition(message),
             Error::TooOld(_) => Self::out_of_range(message),
+            Error::Vault(_) => Self::internal(message),
             Error::Store(store::Error::Rejected(Rejection::NameTaken(_))) => Self::already_exists(message),
+            Error::Store(store::Error::Rejected(Rejection::Exists(_))) => Self::already_exists(message),
+            Error::Store(store::Error::Rejected(Rejection::InUse { .. })) => Self::failed_precondition(message),
             Error::Store(store::Error::Rejected(Rejection::Conflict(_))) => Self::aborted(message),
             Error::Store(store::Error::Rejected(Rejection::NotFound(_))) => Self::not_found(message),
             Error::Store(store::Error::Rejected(Rejection::PortTaken { .. })) => {
@@ -130,6 +143,9 @@ pub fn router(context: &Context, dispatcher: Dispatcher) -> tonic::service::Rout
         .add_service(ServicesServer::new(services::Services(context.clone())))
         .add_service(ContainersServer::new(containers::Containers(context.clone())))
         .add_service(NodesServer::new(nodes::Nodes(context.clone())))
+        .add_service(
+            SecretsServer::new(secrets::Secrets(context.clone())).max_decoding_message_size(MAX_SECRET_REQUEST),
+        )
         .add_service(ClusterServer::new(cluster::Cluster(context.clone())))
         .add_service(DispatcherServer::new(dispatcher))
         .add_service(health);

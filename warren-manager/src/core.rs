@@ -23,6 +23,7 @@ use crate::{
     store::Store,
     telemetry::{self, Collected},
     validate::Policy,
+    vault::Vault,
 };
 
 /// What a manager takes from around it.
@@ -57,6 +58,8 @@ pub struct Settings {
     pub policy: Policy,
     /// Who is asked what an image's name means.
     pub registries: Arc<dyn Pinning>,
+    /// What opens secrets.
+    pub vault: Vault,
     /// The networks of a cluster that is founded; later they stay.
     pub networks: Networks,
 }
@@ -132,8 +135,10 @@ impl Core {
             environment: Arc::clone(&environment),
             policy: settings.policy,
             registries: settings.registries,
+            vault: settings.vault.clone(),
         };
-        let dispatcher = Dispatcher::new(store.clone(), liveness.clone(), collected, Arc::clone(&metrics));
+        let dispatcher =
+            Dispatcher::new(store.clone(), liveness.clone(), collected, Arc::clone(&metrics), settings.vault);
         let routes = api::router(&context, dispatcher);
         let tasks = TaskTracker::new();
         let controller = Controller::new(store.clone(), liveness, Arc::clone(&metrics), environment);

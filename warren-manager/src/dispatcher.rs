@@ -12,7 +12,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use warren_proto::v1::{self, agent_message, dispatcher_server, manager_message};
 
-use crate::{ids::NodeId, liveness::Liveness, metrics::ManagerMetrics, store::Store, telemetry::Collected};
+use crate::{
+    ids::NodeId, liveness::Liveness, metrics::ManagerMetrics, state::Secret, store::Store, telemetry::Collected,
+    vault::Vault,
+};
 use assignments::Assigned;
 use directory::Directory;
 use reports::Reports;
@@ -29,16 +32,43 @@ pub struct Dispatcher {
     metrics: Arc<ManagerMetrics>,
     reports: Reports,
     directory: watch::Receiver<Directory>,
+    vault: Vault,
     seen: Arc<Mutex<HashSet<NodeId>>>,
 }
 
 impl Dispatcher {
     /// A dispatcher of this manager's store.
     #[must_use]
-    pub fn new(store: Store, liveness: Liveness, collected: Collected, metrics: Arc<ManagerMetrics>) -> Self {
+    pub fn new(
+        store: Store,
+        liveness: Liveness,
+        collected: Collected,
+        metrics: Arc<ManagerMetrics>,
+        vault: Vault,
+    ) -> Self {
         let reports = Reports::start(store.clone());
         let directory = directory::keep(&store);
-        Self { store, liveness, collected, metrics, reports, directory, seen: Arc::default() }
+        Self { store, liveness, collected, metrics, reports, directory, vault, seen: Arc::default() }
+    }
+
+    /// A secret's value, for a node that needs it.
+    fn open(&self, secret: &Secret) -> Option<v1::SecretValue> {
+        let opened = self.vault.open_sealed(&secret.id, secret.sequence, &secret.sealed);
+        let result = if opened.is_ok() { "delivered" } else { "failed" };
+        self.metrics.secret_deliveries.add(1, &[KeyValue::new("result", result)]);
+        match opened {
+            Ok(data) => Some(v1::SecretValue {
+                id: secret.id.to_string(),
+                kind: secret.kind.into(),
+                name: secret.name.clone(),
+                sequence: secret.sequence,
+                data,
+            }),
+            Err(error) => {
+                tracing::error!(secret = secret.name, %error, "a node cannot be given what it needs");
+                None
+            }
+        }
     }
 
     async fn opened(&self, node: &NodeId, hostname: &str) {
@@ -61,7 +91,7 @@ impl Dispatcher {
                 let _ = to.send(Err(Status::not_found("this node was removed from the cluster"))).await;
                 return;
             }
-            if let Some(message) = assigned.next(&view, &node)
+            if let Some(message) = assigned.next(&view, &node, |secret| self.open(secret))
                 && to.send(Ok(wrap(manager_message::Message::Assignments(message)))).await.is_err()
             {
                 return;

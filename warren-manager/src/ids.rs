@@ -69,6 +69,10 @@ id!(
     NodeId
 );
 id!(
+    /// Names a secret or config for its whole life.
+    SecretId
+);
+id!(
     /// Names a container; containerd and its cgroup know it by the same.
     ContainerId
 );

@@ -22,6 +22,8 @@ pub mod state;
 mod store;
 mod telemetry;
 mod validate;
+mod vault;
 
 pub use manager::{Error, Options, identity, run};
 pub use validate::Policy;
+pub use vault::{Error as VaultError, Vault};

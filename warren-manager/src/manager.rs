@@ -29,6 +29,7 @@ use crate::{
     data_dir, liveness,
     state::InvalidNetwork,
     validate::Policy,
+    vault::{self, Vault},
 };
 
 /// How a manager works.
@@ -73,6 +74,9 @@ pub enum Error {
     /// How registries are reached.
     #[error(transparent)]
     Registries(#[from] warren_registry::Error),
+    /// The key of secrets.
+    #[error(transparent)]
+    Vault(#[from] vault::Error),
     /// The data directory.
     #[error(transparent)]
     DataDir(#[from] data_dir::Error),
@@ -105,7 +109,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::NotLoopback(_) | Self::Network(_) | Self::Registries(_) | Self::Otlp(_) => 2,
-            Self::DataDir(_) | Self::Raft(warren_raft::Error::Storage { .. }) => 8,
+            Self::DataDir(_) | Self::Vault(_) | Self::Raft(warren_raft::Error::Storage { .. }) => 8,
             Self::Listen { .. } | Self::Metrics(_) => 7,
             Self::Raft(_) | Self::Store(_) => 1,
         }
@@ -156,6 +160,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         policy: options.policy,
         networks: options.networks,
         registries: Arc::new(Registries::new(options.registries.clone())?),
+        vault: Vault::open(&options.data_dir)?,
     };
     let seams = Seams {
         environment: Arc::new(System),

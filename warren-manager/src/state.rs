@@ -17,10 +17,10 @@ use network::Numbers;
 pub use network::{ClusterNetwork, InvalidNetwork, NetworkV6};
 pub use objects::{
     Amounts, Cluster, Container, ContainerState, Description, Desired, Mode, Node, Probes, Resources, RestartCondition,
-    RestartPolicy, Service, ServiceSpec, Status, Timing,
+    RestartPolicy, Sealed, Secret, Service, ServiceSpec, Status, Timing,
 };
-pub(crate) use transaction::protocol_name;
 pub use transaction::{Change, Expected, Rejection, Reply, Transaction};
+pub(crate) use transaction::{kind_name, protocol_name};
 
 use std::{io, net::IpAddr, sync::Arc};
 
@@ -28,7 +28,9 @@ use imbl::{OrdMap, OrdSet, Vector};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{ContainerId, NodeId, ServiceId};
+use warren_proto::v1;
+
+use crate::ids::{ContainerId, NodeId, SecretId, ServiceId};
 
 /// Changes remembered for watchers; who is further behind lists anew.
 const HISTORY: usize = 10_000;
@@ -44,6 +46,19 @@ pub enum ContainerChange {
     Deleted(ContainerId, ServiceId),
 }
 
+/// Secrets and configs have names of their own each.
+fn secret_key(kind: v1::SecretKind, name: &str) -> (bool, String) {
+    (kind == v1::SecretKind::Config, name.to_owned())
+}
+
+/// The secrets and configs that a container needs, by kind and name.
+pub(crate) fn needed_secrets(spec: &v1::ContainerSpec) -> impl Iterator<Item = (v1::SecretKind, &str)> {
+    let secrets = spec.secrets.iter().map(|mount| (v1::SecretKind::Secret, mount.source.as_str()));
+    let configs = spec.configs.iter().map(|mount| (v1::SecretKind::Config, mount.source.as_str()));
+    let registry = Some((v1::SecretKind::Secret, spec.registry_secret.as_str())).filter(|(_, name)| !name.is_empty());
+    secrets.chain(configs).chain(registry)
+}
+
 /// Everything the cluster agrees on.
 #[derive(Clone, Debug, Default)]
 pub struct State {
@@ -52,6 +67,7 @@ pub struct State {
     services: OrdMap<ServiceId, Arc<Service>>,
     nodes: OrdMap<NodeId, Arc<Node>>,
     containers: OrdMap<ContainerId, Arc<Container>>,
+    secrets: OrdMap<SecretId, Arc<Secret>>,
     /// Request ids by the revision of their reply, and their replies.
     requests: OrdMap<u64, String>,
     replies: OrdMap<String, Reply>,
@@ -60,6 +76,7 @@ pub struct State {
     virtual_addresses: Numbers,
     // What follows is derived, or forgotten at a restart.
     names: OrdMap<String, ServiceId>,
+    secret_names: OrdMap<(bool, String), SecretId>,
     by_service: OrdSet<(ServiceId, ContainerId)>,
     by_node: OrdSet<(NodeId, ContainerId)>,
     history: Vector<(u64, ContainerChange)>,
@@ -77,6 +94,7 @@ struct Stored {
     services: Vec<Arc<Service>>,
     nodes: Vec<Arc<Node>>,
     containers: Vec<Arc<Container>>,
+    secrets: Vec<Arc<Secret>>,
     requests: OrdMap<u64, String>,
     replies: OrdMap<String, Reply>,
     next_subnet: u32,
@@ -125,6 +143,23 @@ impl State {
     #[must_use]
     pub fn service_named(&self, name: &str) -> Option<&Arc<Service>> {
         self.services.get(self.names.get(name)?)
+    }
+
+    /// All secrets and configs, by id.
+    pub fn secrets(&self) -> impl Iterator<Item = &Arc<Secret>> {
+        self.secrets.values()
+    }
+
+    /// A secret or config by id.
+    #[must_use]
+    pub fn secret(&self, id: &SecretId) -> Option<&Arc<Secret>> {
+        self.secrets.get(id)
+    }
+
+    /// A secret or config by name.
+    #[must_use]
+    pub fn secret_named(&self, kind: v1::SecretKind, name: &str) -> Option<&Arc<Secret>> {
+        self.secrets.get(self.secret_names.get(&secret_key(kind, name))?)
     }
 
     /// All nodes, by id.
@@ -222,6 +257,7 @@ impl State {
             services: self.services.values().cloned().collect(),
             nodes: self.nodes.values().cloned().collect(),
             containers: self.containers.values().cloned().collect(),
+            secrets: self.secrets.values().cloned().collect(),
             requests: self.requests.clone(),
             replies: self.replies.clone(),
             next_subnet: self.subnets.next,
@@ -258,6 +294,10 @@ impl State {
         for node in stored.nodes {
             state.subnets.taken.insert(node.subnet_index);
             state.nodes.insert(node.id.clone(), node);
+        }
+        for secret in stored.secrets {
+            state.secret_names.insert(secret_key(secret.kind, &secret.name), secret.id.clone());
+            state.secrets.insert(secret.id.clone(), secret);
         }
         for container in stored.containers {
             state.put_container(Arc::unwrap_or_clone(container));

@@ -158,6 +158,11 @@ fn cluster_gauges(meters: &Meters, store: &Store, liveness: &Liveness) {
     let state = store.clone();
     meters.gauge("warren_services_total", move |gauge| gauge.observe(state.view().services().count() as f64, &[]));
     let state = store.clone();
+    meters.gauge("warren_secrets_total", move |gauge| {
+        let count = state.view().secrets().filter(|secret| secret.kind == v1::SecretKind::Secret).count();
+        gauge.observe(count as f64, &[]);
+    });
+    let state = store.clone();
     meters.gauge("warren_containers_total", move |gauge| {
         let mut counts = BTreeMap::<ContainerState, u32>::new();
         for container in state.view().containers() {

@@ -14,7 +14,7 @@ use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use warren_manager::{
-    Policy,
+    Policy, Vault,
     clock::{Environment, Timestamp},
     core::{Core, Networks, Seams, Settings},
     liveness,
@@ -176,6 +176,7 @@ impl Manager {
             policy: Policy::default(),
             networks: Networks::default(),
             registries: Arc::new(Unasked),
+            vault: Vault::ephemeral().expect("randomness"),
         };
         let environment = Fixed { began: tokio::time::Instant::now(), dice: AtomicU64::new(seed) };
         let seams = Seams {

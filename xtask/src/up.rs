@@ -162,6 +162,8 @@ impl Up {
             .args(["--containerd-namespace", name, "--cgroup-parent", &format!("/{name}")])
             .arg("--run-dir")
             .arg(self.directory.join("network"))
+            .arg("--secrets-dir")
+            .arg(self.directory.join("secrets"))
             .args(["--bpf-pin-dir", &format!("/sys/fs/bpf/{name}")]);
         self.manager_and_agent = Some(self.spawn("warren", &mut command)?);
         let ready = || self.warren(&["node", "ls"]).is_ok_and(|listed| listed.contains(" ready "));
@@ -353,6 +355,8 @@ impl Up {
             end(child);
         }
         self.network.restore(&self.directory.join("network"));
+        // Not there if the agent did not get that far.
+        let _ = rustix::mount::unmount(self.directory.join("secrets"), rustix::mount::UnmountFlags::DETACH);
         let name = &self.arguments.name;
         remove(&Path::new("/sys/fs/bpf").join(name))?;
         for mount in cgroup_mounts() {

@@ -6,7 +6,7 @@ use clap::Args;
 use tonic::transport::{Channel, Endpoint};
 use warren_proto::v1::{
     cluster_client::ClusterClient, containers_client::ContainersClient, nodes_client::NodesClient,
-    services_client::ServicesClient,
+    secrets_client::SecretsClient, services_client::ServicesClient,
 };
 
 use crate::error::Error;
@@ -56,6 +56,10 @@ impl ClientArguments {
 
     pub(crate) async fn nodes(&self) -> Result<NodesClient<Channel>, Error> {
         Ok(NodesClient::new(self.channel().await?))
+    }
+
+    pub(crate) async fn secrets(&self) -> Result<SecretsClient<Channel>, Error> {
+        Ok(SecretsClient::new(self.channel().await?))
     }
 
     pub(crate) async fn cluster(&self) -> Result<ClusterClient<Channel>, Error> {

@@ -9,6 +9,7 @@ mod image;
 mod node;
 mod output;
 mod parse;
+mod secret;
 mod service;
 mod up;
 mod wait;
@@ -16,6 +17,7 @@ mod wait;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
+use warren_proto::v1::SecretKind;
 use warren_telemetry::build::LONG_VERSION;
 
 use crate::{
@@ -44,6 +46,12 @@ enum Command {
     /// Works with containers.
     #[command(subcommand)]
     Container(container::Command),
+    /// Works with secrets: files for containers that nobody else reads.
+    #[command(subcommand)]
+    Secret(secret::Command),
+    /// Works with configs: files for containers.
+    #[command(subcommand)]
+    Config(secret::Command),
     /// Works with nodes.
     #[command(subcommand)]
     Node(node::Command),
@@ -87,6 +95,8 @@ async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Up(up) => up::run(*up).await,
         Command::Service(command) => service::run(command, &client).await,
         Command::Container(command) => container::run(command, &client).await,
+        Command::Secret(command) => secret::run(SecretKind::Secret, command, &client).await,
+        Command::Config(command) => secret::run(SecretKind::Config, command, &client).await,
         Command::Node(command) => node::run(command, &client).await,
         Command::Image(command) => image::run(command).await,
         Command::Version { format } => version(&client, format.format).await,

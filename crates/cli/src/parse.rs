@@ -123,6 +123,40 @@ pub(crate) fn port(text: &str) -> Result<v1::Port, String> {
     Ok(port)
 }
 
+/// `name`, or `source=name,target=file,mode=0400,uid=0,gid=0,on-update=signal,signal=HUP`.
+pub(crate) fn secret(text: &str) -> Result<v1::SecretMount, String> {
+    let mut mount = v1::SecretMount::default();
+    if !text.contains('=') {
+        mount.source = text.to_owned();
+        return Ok(mount);
+    }
+    for option in text.split(',') {
+        let (name, value) = option.split_once('=').ok_or_else(|| format!("{option:?} is not name=value"))?;
+        let number = || value.parse::<u32>().map_err(|_| format!("{option:?}: not a number"));
+        match name {
+            "source" | "src" => mount.source = value.to_owned(),
+            "target" => mount.target = value.to_owned(),
+            "mode" => {
+                let mode = u32::from_str_radix(value, 8);
+                mount.mode = mode.map_err(|_| format!("{option:?}: a mode is an octal number"))?;
+            }
+            "uid" => mount.uid = number()?,
+            "gid" => mount.gid = number()?,
+            "signal" => mount.signal = value.to_owned(),
+            "on-update" => {
+                mount.on_update = match value {
+                    "none" => v1::OnUpdate::None.into(),
+                    "signal" => v1::OnUpdate::Signal.into(),
+                    "restart" => v1::OnUpdate::Restart.into(),
+                    _ => return Err(format!("{option:?}: none, signal or restart")),
+                };
+            }
+            _ => return Err(format!("{option:?} is no option of a secret")),
+        }
+    }
+    Ok(mount)
+}
+
 /// `http://:80/path`, `https://...`, `tcp://:80`, `grpc://:80/service`, `exec:command`.
 pub(crate) fn health(text: &str) -> Result<v1::health_check::Check, String> {
     use v1::health_check::Check;

@@ -78,7 +78,7 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
     }
 }
 
-fn request_id() -> String {
+pub(crate) fn request_id() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
 

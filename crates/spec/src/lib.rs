@@ -4,6 +4,7 @@
 mod capability;
 mod image;
 mod path;
+mod secret;
 mod signal;
 mod sysctl;
 mod ulimit;
@@ -12,6 +13,7 @@ mod user;
 pub use capability::{CAPABILITIES, capability};
 pub use image::{ImageName, InvalidImageName, Reference, is_digest};
 pub use path::{absolute, inside};
+pub use secret::secret_name;
 pub use signal::signal;
 pub use sysctl::{SafeSysctl, sysctl};
 pub use ulimit::{ULIMITS, ulimit};

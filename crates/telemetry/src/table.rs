@@ -116,6 +116,7 @@ metrics! {
     // Cluster
     warren_nodes_total Gauge Manager "{node}" ["role" "status"] &[]; "Nodes, by role and status"
     warren_services_total Gauge Manager "{service}" [] &[]; "Services"
+    warren_secrets_total Gauge Manager "{secret}" [] &[]; "Secrets"
     warren_containers_total Gauge Manager "{container}" ["state"] &[]; "Containers, by observed state"
     // API
     warren_api_requests_total Counter Manager "{request}" ["method" "status"] &[]; "API requests, by method and gRPC status code"
@@ -153,6 +154,7 @@ metrics! {
     warren_agent_session_reconnects_total Counter Manager "{session}" ["node"] &[]; "Sessions opened after a node's first"
     warren_telemetry_snapshots_total Counter Manager "{snapshot}" ["node" "result"] &[]; "Telemetry snapshots received: accepted, or rejected because a series was not known"
     warren_telemetry_age_seconds Gauge Manager "s" ["node"] &[]; "Age of a node's latest telemetry snapshot"
+    warren_secret_deliveries_total Counter Manager "{secret}" ["result"] &[]; "Secrets and configs sent to nodes that need them"
     // Container lifecycle, timed in the kernel or, without probes, around the runtime's calls
     warren_container_create_duration_seconds Histogram Agent "s" ["node" "source"] KERNEL_SLOW; "From the execution of the runtime's create to its exit"
     warren_container_start_duration_seconds Histogram Agent "s" ["node" "source"] KERNEL_SLOW; "From the execution of the runtime's start to the execution of the container's process"

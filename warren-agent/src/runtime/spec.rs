@@ -49,6 +49,8 @@ pub struct ContainerOptions {
     pub network: NetworkNamespace,
     /// Files of the node that it has at these places.
     pub files: Vec<(PathBuf, &'static str)>,
+    /// Files and directories with secrets and configs.
+    pub secrets: Vec<(PathBuf, String)>,
 }
 
 /// Which network namespace a container is in.
@@ -163,6 +165,9 @@ fn mounts(options: &ContainerOptions) -> Result<Vec<Mount>, Error> {
     }
     for wanted in &spec.mounts {
         mounts.push(self::mount(wanted)?);
+    }
+    for (source, target) in &options.secrets {
+        mounts.push(bind(source, target, true)?);
     }
     if spec.init {
         let init = options.init.as_deref().ok_or_else(|| {

@@ -2,6 +2,8 @@
 //!
 //! Containers are one-shot: one that has ended is cleaned up and never started again.
 
+use warren_proto::v1::SecretKind;
+
 /// Where a container is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -47,6 +49,8 @@ pub enum Event {
     Exited(i32),
     /// It does not answer any more, and why that is thought.
     Unhealthy(String),
+    /// Secrets or configs have another value: nothing of the state machine's.
+    Renewed(Vec<(SecretKind, String)>),
     /// The time it had to stop is over.
     KillDue,
     /// Nothing of it is left.

@@ -18,6 +18,7 @@ use crate::{
     network::Network,
     probes::{self, Groups, LifecycleEvent, Maps, Phase},
     runtime::{self, Containerd, Found, Images, TaskState},
+    secrets::Secrets,
 };
 
 /// What containers run with.
@@ -37,6 +38,8 @@ pub struct Options {
     pub images: Images,
     /// What finds out whether they are well.
     pub(crate) checks: Checks,
+    /// What they are given to know.
+    pub secrets: Secrets,
     /// The probes, if they work.
     pub probes: Option<(Arc<Maps>, Arc<Mutex<Groups>>)>,
 }
@@ -131,6 +134,7 @@ impl Supervisor {
             network: options.network,
             images: options.images,
             checks: options.checks,
+            secrets: options.secrets,
             actions: TaskTracker::new(),
         });
         let found = shared.containerd.containers().await?;
@@ -166,6 +170,10 @@ impl Supervisor {
         }
         self.sequence = Some(message.results_in);
         self.remove_all(&message.removed);
+        let renewed = self.shared.secrets.update(message.secrets, &message.removed_secrets);
+        if !renewed.is_empty() {
+            self.workers.values().for_each(|worker| worker.renew(&renewed));
+        }
         for assignment in message.changed {
             self.begin(assignment, None);
         }

@@ -19,6 +19,7 @@ use crate::{
     health::{Checks, Health, Subject},
     network::{Files, Mounted, Network},
     runtime::{self, ContainerOptions, Containerd, Images, LocalImage, NetworkNamespace, Wanted},
+    secrets::Secrets,
 };
 
 /// From the stop signal to SIGKILL unless a service says otherwise.
@@ -87,6 +88,7 @@ pub(super) struct Shared {
     pub(super) network: Network,
     pub(super) images: Images,
     pub(super) checks: Checks,
+    pub(super) secrets: Secrets,
     /// The actions being carried out. Once it is closed, no other is begun.
     pub(super) actions: TaskTracker,
 }
@@ -208,8 +210,10 @@ impl Worker {
             }
             // The sender is this worker's own: the channel stays open.
             let Some(event) = self.events.recv().await else { return };
-            if let Event::Exited(code) = event {
-                self.exited(code);
+            match event {
+                Event::Exited(code) => self.exited(code),
+                Event::Renewed(ref changed) => self.renew(changed).await,
+                _ => {}
             }
             actions = self.lifecycle.on(event);
         }
@@ -327,12 +331,15 @@ impl Worker {
         let mut labels: HashMap<_, _> = spec.labels.clone().into_iter().collect();
         labels.extend(self.stop.labels());
         labels.insert(label::SERVICE.to_owned(), assignment.service_name.clone());
+        let secrets = self.shared.secrets.write(&self.id, &spec);
+        let secrets = secrets.map_err(|error| Ending::Failed(error.to_string()))?;
         let (network, files) = self.connect(&spec).await?;
         let began = Instant::now();
         let options = ContainerOptions {
             id: self.id.clone(),
             network,
             files,
+            secrets,
             spec,
             resources: assignment.resources.unwrap_or_default(),
             cgroup_parent: self.shared.node.cgroup_parent.clone(),
@@ -346,6 +353,18 @@ impl Worker {
         Ok(())
     }
 
+    /// Who asks the image's registry: whom the service's secret names.
+    fn credentials(&self, spec: &v1::ContainerSpec) -> Result<Credentials, Ending> {
+        if spec.registry_secret.is_empty() {
+            return Ok(Credentials::Anonymous);
+        }
+        let value = self.shared.secrets.value(v1::SecretKind::Secret, &spec.registry_secret);
+        let value = value.map_err(|error| Ending::Failed(error.to_string()))?;
+        let name: ImageName =
+            spec.image.parse().map_err(|error: InvalidImageName| Ending::Rejected(error.to_string()))?;
+        Credentials::parse(&value, name.registry()).map_err(|error| Ending::Rejected(error.to_string()))
+    }
+
     /// Finds the image or has it pulled, and says how far that is.
     async fn image(&self, spec: &v1::ContainerSpec) -> Result<LocalImage, Ending> {
         let began = Instant::now();
@@ -355,7 +374,7 @@ impl Worker {
             name,
             digest: Some(spec.image_digest.clone()).filter(|digest| !digest.is_empty()),
             policy: spec.pull_policy(),
-            credentials: Credentials::Anonymous,
+            credentials: self.credentials(spec)?,
         };
         let mut said = Instant::now();
         let watch = |come: u64, all: u64| {
@@ -397,6 +416,17 @@ impl Worker {
         self.note(|status| status.addresses = addresses.iter().map(ToString::to_string).collect());
         self.shared.timings.phase(RuntimePhase::Network, began.elapsed());
         Ok((namespace, files))
+    }
+
+    /// Values have changed that the container may have asked to hear of.
+    async fn renew(&self, changed: &[(v1::SecretKind, String)]) {
+        let spec = self.assignment.as_ref().and_then(|assignment| assignment.spec.as_ref());
+        let Some(spec) = spec.filter(|_| self.lifecycle.phase() == Phase::Running) else { return };
+        match self.shared.secrets.renew(&self.id, spec, changed) {
+            Ok(Some(signal)) => self.signal(signal, false).await,
+            Ok(None) => {}
+            Err(error) => tracing::warn!(container = self.id, %error, "a container does not have the newest secrets"),
+        }
     }
 
     async fn start(&self) -> Result<(), Ending> {
@@ -527,7 +557,10 @@ impl Worker {
                 Err(error) => Err(error.to_string()),
             };
             match cleaned {
-                Ok(()) => return,
+                Ok(()) => {
+                    self.shared.secrets.remove(&self.id);
+                    return;
+                }
                 Err(error) => tracing::debug!(container = self.id, %error, "a container is not removed yet"),
             }
             tokio::time::sleep(RETRY).await;
@@ -568,6 +601,12 @@ impl Spawned {
     pub(super) fn remove(&self) {
         // A worker that is gone has removed it.
         let _ = self.sender.send(Event::Remove);
+    }
+
+    /// These secrets and configs have another value now.
+    pub(super) fn renew(&self, changed: &[(v1::SecretKind, String)]) {
+        // As above.
+        let _ = self.sender.send(Event::Renewed(changed.to_vec()));
     }
 
     pub(super) fn is_finished(&self) -> bool {

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use super::Error;
-use crate::state::{Container, Node, Service, State};
+use crate::state::{Container, Node, Secret, Service, State, kind_name};
+use warren_proto::v1;
 
 fn unique<'a, T: 'a>(
     kind: &'static str,
@@ -28,6 +29,16 @@ pub(super) fn service(state: &State, name: &str) -> Result<Arc<Service>, Error> 
     match state.service_named(name) {
         Some(service) => Ok(Arc::clone(service)),
         None => unique("service", name, state.services().map(|service| (service.id.as_str(), service))),
+    }
+}
+
+pub(super) fn secret(state: &State, kind: v1::SecretKind, name: &str) -> Result<Arc<Secret>, Error> {
+    match state.secret_named(kind, name) {
+        Some(secret) => Ok(Arc::clone(secret)),
+        None => {
+            let of_kind = state.secrets().filter(|secret| secret.kind == kind);
+            unique(kind_name(kind), name, of_kind.map(|secret| (secret.id.as_str(), secret)))
+        }
     }
 }
 

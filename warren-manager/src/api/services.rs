@@ -3,7 +3,7 @@ use std::{sync::Arc, time::Instant};
 use tonic::{Request, Response, Status};
 use warren_proto::v1::{self, services_server};
 use warren_registry::Credentials;
-use warren_spec::InvalidImageName;
+use warren_spec::{ImageName, InvalidImageName};
 
 use super::{Context, Error, lookup, pages::page};
 use crate::{
@@ -29,6 +29,20 @@ impl Services {
         Ok(())
     }
 
+    /// Who asks the registry: whom the service's secret names.
+    fn credentials(&self, container: &v1::ContainerSpec, image: &ImageName) -> Result<Credentials, Error> {
+        const FIELD: &str = "spec.container.registry_secret";
+        if container.registry_secret.is_empty() {
+            return Ok(Credentials::Anonymous);
+        }
+        let state = self.0.store.view();
+        let missing = || validate::Invalid::new(FIELD, format!("there is no secret {:?}", container.registry_secret));
+        let secret = state.secret_named(v1::SecretKind::Secret, &container.registry_secret).ok_or_else(missing)?;
+        let value = self.0.vault.open_sealed(&secret.id, secret.sequence, &secret.sealed)?;
+        let parsed = Credentials::parse(&value, image.registry());
+        Ok(parsed.map_err(|error| validate::Invalid::new(FIELD, error.to_string()))?)
+    }
+
     /// The spec with its image's digest: that of the spec before if the image has not changed, else what the registry says.
     async fn pinned(&self, mut spec: ServiceSpec, before: Option<&ServiceSpec>) -> Result<ServiceSpec, Error> {
         const FIELD: &str = "spec.container.image";
@@ -37,10 +51,11 @@ impl Services {
             Some(before) => before.container.image_digest.clone(),
             None if container.pull_policy() == v1::PullPolicy::Never => String::new(),
             None => {
-                let image = container.image.parse();
+                let image = container.image.parse::<ImageName>();
                 let image =
                     image.map_err(|error: InvalidImageName| validate::Invalid::new(FIELD, error.to_string()))?;
-                let digest = self.0.registries.digest(&image, &Credentials::Anonymous).await;
+                let credentials = self.credentials(container, &image)?;
+                let digest = self.0.registries.digest(&image, &credentials).await;
                 digest.map_err(|error| validate::Invalid::new(FIELD, error.to_string()))?.unwrap_or_default()
             }
         };

@@ -6,14 +6,16 @@ use warren_proto::v1::{self, AssignmentKind};
 
 use crate::{
     convert,
-    ids::{ContainerId, NodeId},
-    state::{Container, State},
+    ids::{ContainerId, NodeId, SecretId},
+    state::{Container, Desired, Secret, State, needed_secrets},
 };
 
 /// What was sent to an agent so far.
 #[derive(Debug, Default)]
 pub(super) struct Assigned {
     sent: Option<BTreeMap<ContainerId, Arc<Container>>>,
+    /// Secrets that the agent has, and which value of each.
+    secrets: BTreeMap<SecretId, u32>,
     sequence: u64,
 }
 
@@ -26,7 +28,12 @@ fn is_assigned(container: &Container) -> bool {
 
 impl Assigned {
     /// The message that brings the agent from what it has to what the state wants; `None` when it has it.
-    pub(super) fn next(&mut self, state: &State, node: &NodeId) -> Option<v1::Assignments> {
+    pub(super) fn next(
+        &mut self,
+        state: &State,
+        node: &NodeId,
+        open: impl Fn(&Secret) -> Option<v1::SecretValue>,
+    ) -> Option<v1::Assignments> {
         let wanted: BTreeMap<_, _> = state
             .containers_on(node)
             .filter(|container| is_assigned(container))
@@ -41,12 +48,35 @@ impl Assigned {
             wanted.values().filter(|container| is_news(container)).map(|c| convert::assignment(c)).collect();
         let removed: Vec<_> = known.keys().filter(|id| !wanted.contains_key(*id)).map(ToString::to_string).collect();
         let kind = if self.sent.is_none() { AssignmentKind::Complete } else { AssignmentKind::Incremental };
-        if kind == AssignmentKind::Incremental && changed.is_empty() && removed.is_empty() {
+        let needed = needed(state, wanted.values());
+        let news = needed.values().filter(|secret| self.secrets.get(&secret.id) != Some(&secret.sequence));
+        let secrets: Vec<_> = news.filter_map(|secret| open(secret)).collect();
+        let removed_secrets: Vec<_> =
+            self.secrets.keys().filter(|id| !needed.contains_key(*id)).map(ToString::to_string).collect();
+        let nothing = changed.is_empty() && removed.is_empty() && secrets.is_empty() && removed_secrets.is_empty();
+        if kind == AssignmentKind::Incremental && nothing {
             return None;
         }
+        self.secrets = needed.into_iter().map(|(id, secret)| (id, secret.sequence)).collect();
         let applies_to = self.sequence;
         self.sequence += 1;
         self.sent = Some(wanted);
-        Some(v1::Assignments { kind: kind.into(), applies_to, results_in: self.sequence, changed, removed })
+        Some(v1::Assignments {
+            kind: kind.into(),
+            applies_to,
+            results_in: self.sequence,
+            changed,
+            removed,
+            secrets,
+            removed_secrets,
+        })
     }
+}
+
+/// The secrets and configs that containers need which are to run.
+fn needed<'a>(state: &State, containers: impl Iterator<Item = &'a Arc<Container>>) -> BTreeMap<SecretId, Arc<Secret>> {
+    let running = containers.filter(|container| container.desired == Desired::Running);
+    let names = running.flat_map(|container| needed_secrets(&container.spec));
+    let found = names.filter_map(|(kind, name)| state.secret_named(kind, name));
+    found.map(|secret| (secret.id.clone(), Arc::clone(secret))).collect()
 }

@@ -8,7 +8,7 @@ use warren_proto::v1;
 use super::ClusterNetwork;
 use crate::{
     clock::Timestamp,
-    ids::{ContainerId, NodeId, ServiceId},
+    ids::{ContainerId, NodeId, SecretId, ServiceId},
 };
 
 /// The cluster's identity.
@@ -109,6 +109,40 @@ pub struct RestartPolicy {
     pub delay: Duration,
     /// Failures in a row after which the slot is given up; 0 is never.
     pub max_attempts: u32,
+}
+
+/// What a secret is sealed as: only who holds the key of keys can open it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sealed {
+    /// The key that the value is encrypted with, encrypted; in base64, as the log is text.
+    pub key: String,
+    /// The value, encrypted; in base64.
+    pub value: String,
+}
+
+/// A small file for containers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Secret {
+    /// Its id.
+    pub id: SecretId,
+    /// The revision of its last write.
+    pub version: u64,
+    /// Secret or config.
+    pub kind: v1::SecretKind,
+    /// Unique among its kind.
+    pub name: String,
+    /// The user's own.
+    pub labels: BTreeMap<String, String>,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// When it got its value.
+    pub updated_at: Timestamp,
+    /// Counts values, from 1.
+    pub sequence: u32,
+    /// Bytes of the value.
+    pub size: u64,
+    /// The value.
+    pub sealed: Sealed,
 }
 
 /// A machine with an agent.

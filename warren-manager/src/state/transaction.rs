@@ -5,10 +5,13 @@ use std::{fmt, sync::Arc};
 use serde::{Deserialize, Serialize};
 use warren_proto::v1;
 
-use super::{Cluster, Container, ContainerState, Desired, Node, REQUESTS, Service, State, Status};
+use super::{
+    Cluster, Container, ContainerState, Desired, Node, REQUESTS, Secret, Service, State, Status, needed_secrets,
+    secret_key,
+};
 use crate::{
     clock::Timestamp,
-    ids::{ContainerId, NodeId, ServiceId},
+    ids::{ContainerId, NodeId, SecretId, ServiceId},
 };
 
 /// What the writer saw of an object; if it is otherwise, nothing is written.
@@ -40,6 +43,18 @@ pub enum Change {
         id: ServiceId,
         /// What was seen of it.
         expected: Expected,
+    },
+    /// Writes a secret or config. Services that ask for it get new containers when its value is another.
+    PutSecret {
+        /// The secret; its version is set by the write.
+        secret: Box<Secret>,
+        /// What was seen of it.
+        expected: Expected,
+    },
+    /// Deletes a secret or config that no service uses.
+    DeleteSecret {
+        /// Which.
+        id: SecretId,
     },
     /// Writes a node.
     PutNode(Box<Node>),
@@ -104,10 +119,19 @@ pub struct Transaction {
 pub enum Rejection {
     /// Another service has this name.
     NameTaken(String),
+    /// There is another of this name.
+    Exists(String),
     /// The object has been changed, or is gone, since the writer saw it.
     Conflict(String),
     /// There is no such object.
     NotFound(String),
+    /// Services use it.
+    InUse {
+        /// What.
+        what: String,
+        /// By whom.
+        users: Vec<String>,
+    },
     /// Another service publishes this port.
     PortTaken {
         /// Which, and its protocol.
@@ -123,12 +147,19 @@ impl fmt::Display for Rejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NameTaken(name) => write!(f, "a service named {name:?} exists already"),
+            Self::Exists(what) => write!(f, "{what} exists already"),
             Self::Conflict(what) => write!(f, "{what} was changed by someone else; look again and repeat"),
             Self::NotFound(what) => write!(f, "there is no {what}"),
+            Self::InUse { what, users } => write!(f, "{what} is in use by {}", users.join(", ")),
             Self::PortTaken { port, service } => write!(f, "port {port} is published by service {service:?}"),
             Self::Exhausted(what) => write!(f, "the cluster has no {what} left"),
         }
     }
+}
+
+/// As errors show it.
+pub(crate) fn kind_name(kind: v1::SecretKind) -> &'static str {
+    if kind == v1::SecretKind::Config { "config" } else { "secret" }
 }
 
 /// As tables and errors show it.
@@ -200,6 +231,8 @@ impl State {
                 self.virtual_addresses.taken.remove(&virtual_index);
                 self.services.remove(id);
             }
+            Change::PutSecret { secret, expected } => self.put_secret(secret, *expected)?,
+            Change::DeleteSecret { id } => self.delete_secret(id)?,
             Change::PutNode(node) => {
                 let mut node = (**node).clone();
                 node.version = self.revision;
@@ -261,6 +294,11 @@ impl State {
         if self.names.get(name).is_some_and(|owner| *owner != service.id) {
             return Err(Rejection::NameTaken(name.clone()));
         }
+        for (kind, name) in needed_secrets(&service.spec.container) {
+            if self.secret_named(kind, name).is_none() {
+                return Err(Rejection::NotFound(format!("{} {name:?}", kind_name(kind))));
+            }
+        }
         if let Some((port, service)) = self.published_elsewhere(service) {
             return Err(Rejection::PortTaken { port, service });
         }
@@ -279,6 +317,57 @@ impl State {
         }
         self.names.insert(service.spec.name.clone(), service.id.clone());
         self.services.insert(service.id.clone(), Arc::new(service));
+        Ok(())
+    }
+
+    fn put_secret(&mut self, secret: &Secret, expected: Expected) -> Result<(), Rejection> {
+        let what = format!("{} {:?}", kind_name(secret.kind), secret.name);
+        let known = self.secrets.get(&secret.id);
+        if !matches(expected, known.map(|known| known.version)) {
+            return Err(Rejection::Conflict(what));
+        }
+        let key = secret_key(secret.kind, &secret.name);
+        if self.secret_names.get(&key).is_some_and(|owner| *owner != secret.id) {
+            return Err(Rejection::Exists(what));
+        }
+        let is_update = known.is_some();
+        let mut secret = secret.clone();
+        secret.version = self.revision;
+        self.secret_names.insert(key, secret.id.clone());
+        if is_update {
+            self.renew_containers_with(secret.kind, &secret.name);
+        }
+        self.secrets.insert(secret.id.clone(), Arc::new(secret));
+        Ok(())
+    }
+
+    /// Services whose containers are to be replaced when this secret changes begin another generation.
+    fn renew_containers_with(&mut self, kind: v1::SecretKind, name: &str) {
+        let asks = |service: &&Arc<Service>| {
+            let container = &service.spec.container;
+            let mounts = if kind == v1::SecretKind::Config { &container.configs } else { &container.secrets };
+            mounts.iter().any(|mount| mount.source == name && mount.on_update() == v1::OnUpdate::Restart)
+        };
+        let services: Vec<_> = self.services.values().filter(asks).cloned().collect();
+        for service in services {
+            let mut service = Service::clone(&service);
+            service.generation += 1;
+            service.version = self.revision;
+            self.services.insert(service.id.clone(), Arc::new(service));
+        }
+    }
+
+    fn delete_secret(&mut self, id: &SecretId) -> Result<(), Rejection> {
+        let known = self.secrets.get(id).ok_or_else(|| Rejection::NotFound(format!("secret {id}")))?.clone();
+        let uses = |service: &&Arc<Service>| {
+            needed_secrets(&service.spec.container).any(|needed| needed == (known.kind, known.name.as_str()))
+        };
+        let users: Vec<_> = self.services.values().filter(uses).map(|service| service.spec.name.clone()).collect();
+        if !users.is_empty() {
+            return Err(Rejection::InUse { what: format!("{} {:?}", kind_name(known.kind), known.name), users });
+        }
+        self.secret_names.remove(&secret_key(known.kind, &known.name));
+        self.secrets.remove(id);
         Ok(())
     }
 

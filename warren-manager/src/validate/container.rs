@@ -67,6 +67,7 @@ pub(super) fn check(spec: Option<v1::ContainerSpec>, policy: Policy) -> Result<v
     devices(&spec)?;
     mounts(&spec)?;
     network(&spec)?;
+    secrets(&spec)?;
     if let Some(check) = &spec.health_check {
         health(check)?;
     }
@@ -167,6 +168,48 @@ fn devices(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
         let permissions: BTreeSet<char> = device.permissions.chars().collect();
         if permissions.len() != device.permissions.len() || !permissions.iter().all(|c| "rwm".contains(*c)) {
             return invalid(field("permissions"), format!("{:?} is not some of \"rwm\"", device.permissions));
+        }
+    }
+    Ok(())
+}
+
+/// Secrets, configs and the registry's credentials.
+fn secrets(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
+    if !spec.registry_secret.is_empty() && !warren_spec::secret_name(&spec.registry_secret) {
+        let why = format!("{:?} is not a secret's name", spec.registry_secret);
+        return invalid("spec.container.registry_secret", why);
+    }
+    for (list, mounts) in [("secrets", &spec.secrets), ("configs", &spec.configs)] {
+        if mounts.len() > MAX_LIST {
+            return invalid(format!("spec.container.{list}"), format!("are more than {MAX_LIST}"));
+        }
+        let mut targets = BTreeSet::new();
+        for (i, mount) in mounts.iter().enumerate() {
+            let field = |name: &str| format!("spec.container.{list}[{i}].{name}");
+            if !warren_spec::secret_name(&mount.source) {
+                return invalid(field("source"), format!("{:?} is not a name of one", mount.source));
+            }
+            let target = if mount.target.is_empty() { &mount.source } else { &mount.target };
+            let is_path = target != "/" && warren_spec::absolute(target);
+            if !is_path && !warren_spec::secret_name(target) {
+                let why = format!("{target:?} is neither a file's name nor an absolute path");
+                return invalid(field("target"), why);
+            }
+            if is_path && NOT_TARGETS.iter().any(|own| warren_spec::inside(target, own)) {
+                return invalid(field("target"), format!("{target:?} is the kernel's"));
+            }
+            if !targets.insert(target) || spec.mounts.iter().any(|other| other.target == *target) {
+                return invalid(field("target"), format!("{target:?} is given twice"));
+            }
+            if mount.mode > 0o777 {
+                return invalid(field("mode"), "is more than 0777");
+            }
+            if v1::OnUpdate::try_from(mount.on_update).is_err() {
+                return invalid(field("on_update"), format!("{} is not known", mount.on_update));
+            }
+            if !mount.signal.is_empty() && warren_spec::signal(&mount.signal).is_none() {
+                return invalid(field("signal"), format!("{:?} is not a signal", mount.signal));
+            }
         }
     }
     Ok(())
@@ -344,6 +387,18 @@ mod tests {
         assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].type");
         let mount = v1::Mount { size_bytes: 1, ..tmpfs("/a") };
         assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].size_bytes");
+        for source in ["", "../../etc/shadow", "a/b", ".."] {
+            let mount = v1::SecretMount { source: source.to_owned(), ..Default::default() };
+            assert_eq!(refused(|spec| spec.secrets = vec![mount.clone()]), "spec.container.secrets[0].source");
+            assert_eq!(refused(|spec| spec.configs = vec![mount]), "spec.container.configs[0].source");
+        }
+        for target in ["../x", "a/b", "/proc/x", "/a/../b", "/"] {
+            let mount = v1::SecretMount { source: "s".to_owned(), target: target.to_owned(), ..Default::default() };
+            assert_eq!(refused(|spec| spec.secrets = vec![mount]), "spec.container.secrets[0].target", "{target}");
+        }
+        let mount = v1::SecretMount { source: "s".to_owned(), ..Default::default() };
+        assert_eq!(refused(|spec| spec.secrets = vec![mount.clone(), mount]), "spec.container.secrets[1].target");
+        assert_eq!(refused(|spec| spec.registry_secret = "../x".to_owned()), "spec.container.registry_secret");
         let check = |check| Some(v1::HealthCheck { check, ..Default::default() });
         let http = |port, path: &str| {
             let http = v1::HttpCheck { port, path: path.to_owned(), ..Default::default() };

@@ -149,6 +149,16 @@ pub(crate) struct Arguments {
     /// What its name is answered with.
     #[arg(long, value_enum, default_value = "dnsrr")]
     endpoint_mode: EndpointMode,
+    /// A secret as a file below /run/secrets: NAME, or source=NAME,target=FILE,mode=0400,uid=0,gid=0,on-update=none|signal|restart;
+    /// may be repeated.
+    #[arg(long, value_name = "SECRET", value_parser = parse::secret)]
+    secret: Vec<v1::SecretMount>,
+    /// A config as a file below /run/configs, in the same words; may be repeated.
+    #[arg(long, value_name = "CONFIG", value_parser = parse::secret)]
+    config: Vec<v1::SecretMount>,
+    /// The secret with the credentials for the image's registry: user:password, or what `docker login` writes.
+    #[arg(long, value_name = "SECRET", default_value = "")]
+    registry_secret: String,
     /// How to find out whether a container does its work: http://:8080/path, https://:8443/path, tcp://:5432,
     /// grpc://:50051/service, or exec:COMMAND, which a shell runs in the container.
     #[arg(long, value_name = "CHECK", value_parser = parse::health)]
@@ -237,6 +247,9 @@ fn spec(arguments: &Arguments) -> v1::ServiceSpec {
             network: network.into(),
             pull_policy: pull_policy.into(),
             image_digest: String::new(),
+            secrets: arguments.secret.clone(),
+            configs: arguments.config.clone(),
+            registry_secret: arguments.registry_secret.clone(),
             health_check: arguments.health.clone().map(|check| v1::HealthCheck {
                 check: Some(check),
                 interval: arguments.health_interval,

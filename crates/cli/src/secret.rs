@@ -1,0 +1,139 @@
+//! `warren secret ...` and `warren config ...`: small files for containers. A secret's value is read from a file or stdin, never
+//! from the command line, where everybody on the machine could read it.
+
+use std::{
+    io::{Read as _, Write as _},
+    path::PathBuf,
+};
+
+use clap::Subcommand;
+use warren_proto::v1::{self, SecretKind};
+
+use crate::{
+    client::{ClientArguments, all_pages},
+    error::Error,
+    output::{self, Format, FormatArguments, say},
+    parse,
+    service::request_id,
+};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Creates one from a file.
+    Create {
+        /// Its name.
+        name: String,
+        /// What it holds; - is stdin.
+        file: PathBuf,
+        /// A label, as name=value; may be repeated.
+        #[arg(long, value_parser = parse::pair)]
+        label: Vec<(String, String)>,
+    },
+    /// Lists them; what they hold is not shown.
+    #[command(alias = "list")]
+    Ls {
+        #[command(flatten)]
+        format: FormatArguments,
+    },
+    /// Shows one; what a secret holds is not shown.
+    Inspect {
+        /// Name, id, or unique beginning of an id.
+        name: String,
+        #[command(flatten)]
+        format: FormatArguments,
+    },
+    /// Gives one another value.
+    Update {
+        /// Name, id, or unique beginning of an id.
+        name: String,
+        /// What it is to hold; - is stdin.
+        file: PathBuf,
+    },
+    /// Removes those that no service uses.
+    Rm {
+        /// Names, ids, or unique beginnings of ids.
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+fn read(file: PathBuf) -> Result<Vec<u8>, Error> {
+    if file.as_os_str() == "-" {
+        let mut bytes = Vec::new();
+        std::io::stdin().read_to_end(&mut bytes)?;
+        return Ok(bytes);
+    }
+    std::fs::read(&file).map_err(|source| Error::File { path: file, source })
+}
+
+pub(crate) async fn run(kind: SecretKind, command: Command, client: &ClientArguments) -> Result<(), Error> {
+    let mut api = client.secrets().await?;
+    let kind = i32::from(kind);
+    match command {
+        Command::Create { name, file, label } => {
+            let (data, labels) = (read(file)?, label.into_iter().collect());
+            let request = v1::CreateSecretRequest { kind, name, labels, data, request_id: request_id() };
+            let made = api.create_secret(request).await?.into_inner().secret.unwrap_or_default();
+            say!("{}", made.id);
+        }
+        Command::Ls { format } => {
+            let secrets = all_pages(async |page_token| {
+                let request = v1::ListSecretsRequest { kind, page_size: 0, page_token };
+                let page = api.list_secrets(request).await?.into_inner();
+                Ok((page.secrets, page.next_page_token))
+            })
+            .await?;
+            if let Format::Json = format.format {
+                return output::json(&secrets);
+            }
+            let row = |secret: &v1::Secret| {
+                [
+                    output::short(&secret.id),
+                    secret.name.clone(),
+                    secret.sequence.to_string(),
+                    secret.size_bytes.to_string(),
+                    output::ago(secret.updated_at.as_ref()),
+                ]
+            };
+            output::table(["ID", "NAME", "VALUE", "BYTES", "UPDATED"], secrets.iter().map(row));
+        }
+        Command::Inspect { name, format } => {
+            let request = v1::GetSecretByNameRequest { kind, secret: name };
+            let secret = api.get_secret_by_name(request).await?.into_inner().secret.unwrap_or_default();
+            if let Format::Json = format.format {
+                return output::json(&secret);
+            }
+            let labels: Vec<_> = secret.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
+            output::fields(&[
+                ("id", secret.id),
+                ("name", secret.name),
+                ("labels", labels.join(", ")),
+                ("value", format!("number {}, {} bytes", secret.sequence, secret.size_bytes)),
+                ("created", output::ago(secret.created_at.as_ref())),
+                ("updated", output::ago(secret.updated_at.as_ref())),
+            ]);
+            if !secret.data.is_empty() {
+                say!("");
+                std::io::stdout().lock().write_all(&secret.data)?;
+            }
+        }
+        Command::Update { name, file } => {
+            let data = read(file)?;
+            let request = v1::UpdateSecretRequest { kind, secret: name, data, request_id: request_id() };
+            let secret = api.update_secret(request).await?.into_inner().secret.unwrap_or_default();
+            say!("{} {}", secret.name, secret.sequence);
+        }
+        Command::Rm { names } => {
+            let mut outcome = Ok(());
+            for name in names {
+                let request = v1::DeleteSecretRequest { kind, secret: name.clone(), request_id: request_id() };
+                match api.delete_secret(request).await {
+                    Ok(_) => say!("{name}"),
+                    Err(status) => outcome = outcome.and(Err(status.into())),
+                }
+            }
+            return outcome;
+        }
+    }
+    Ok(())
+}

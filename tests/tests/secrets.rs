@@ -1,0 +1,209 @@
+//! Secrets and configs, from a file to a container's file and nowhere else.
+
+use std::{
+    fs,
+    io::Write as _,
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use warren_tests::{Inside, Registry, RegistryOptions, World, image_name, until};
+
+/// A value that is nowhere by chance.
+const VALUE: &str = "Xyzzy-fROTz-4711-plugh";
+/// Runs until it is told to stop, and counts the signals that tell of news.
+const COUNTS: &str =
+    "n=0; trap 'n=$((n+1)); echo $n > /tmp/news' HUP; trap 'exit 0' TERM; while :; do sleep 0.05; done";
+
+fn secret(world: &World, kind: &str, verb: &str, name: &str, value: &str) -> warren_tests::Output {
+    let mut command = World::binary("warren");
+    command.args(["--manager", &world.manager_address(), kind, verb, name, "-"]);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("warren");
+    child.stdin.take().expect("a pipe").write_all(value.as_bytes()).expect("written");
+    let output = child.wait_with_output().expect("warren");
+    warren_tests::Output {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// Files below a directory that hold the value.
+fn holders(directory: &Path, found: &mut Vec<String>) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let Ok(metadata) = path.symlink_metadata() else { continue };
+        if metadata.is_dir() {
+            holders(&path, found);
+        } else if metadata.is_file() {
+            let bytes = fs::read(&path).unwrap_or_default();
+            let holds = bytes.windows(VALUE.len()).any(|window| window == VALUE.as_bytes());
+            if holds {
+                found.push(path.display().to_string());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_secret_is_a_file_in_memory_and_nowhere_else() {
+    let world = World::with_warren("secret");
+    let id = secret(&world, "secret", "create", "password", VALUE).succeeded();
+    assert_eq!(id.trim().len(), 25);
+    let _ = secret(&world, "config", "create", "settings", "colour = red\n").succeeded();
+    let options = [
+        "--secret",
+        "password",
+        "--secret",
+        "source=password,target=/etc/own,mode=0440,uid=1000,gid=100",
+        "--config",
+        "settings",
+        "--user",
+        "demo",
+    ];
+    let inside = Inside::of(&world, "web", &options);
+    let root = format!("/proc/{}/root", inside.pid);
+    for (path, mode, uid, gid) in [("/run/secrets/password", 0o400, 0, 0), ("/etc/own", 0o440, 1000, 100)] {
+        let file = format!("{root}{path}");
+        assert_eq!(fs::read_to_string(&file).expect("a file"), VALUE, "{path}");
+        let metadata = fs::metadata(&file).expect("a file");
+        assert_eq!((metadata.mode() & 0o777, metadata.uid(), metadata.gid()), (mode, uid, gid), "{path}");
+    }
+    assert!(inside.mount("/run/secrets").contains("tmpfs"), "{}", inside.mount("/run/secrets"));
+    assert!(inside.mount("/run/secrets").contains(" ro,"), "{}", inside.mount("/run/secrets"));
+    let (_, read) = inside.shell(&world, "cat /run/configs/settings /etc/own; cat /run/secrets/password");
+    assert!(read.starts_with(&format!("colour = red\n{VALUE}")) && read.contains("denied"), "{read}");
+
+    // Every way there is to look.
+    for arguments in [
+        &["secret", "ls"][..],
+        &["secret", "ls", "--format", "json"],
+        &["secret", "inspect", "password"],
+        &["secret", "inspect", "password", "--format", "json"],
+        &["service", "inspect", "web", "--format", "json"],
+        &["service", "ps", "web", "--format", "json"],
+        &["container", "inspect", &inside.id, "--format", "json"],
+    ] {
+        let shown = world.warren(arguments);
+        assert!(!shown.stdout.contains(VALUE) && !shown.stderr.contains(VALUE), "{arguments:?}");
+    }
+    // Also not in what base64, which JSON has for bytes, makes of it.
+    let shown = world.warren(&["secret", "inspect", "password", "--format", "json"]).succeeded();
+    assert!(!shown.contains("\"data\""), "{shown}");
+    let config = world.warren(&["config", "inspect", "settings"]).succeeded();
+    assert!(config.contains("colour = red"), "a config may be read: {config}");
+    let errors = [
+        secret(&world, "secret", "create", "password", VALUE).failed(5),
+        secret(&world, "secret", "create", "../escape", VALUE).failed(2),
+        secret(&world, "secret", "update", "nobody", VALUE).failed(3),
+        world.warren(&["secret", "rm", "password"]).failed(1),
+    ];
+    assert!(errors[3].contains("secret \"password\" is in use by web"), "{}", errors[3]);
+    assert!(errors.iter().all(|error| !error.contains(VALUE)), "{errors:?}");
+    for port in [world.manager_port, world.agent_port] {
+        assert!(!world.get(port, "/metrics").expect("metrics").1.contains(VALUE));
+    }
+    // On disk: logs, the manager's log and snapshots, the agent's cache, containerd's records. The tmpfs is not a disk.
+    let secrets = world.path("secrets").display().to_string();
+    let (mut found, mut in_memory) = (Vec::new(), Vec::new());
+    holders(world.directory.path(), &mut found);
+    in_memory.extend(found.iter().filter(|path| path.starts_with(&secrets)).cloned());
+    found.retain(|path| !path.starts_with(&secrets) && !path.contains("/rootfs/"));
+    assert_eq!(found, Vec::<String>::new());
+    assert_eq!(in_memory.len(), 2, "the search finds what there is: {in_memory:?}");
+    for process in fs::read_dir("/proc").expect("a directory").flatten() {
+        for file in ["cmdline", "environ"] {
+            let bytes = fs::read(process.path().join(file)).unwrap_or_default();
+            let text = String::from_utf8_lossy(&bytes);
+            assert!(!text.contains(VALUE), "{}: {text}", process.path().display());
+        }
+    }
+    assert_eq!(world.manager_metrics().sum("warren_secrets_total", &[]), 1.0);
+    assert_eq!(world.manager_metrics().sum("warren_secret_deliveries_total", &["result=\"delivered\""]), 2.0);
+
+    let _ = world.warren(&["service", "rm", "web", "--wait"]).succeeded();
+    until("its files are gone", || fs::read_dir(&secrets).expect("a directory").next().is_none().then_some(()));
+    let _ = world.warren(&["secret", "rm", "password"]).succeeded();
+    let _ = world.warren(&["config", "rm", "settings"]).succeeded();
+}
+
+#[test]
+fn another_value_reaches_containers_as_their_services_want() {
+    let mut world = World::with_warren("update");
+    let _ = secret(&world, "secret", "create", "key", "one").succeeded();
+    let create = |name: &str, option: &str| world.create(name, 1, &["--secret", option], COUNTS);
+    create("none", "key");
+    create("signal", "source=key,on-update=signal,signal=HUP");
+    create("own", "source=key,target=/etc/key,on-update=signal");
+    create("restart", "source=key,on-update=restart");
+    let before = ["none", "signal", "own", "restart"].map(|name| Inside::only(&world, name));
+    let read = |container: &Inside, file: &str| {
+        fs::read_to_string(format!("/proc/{}/root{file}", container.pid)).unwrap_or_default()
+    };
+    // With everybody restarted in between: values come from the log, and no container is touched.
+    world.agent.take().expect("it runs").kill();
+    world.manager.take().expect("it runs").kill();
+    world.start_manager();
+    world.start_agent(&[]);
+    world.wait_ready();
+    assert_eq!(secret(&world, "secret", "update", "key", "two").succeeded(), "key 2\n");
+    until("the container is told", || (read(&before[1], "/tmp/news") == "1\n").then_some(()));
+    assert_eq!(read(&before[1], "/run/secrets/key"), "two");
+    until("the other too", || (read(&before[2], "/tmp/news") == "1\n").then_some(()));
+    assert_eq!(read(&before[2], "/etc/key"), "two");
+    let replaced = until("one is replaced", || {
+        Inside::all(&world, "restart").into_iter().find(|container| container.id != before[3].id)
+    });
+    assert_eq!(read(&replaced, "/run/secrets/key"), "two");
+    assert_eq!(
+        (Inside::only(&world, "none").id.as_str(), read(&before[0], "/run/secrets/key")),
+        (before[0].id.as_str(), "one".into())
+    );
+    assert_eq!(read(&before[0], "/tmp/news"), "", "it did not ask");
+    // As large as one may be, and one byte more.
+    let largest = "x".repeat(500 << 10);
+    let _ = secret(&world, "secret", "create", "large", &largest).succeeded();
+    let larger = secret(&world, "secret", "create", "larger", &format!("{largest}x")).failed(2);
+    assert!(larger.contains("data: is 512001 bytes long, not 1 to 512000"), "{larger}");
+    // What the service names must be there when it is created.
+    let missing = world.warren(&["service", "create", "x", "--image", image_name(), "--secret", "nobody"]).failed(3);
+    assert!(missing.contains("there is no secret \"nobody\""), "{missing}");
+    let escape = world.warren(&["service", "create", "x", "--image", "x", "--secret", "../../etc/shadow"]).failed(2);
+    assert!(escape.contains("spec.container.secrets[0].source"), "{escape}");
+}
+
+#[test]
+fn a_registrys_credentials_are_a_secret() {
+    let mut world = World::empty("credentials").and_containerd();
+    let options = RegistryOptions { user: Some(("ann", VALUE)), ..RegistryOptions::default() };
+    let registry = Registry::start(&world, "registry", options);
+    world.start_manager();
+    world.start_agent(&[]);
+    world.wait_ready();
+    registry.push(&world.path("demo.tar"), "demo", "v1", |config| config["config"]["Env"] = serde_json::json!(["A=b"]));
+    let _ = secret(&world, "secret", "create", "login", &format!("ann:{VALUE}")).succeeded();
+    let _ = secret(&world, "secret", "create", "wrong", "ann:nothing").succeeded();
+    let image = format!("{}/demo:v1", registry.host);
+    let create = |name: &str, secret: &str| {
+        world.warren(&[
+            "service",
+            "create",
+            name,
+            "--image",
+            &image,
+            "--registry-secret",
+            secret,
+            "--wait",
+            "--timeout",
+            "20",
+        ])
+    };
+    let refused = create("bad", "wrong").failed(2);
+    assert!(refused.contains("with these credentials"), "{refused}");
+    let _ = create("good", "login").succeeded();
+    let mut log = Command::new("cat");
+    let logs = log.args([world.path("agent.log"), world.path("manager.log")]).output().expect("cat");
+    assert!(!String::from_utf8_lossy(&logs.stdout).contains(VALUE));
+}

@@ -1,0 +1,205 @@
+//! Secrets and configs of this node's containers: in memory, and as files on a tmpfs that nobody but root sees. A value is
+//! never written to a disk, and never to a log.
+
+use std::{
+    collections::BTreeMap,
+    fmt, fs, io,
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, chown},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use rustix::mount::{MountFlags, mount};
+use warren_proto::v1::{self, OnUpdate, SecretKind, SecretValue};
+
+/// Where a container finds its files unless its service says otherwise.
+const SECRETS: &str = "/run/secrets";
+const CONFIGS: &str = "/run/configs";
+
+/// What can go wrong with them; no value is in it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The manager has not sent it.
+    #[error("{kind} {name:?} has not been delivered to this node")]
+    Missing {
+        /// Secret or config.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// A file.
+    #[error("{action}: {source}")]
+    Io {
+        /// What was tried.
+        action: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+fn io(action: String) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io { action, source }
+}
+
+fn kind_name(kind: SecretKind) -> &'static str {
+    if kind == SecretKind::Config { "config" } else { "secret" }
+}
+
+/// The node's secrets. Cheap to clone; does not show what they hold.
+#[derive(Clone)]
+pub struct Secrets {
+    directory: PathBuf,
+    values: Arc<Mutex<BTreeMap<(bool, String), SecretValue>>>,
+}
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Secrets").field("directory", &self.directory).finish_non_exhaustive()
+    }
+}
+
+/// Something of the node that a container has: a directory or a file, and where.
+pub(crate) type Mounted = (PathBuf, String);
+
+/// Where a file is: below a directory that the container has as a whole, or by itself.
+struct Place {
+    file: PathBuf,
+    mounted: Mounted,
+}
+
+impl Secrets {
+    /// Uses a directory, which becomes a tmpfs unless it is one; `keep` says whose files stay.
+    ///
+    /// # Errors
+    ///
+    /// When the tmpfs cannot be made.
+    pub fn start(directory: &Path, keep: impl Fn(&str) -> bool) -> Result<Self, Error> {
+        let action = || format!("making {} a tmpfs", directory.display());
+        fs::create_dir_all(directory).map_err(io(action()))?;
+        if !is_mount_point(directory).map_err(io(action()))? {
+            let flags = MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOSUID;
+            mount("warren-secrets", directory, "tmpfs", flags, c"mode=0700")
+                .map_err(|error| io(action())(error.into()))?;
+        }
+        let secrets = Self { directory: directory.to_owned(), values: Arc::default() };
+        for entry in fs::read_dir(directory).map_err(io(action()))?.flatten() {
+            if entry.file_name().to_str().is_some_and(|name| !keep(name)) {
+                secrets.remove(&entry.file_name().to_string_lossy());
+            }
+        }
+        Ok(secrets)
+    }
+
+    fn values(&self) -> MutexGuard<'_, BTreeMap<(bool, String), SecretValue>> {
+        // Every change is one insertion or removal: a panic leaves it whole.
+        self.values.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note of what a manager sends. Returns those whose value is another than before.
+    pub(crate) fn update(&self, changed: Vec<SecretValue>, removed: &[String]) -> Vec<(SecretKind, String)> {
+        let mut values = self.values();
+        values.retain(|_, value| !removed.contains(&value.id));
+        let mut news = Vec::new();
+        for value in changed {
+            let kind = value.kind();
+            let key = (kind == SecretKind::Config, value.name.clone());
+            let before = values.insert(key, value);
+            let value = before.as_ref().map(|before| before.name.clone());
+            news.extend(value.map(|name| (kind, name)));
+        }
+        news
+    }
+
+    /// A value, for the agent's own use.
+    pub(crate) fn value(&self, kind: SecretKind, name: &str) -> Result<Vec<u8>, Error> {
+        let key = (kind == SecretKind::Config, name.to_owned());
+        let missing = || Error::Missing { kind: kind_name(kind), name: name.to_owned() };
+        self.values().get(&key).map(|value| value.data.clone()).ok_or_else(missing)
+    }
+
+    /// Where a container's file is on the node, and how it gets there.
+    fn place(&self, container: &str, kind: SecretKind, i: usize, mounted: &v1::SecretMount) -> Place {
+        let (name, usual) = if kind == SecretKind::Config { ("configs", CONFIGS) } else { ("secrets", SECRETS) };
+        let own = self.directory.join(container);
+        let target = if mounted.target.is_empty() { &mounted.source } else { &mounted.target };
+        if target.starts_with('/') {
+            let file = own.join(format!("{name}-{i}"));
+            Place { mounted: (file.clone(), target.clone()), file }
+        } else {
+            // As a directory: a file in it can be replaced by another at once.
+            Place { file: own.join(name).join(target), mounted: (own.join(name), usual.to_owned()) }
+        }
+    }
+
+    fn mounts(spec: &v1::ContainerSpec) -> impl Iterator<Item = (SecretKind, usize, &v1::SecretMount)> {
+        let secrets = spec.secrets.iter().enumerate().map(|(i, mount)| (SecretKind::Secret, i, mount));
+        secrets.chain(spec.configs.iter().enumerate().map(|(i, mount)| (SecretKind::Config, i, mount)))
+    }
+
+    /// Writes a container's files and says where it is to have them.
+    pub(crate) fn write(&self, container: &str, spec: &v1::ContainerSpec) -> Result<Vec<Mounted>, Error> {
+        let mut mounted: Vec<Mounted> = Vec::new();
+        for (kind, i, mount) in Self::mounts(spec) {
+            let place = self.place(container, kind, i, mount);
+            self.write_file(&place.file, kind, mount)?;
+            if !mounted.contains(&place.mounted) {
+                mounted.push(place.mounted);
+            }
+        }
+        Ok(mounted)
+    }
+
+    fn write_file(&self, file: &Path, kind: SecretKind, mounted: &v1::SecretMount) -> Result<(), Error> {
+        let value = self.value(kind, &mounted.source)?;
+        let action = || format!("writing {} {:?}", kind_name(kind), mounted.source);
+        let write = || {
+            if let Some(directory) = file.parent() {
+                fs::create_dir_all(directory)?;
+            }
+            let usual = if kind == SecretKind::Config { 0o444 } else { 0o400 };
+            let mode = if mounted.mode == 0 { usual } else { mounted.mode };
+            // Whole and with its owner before it is there; what is mounted by itself stays the same file.
+            let in_place = file.exists() && mounted.target.starts_with('/');
+            let new = if in_place { file.to_owned() } else { file.with_file_name(".new") };
+            let mut opened = fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+            io::Write::write_all(&mut opened, &value)?;
+            chown(&new, Some(mounted.uid), Some(mounted.gid))?;
+            fs::set_permissions(&new, fs::Permissions::from_mode(mode))?;
+            if in_place { Ok(()) } else { fs::rename(&new, file) }
+        };
+        write().map_err(io(action()))
+    }
+
+    /// Brings a running container's files up to date with a changed value, where its service wants it, and says which signal
+    /// to send it then.
+    pub(crate) fn renew(
+        &self,
+        container: &str,
+        spec: &v1::ContainerSpec,
+        changed: &[(SecretKind, String)],
+    ) -> Result<Option<u32>, Error> {
+        const SIGHUP: u32 = 1;
+        let mut signal = None;
+        for (kind, i, mount) in Self::mounts(spec) {
+            let is_news = changed.iter().any(|(of, name)| *of == kind && *name == mount.source);
+            if is_news && mount.on_update() == OnUpdate::Signal {
+                self.write_file(&self.place(container, kind, i, mount).file, kind, mount)?;
+                signal = Some(warren_spec::signal(&mount.signal).unwrap_or(SIGHUP));
+            }
+        }
+        Ok(signal)
+    }
+
+    /// Removes a container's files; it may have none.
+    pub(crate) fn remove(&self, container: &str) {
+        let _ = fs::remove_dir_all(self.directory.join(container));
+    }
+}
+
+/// Whether something is mounted there: then it is another file system than its parent.
+fn is_mount_point(directory: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt as _;
+
+    let parent = directory.parent().unwrap_or(directory);
+    Ok(fs::metadata(directory)?.dev() != fs::metadata(parent)?.dev())
+}
