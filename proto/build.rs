@@ -2,9 +2,10 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 8] = [
+const FILES: [&str; 9] = [
     "warren/v1/cluster.proto",
     "warren/v1/container.proto",
+    "warren/v1/logs.proto",
     "warren/v1/network.proto",
     "warren/v1/node.proto",
     "warren/v1/secret.proto",

@@ -25,6 +25,7 @@ use warren_telemetry::{
 use crate::{
     dns::{self, Resolver},
     health,
+    logs::{self, Logs},
     network::{self, Network},
     node,
     observe::{Labelled, log_dns, sweep},
@@ -58,6 +59,8 @@ pub struct Options {
     pub network: network::Options,
     /// How names are answered.
     pub dns: dns::Options,
+    /// How what containers write is kept.
+    pub logs: logs::Options,
     /// Where secrets are: a tmpfs, or what becomes one.
     pub secrets_dir: PathBuf,
     /// Where images come from.
@@ -218,6 +221,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let registries = Registries::new(options.registries.clone()).map_err(runtime::Error::from)?;
     let images = Images::new(containerd.clone(), registries);
     let checks = health::Checks::new();
+    let logs = Logs::new(options.logs.clone());
     let probing = Probing::start(options.probes.clone()).await;
 
     let timings = Arc::new(Timings::new(matches!(probing, Probing::Absent(_))));
@@ -245,6 +249,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
             images: images.clone(),
             checks: checks.clone(),
             secrets,
+            logs: logs.clone(),
             probes,
         },
         board.clone(),
@@ -287,8 +292,11 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         sources,
         epoch: probing.epoch(),
         network,
+        logs: logs.clone(),
     };
     let actions = supervisor.actions();
+    let lives = board.clone();
+    tasks.spawn(logs.collect(move |id| lives.get(id).is_some(), shutdown.clone()));
     tasks.spawn(session::run(session, supervisor, board, link, shutdown.clone()));
     tracing::info!(metrics = %options.metrics_addr, hostname = options.hostname, "the agent runs");
     started();

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use warren_registry::cli::RegistryArguments;
 use warren_telemetry::{build, cli::TelemetryArguments, otlp::InvalidEndpoint};
 
-use crate::{agent, dns, network, node, observe, probes, tasks::NodeSettings};
+use crate::{agent, dns, logs, network, node, observe, probes, tasks::NodeSettings};
 
 /// The file with an agent's settings, in the configuration's directory.
 pub const FILE: &str = "agent.toml";
@@ -135,6 +135,15 @@ pub struct NodeArguments {
     /// Where containers' network namespaces are kept: a directory that is empty after a restart of the machine.
     #[arg(long, env = "WARREN_RUN_DIR", default_value = "/run/warren/network")]
     pub run_dir: PathBuf,
+    /// Megabytes of a container's log before the next file begins.
+    #[arg(long, env = "WARREN_LOG_MAX_MB", default_value_t = 10.0, value_parser = positive)]
+    pub log_max_mb: f64,
+    /// Files of a container's log.
+    #[arg(long, env = "WARREN_LOG_FILES", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub log_files: u32,
+    /// Hours for which a container's log is kept after its end.
+    #[arg(long, env = "WARREN_KEEP_LOGS_H", default_value_t = 24.0, value_parser = hours)]
+    pub keep_logs_h: f64,
     /// Where containers' secrets are, in memory only: it becomes a tmpfs.
     #[arg(long, env = "WARREN_SECRETS_DIR", default_value = "/run/warren/secrets")]
     pub secrets_dir: PathBuf,
@@ -153,6 +162,12 @@ pub struct NodeArguments {
 fn hours(text: &str) -> Result<f64, String> {
     let hours: f64 = text.parse().map_err(|_| "not a number of hours".to_owned())?;
     if (0.0..1e6).contains(&hours) { Ok(hours) } else { Err("not between 0 and a million hours".to_owned()) }
+}
+
+/// A number above zero, and not beyond reason.
+fn positive(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.001..1e6).contains(&number) { Ok(number) } else { Err("not between 0.001 and a million".to_owned()) }
 }
 
 fn parse_label(text: &str) -> Result<(String, String), String> {
@@ -193,6 +208,12 @@ impl AgentArguments {
                 upstreams: node.dns_upstreams.clone(),
                 rate: node.dns_rate,
             },
+            logs: logs::Options {
+                directory: self.data_dir.join("logs"),
+                max_bytes: (node.log_max_mb * 1e6) as u64,
+                files: node.log_files,
+                keep: Duration::from_secs_f64(node.keep_logs_h * 3600.0),
+            },
             secrets_dir: node.secrets_dir.clone(),
             registries: node.registries.options(),
             keep_images: Duration::from_secs_f64(node.keep_images_h * 3600.0),
@@ -225,6 +246,13 @@ struct ObserveArguments {
     probes: ProbeArguments,
     #[command(flatten)]
     telemetry: TelemetryArguments,
+}
+
+/// Takes what a container writes, if the runtime has started this program for that.
+#[must_use]
+pub fn beside_a_container() -> Option<ExitCode> {
+    let mut arguments = std::env::args().skip(1);
+    (arguments.next()? == logs::COMMAND).then(|| logs::write(&arguments.next().unwrap_or_default()))
 }
 
 /// Runs a command; what goes wrong is one line on stderr. Exit codes are those of [`agent::Error::exit_code`].

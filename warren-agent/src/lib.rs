@@ -7,6 +7,7 @@ pub mod agent;
 pub mod cli;
 pub mod dns;
 mod health;
+pub mod logs;
 pub mod network;
 pub mod node;
 pub mod observe;

@@ -5,5 +5,9 @@ use std::process::ExitCode;
 use warren_agent::cli;
 
 fn main() -> ExitCode {
+    // Before anything else: one of these runs beside every container.
+    if let Some(code) = cli::beside_a_container() {
+        return code;
+    }
     cli::main(warren_config::parse(cli::FILE))
 }

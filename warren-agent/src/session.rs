@@ -2,6 +2,7 @@
 //! itself, and nothing is lost while it is away: statuses wait on the board, telemetry is cumulative.
 
 use std::{
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -9,13 +10,17 @@ use std::{
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming, transport::Endpoint};
+use tonic::{
+    Status, Streaming,
+    transport::{Channel, Endpoint},
+};
 use warren_proto::v1::{
     self, agent_message, dispatcher_client::DispatcherClient, manager_message, nodes_client::NodesClient,
 };
 use warren_telemetry::Source;
 
 use crate::{
+    logs::{self, Logs},
     network::{Network, Place},
     runtime::{self, Containerd},
     tasks::{Board, Supervisor},
@@ -37,6 +42,8 @@ pub struct Options {
     pub epoch: String,
     /// Is told where the node is in the cluster, and what else is there.
     pub network: Network,
+    /// What containers write.
+    pub logs: Logs,
 }
 
 impl std::fmt::Debug for Options {
@@ -179,7 +186,7 @@ impl Session<'_> {
         let (sender, outgoing) = mpsc::channel(16);
         let hello = v1::Hello { node_id: self.options.node_id.clone(), boot_id: self.options.epoch.clone() };
         send(&sender, agent_message::Message::Hello(hello)).await?;
-        let mut dispatcher = DispatcherClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        let mut dispatcher = DispatcherClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE);
         let incoming = dispatcher.session(ReceiverStream::new(outgoing)).await?;
         let mut incoming = incoming.into_inner();
         let mut period =
@@ -207,6 +214,10 @@ impl Session<'_> {
                             set_period.send_replace(period);
                         }
                         Some(manager_message::Message::Network(update)) => self.options.network.update(update),
+                        Some(manager_message::Message::Logs(request)) => {
+                            let directory = self.options.logs.directory(&request.container_id);
+                            tokio::spawn(upload_logs(channel.clone(), directory, self.board.clone(), request));
+                        }
                         Some(manager_message::Message::Welcome(_)) | None => {}
                     }
                 }
@@ -233,6 +244,52 @@ impl Session<'_> {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let taken_at = pbjson_types::Timestamp { seconds: now.as_secs() as i64, nanos: now.subsec_nanos() as i32 };
         v1::TelemetrySnapshot { epoch: self.options.epoch.clone(), taken_at: Some(taken_at), series }
+    }
+}
+
+/// Lines that are sent together.
+const LINES: usize = 256;
+
+/// Sends a manager what a container has written, and writes, until nobody reads it any more.
+async fn upload_logs(channel: Channel, directory: PathBuf, board: Board, request: v1::LogRequest) {
+    let (sender, receiver) = mpsc::channel(16);
+    let (lines, mut waiting) = mpsc::channel(LINES);
+    let query = logs::Query {
+        follow: request.follow,
+        tail: request.tail.map(|tail| tail as usize),
+        since: request.since.and_then(|since| {
+            SystemTime::try_from(prost_types::Timestamp { seconds: since.seconds, nanos: since.nanos }).ok()
+        }),
+    };
+    let id = request.container_id;
+    let reading = tokio::task::spawn_blocking(move || {
+        let runs = || board.get(&id).is_some_and(|status| status.state() < v1::ContainerState::Complete);
+        logs::read(&directory, &query, runs, |line| lines.blocking_send(line).is_ok())
+    });
+    let first = v1::UploadLogsRequest { id: request.id, lines: Vec::new() };
+    let sending = async {
+        if sender.send(first).await.is_err() {
+            return;
+        }
+        let mut batch = Vec::new();
+        while waiting.recv_many(&mut batch, LINES).await > 0 {
+            let upload = v1::UploadLogsRequest { id: String::new(), lines: std::mem::take(&mut batch) };
+            if sender.send(upload).await.is_err() {
+                return;
+            }
+        }
+        drop(sender);
+        std::future::pending::<()>().await;
+    };
+    let mut dispatcher = DispatcherClient::new(channel);
+    tokio::select! {
+        () = sending => {}
+        // It answers when it has everything, or when nobody wants more.
+        _ = dispatcher.upload_logs(ReceiverStream::new(receiver)) => {}
+    }
+    drop(waiting);
+    if let Ok(Err(error)) = reading.await {
+        tracing::debug!(%error, "a container's log could not be read");
     }
 }
 

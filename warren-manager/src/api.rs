@@ -3,6 +3,7 @@
 mod cluster;
 mod containers;
 mod layer;
+mod logs;
 mod lookup;
 mod nodes;
 mod pages;
@@ -14,14 +15,14 @@ use std::sync::Arc;
 use tonic::Status;
 use warren_proto::v1::{
     cluster_server::ClusterServer, containers_server::ContainersServer, dispatcher_server::DispatcherServer,
-    nodes_server::NodesServer, secrets_server::SecretsServer, services_server::ServicesServer,
+    logs_server::LogsServer, nodes_server::NodesServer, secrets_server::SecretsServer, services_server::ServicesServer,
 };
 
 pub use layer::MetricsLayer;
 
 use crate::{
     clock::Environment,
-    dispatcher::Dispatcher,
+    dispatcher::{Dispatcher, LogBroker},
     liveness::Liveness,
     metrics::ManagerMetrics,
     pinning::Pinning,
@@ -134,7 +135,7 @@ const DESCRIPTORS: [&[u8]; 3] = [
 
 /// All services of the API.
 #[must_use]
-pub fn router(context: &Context, dispatcher: Dispatcher) -> tonic::service::Routes {
+pub(crate) fn router(context: &Context, dispatcher: Dispatcher, broker: LogBroker) -> tonic::service::Routes {
     let mut routes = tonic::service::Routes::builder();
     let (health_reporter, health) = tonic_health::server::health_reporter();
     // The empty name, which stands for all of them, is serving from the start.
@@ -146,6 +147,7 @@ pub fn router(context: &Context, dispatcher: Dispatcher) -> tonic::service::Rout
         .add_service(
             SecretsServer::new(secrets::Secrets(context.clone())).max_decoding_message_size(MAX_SECRET_REQUEST),
         )
+        .add_service(LogsServer::new(logs::Logs(context.clone(), broker)))
         .add_service(ClusterServer::new(cluster::Cluster(context.clone())))
         .add_service(DispatcherServer::new(dispatcher))
         .add_service(health);

@@ -13,7 +13,7 @@ use crate::{
     api::{self, Context, MetricsLayer},
     clock::Environment,
     controller::Controller,
-    dispatcher::Dispatcher,
+    dispatcher::{Dispatcher, LogBroker},
     ids,
     liveness::{self, Liveness},
     manager::Error,
@@ -137,9 +137,16 @@ impl Core {
             registries: settings.registries,
             vault: settings.vault.clone(),
         };
-        let dispatcher =
-            Dispatcher::new(store.clone(), liveness.clone(), collected, Arc::clone(&metrics), settings.vault);
-        let routes = api::router(&context, dispatcher);
+        let broker = LogBroker::default();
+        let dispatcher = Dispatcher::new(
+            store.clone(),
+            liveness.clone(),
+            collected,
+            Arc::clone(&metrics),
+            settings.vault,
+            broker.clone(),
+        );
+        let routes = api::router(&context, dispatcher, broker);
         let tasks = TaskTracker::new();
         let controller = Controller::new(store.clone(), liveness, Arc::clone(&metrics), environment);
         tasks.spawn(controller.run(shutdown.clone()));

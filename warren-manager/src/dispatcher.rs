@@ -2,6 +2,7 @@
 
 mod assignments;
 mod directory;
+mod logs;
 mod reports;
 
 use std::{collections::HashSet, sync::Arc};
@@ -18,6 +19,7 @@ use crate::{
 };
 use assignments::Assigned;
 use directory::Directory;
+pub(crate) use logs::LogBroker;
 use reports::Reports;
 
 /// Messages to an agent that wait to be sent.
@@ -25,7 +27,7 @@ const QUEUE: usize = 16;
 
 /// Serves agents.
 #[derive(Clone, Debug)]
-pub struct Dispatcher {
+pub(crate) struct Dispatcher {
     store: Store,
     liveness: Liveness,
     collected: Collected,
@@ -33,22 +35,24 @@ pub struct Dispatcher {
     reports: Reports,
     directory: watch::Receiver<Directory>,
     vault: Vault,
+    logs: LogBroker,
     seen: Arc<Mutex<HashSet<NodeId>>>,
 }
 
 impl Dispatcher {
     /// A dispatcher of this manager's store.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         store: Store,
         liveness: Liveness,
         collected: Collected,
         metrics: Arc<ManagerMetrics>,
         vault: Vault,
+        logs: LogBroker,
     ) -> Self {
         let reports = Reports::start(store.clone());
         let directory = directory::keep(&store);
-        Self { store, liveness, collected, metrics, reports, directory, vault, seen: Arc::default() }
+        Self { store, liveness, collected, metrics, reports, directory, vault, logs, seen: Arc::default() }
     }
 
     /// A secret's value, for a node that needs it.
@@ -158,6 +162,14 @@ fn wrap(message: manager_message::Message) -> v1::ManagerMessage {
 impl dispatcher_server::Dispatcher for Dispatcher {
     type SessionStream = ReceiverStream<Result<v1::ManagerMessage, Status>>;
 
+    async fn upload_logs(
+        &self,
+        request: Request<Streaming<v1::UploadLogsRequest>>,
+    ) -> Result<Response<v1::UploadLogsResponse>, Status> {
+        self.logs.receive(request.into_inner()).await?;
+        Ok(Response::new(v1::UploadLogsResponse {}))
+    }
+
     async fn session(
         &self,
         request: Request<Streaming<v1::AgentMessage>>,
@@ -185,6 +197,7 @@ impl dispatcher_server::Dispatcher for Dispatcher {
         };
         // The queue is empty: this cannot wait.
         let _ = to.send(Ok(wrap(manager_message::Message::Welcome(welcome)))).await;
+        self.logs.opened(&node, to.clone());
         tokio::spawn(self.clone().send(node.clone(), to));
         tokio::spawn(self.clone().receive(node, hostname, from));
         Ok(Response::new(ReceiverStream::new(outgoing)))

@@ -35,7 +35,7 @@ struct Table {
 
 /// The latest telemetry of every node. Snapshots are cumulative, so the latest is all there is to keep. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct Collected {
+pub(crate) struct Collected {
     table: Arc<Mutex<Table>>,
 }
 

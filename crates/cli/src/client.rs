@@ -5,8 +5,8 @@ use std::time::Duration;
 use clap::Args;
 use tonic::transport::{Channel, Endpoint};
 use warren_proto::v1::{
-    cluster_client::ClusterClient, containers_client::ContainersClient, nodes_client::NodesClient,
-    secrets_client::SecretsClient, services_client::ServicesClient,
+    cluster_client::ClusterClient, containers_client::ContainersClient, logs_client::LogsClient,
+    nodes_client::NodesClient, secrets_client::SecretsClient, services_client::ServicesClient,
 };
 
 use crate::error::Error;
@@ -60,6 +60,10 @@ impl ClientArguments {
 
     pub(crate) async fn secrets(&self) -> Result<SecretsClient<Channel>, Error> {
         Ok(SecretsClient::new(self.channel().await?))
+    }
+
+    pub(crate) async fn logs(&self) -> Result<LogsClient<Channel>, Error> {
+        Ok(LogsClient::new(self.channel().await?))
     }
 
     pub(crate) async fn cluster(&self) -> Result<ClusterClient<Channel>, Error> {

@@ -6,6 +6,7 @@ use warren_proto::v1;
 use crate::{
     client::{ClientArguments, all_pages},
     error::Error,
+    logs::{self, LogArguments},
     output::{self, Format, FormatArguments},
 };
 
@@ -26,6 +27,13 @@ pub(crate) enum Command {
         #[command(flatten)]
         format: FormatArguments,
     },
+    /// Shows what a container writes.
+    Logs {
+        /// Id, or unique beginning of it.
+        container: String,
+        #[command(flatten)]
+        logs: LogArguments,
+    },
     /// Shows one container.
     Inspect {
         /// Id, or unique beginning of it.
@@ -42,6 +50,7 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
             containers.retain(|container| all || !has_ended(container));
             show(client, &containers, format.format).await
         }
+        Command::Logs { container, logs } => logs::show(client, String::new(), container, logs).await,
         Command::Inspect { container, format } => {
             let request = v1::GetContainerRequest { container };
             let container = client.containers().await?.get_container(request).await?.into_inner().container;

@@ -6,6 +6,7 @@ mod client;
 mod container;
 mod error;
 mod image;
+mod logs;
 mod node;
 mod output;
 mod parse;
@@ -73,10 +74,20 @@ enum Command {
 /// The file with the settings of this command, in the configuration's directory.
 const FILE: &str = "warren.toml";
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
+    // `warren up` is an agent too: the runtime starts this very program beside its containers.
+    if let Some(code) = warren_agent::cli::beside_a_container() {
+        return code;
+    }
     let arguments = warren_config::parse(FILE);
-    match run(arguments).await {
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(arguments)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // containerd's and files' errors keep their cause apart.

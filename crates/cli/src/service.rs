@@ -9,6 +9,7 @@ use crate::{
     client::{ClientArguments, all_pages},
     container,
     error::Error,
+    logs::{self, LogArguments},
     output::{self, Format, FormatArguments, say},
     wait::{self, Follower, WaitArguments},
 };
@@ -36,6 +37,13 @@ pub(crate) enum Command {
         service: String,
         #[command(flatten)]
         format: FormatArguments,
+    },
+    /// Shows what a service's containers write.
+    Logs {
+        /// Name, id, or unique beginning of an id.
+        service: String,
+        #[command(flatten)]
+        logs: LogArguments,
     },
     /// Changes the number of a service's containers.
     Scale {
@@ -66,6 +74,7 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
             let (containers, _) = container::list(client, service, String::new()).await?;
             container::show(client, &containers, format.format).await
         }
+        Command::Logs { service, logs } => logs::show(client, service, String::new(), logs).await,
         Command::Scale { service, replicas, wait } => scale(client, service, replicas, wait).await,
         Command::Rm { services, wait } => {
             // One that is not there keeps none of the others.

@@ -136,15 +136,18 @@ impl Containerd {
         Ok(answer.map_err(Error::call("mounting a snapshot"))?.into_inner().mounts)
     }
 
-    /// Creates a container's task, which executes the runtime's create, and returns its process id.
+    /// Creates a container's task, which executes the runtime's create, and returns its process id. `output` says where what it
+    /// writes goes, as a URI that containerd knows.
     ///
     /// # Errors
     ///
     /// When the runtime fails: no such program in the image, for one.
-    pub async fn create_task(&self, id: &str) -> Result<u32, Error> {
+    pub async fn create_task(&self, id: &str, output: &str) -> Result<u32, Error> {
         let create = self.unlimited_request(api::CreateTaskRequest {
             container_id: id.to_owned(),
             rootfs: self.mounts(id).await?,
+            stdout: output.to_owned(),
+            stderr: output.to_owned(),
             ..Default::default()
         });
         let answer = self.client().tasks().create(create).await.map_err(Error::call("creating a task"))?;

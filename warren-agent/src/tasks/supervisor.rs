@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     health::Checks,
+    logs::Logs,
     network::Network,
     probes::{self, Groups, LifecycleEvent, Maps, Phase},
     runtime::{self, Containerd, Found, Images, TaskState},
@@ -40,6 +41,8 @@ pub struct Options {
     pub(crate) checks: Checks,
     /// What they are given to know.
     pub secrets: Secrets,
+    /// Where what they write goes.
+    pub logs: Logs,
     /// The probes, if they work.
     pub probes: Option<(Arc<Maps>, Arc<Mutex<Groups>>)>,
 }
@@ -135,6 +138,7 @@ impl Supervisor {
             images: options.images,
             checks: options.checks,
             secrets: options.secrets,
+            logs: options.logs,
             actions: TaskTracker::new(),
         });
         let found = shared.containerd.containers().await?;

@@ -17,6 +17,7 @@ use warren_spec::{ImageName, InvalidImageName};
 use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Phase, RuntimePhase, Timings};
 use crate::{
     health::{Checks, Health, Subject},
+    logs::Logs,
     network::{Files, Mounted, Network},
     runtime::{self, ContainerOptions, Containerd, Images, LocalImage, NetworkNamespace, Wanted},
     secrets::Secrets,
@@ -89,6 +90,7 @@ pub(super) struct Shared {
     pub(super) images: Images,
     pub(super) checks: Checks,
     pub(super) secrets: Secrets,
+    pub(super) logs: Logs,
     /// The actions being carried out. Once it is closed, no other is begun.
     pub(super) actions: TaskTracker,
 }
@@ -432,7 +434,9 @@ impl Worker {
     async fn start(&self) -> Result<(), Ending> {
         let failed = |error: runtime::Error| Ending::Failed(error.to_string());
         let began = Instant::now();
-        let pid = self.shared.containerd.create_task(&self.id).await.map_err(|error| {
+        let output = self.shared.logs.uri(&self.id);
+        let output = output.map_err(|error| Ending::Failed(format!("its log cannot be kept: {error}")))?;
+        let pid = self.shared.containerd.create_task(&self.id, &output).await.map_err(|error| {
             self.shared.timings.failed("create");
             failed(error)
         })?;

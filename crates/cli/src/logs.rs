@@ -1,0 +1,106 @@
+//! `warren service logs` and `warren container logs`.
+
+use std::{
+    io::{self, Write as _},
+    time::{Duration, SystemTime},
+};
+
+use clap::Args;
+use warren_proto::v1::{self, LogStream};
+
+use crate::{client::ClientArguments, error::Error, output, parse};
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct LogArguments {
+    /// Go on with what is written from now on.
+    #[arg(long, short)]
+    follow: bool,
+    /// The last lines of each container.
+    #[arg(long, short = 'n', value_name = "LINES")]
+    tail: Option<u32>,
+    /// Only what was written since: a time like 2026-11-22T10:00:00Z, or how long ago, like 10m.
+    #[arg(long, value_parser = since)]
+    since: Option<pbjson_types::Timestamp>,
+    /// Show when each line was written.
+    #[arg(long, short)]
+    timestamps: bool,
+}
+
+fn since(text: &str) -> Result<pbjson_types::Timestamp, String> {
+    let time = match text.parse::<prost_types::Timestamp>() {
+        Ok(time) => time,
+        Err(_) => {
+            let ago = parse::duration(text).map_err(|_| format!("{text:?} is neither a time nor how long ago"))?;
+            let ago = Duration::new(ago.seconds.unsigned_abs(), ago.nanos.unsigned_abs());
+            SystemTime::now().checked_sub(ago).unwrap_or(SystemTime::UNIX_EPOCH).into()
+        }
+    };
+    Ok(pbjson_types::Timestamp { seconds: time.seconds, nanos: time.nanos })
+}
+
+/// Writes the lines of a service's containers, or of one container. What a container wrote to stderr goes to stderr.
+pub(crate) async fn show(
+    client: &ClientArguments,
+    service: String,
+    container: String,
+    arguments: LogArguments,
+) -> Result<(), Error> {
+    let of_service = !service.is_empty();
+    let request = v1::StreamLogsRequest {
+        service,
+        container,
+        follow: arguments.follow,
+        tail: arguments.tail,
+        since: arguments.since,
+    };
+    let mut lines = client.logs().await?.stream_logs(request).await?.into_inner();
+    let mut failed = Ok(());
+    // Without following, lines of several containers are put in the order of time.
+    let mut held = Vec::new();
+    loop {
+        match lines.message().await {
+            Ok(Some(response)) if arguments.follow || !of_service => write(&response, of_service, arguments.timestamps),
+            Ok(Some(response)) => held.push(response),
+            Ok(None) => break,
+            Err(status) => {
+                failed = Err(status.into());
+                break;
+            }
+        }
+    }
+    let time = |response: &v1::StreamLogsResponse| {
+        response.line.as_ref().and_then(|line| line.time.as_ref()).map(|time| (time.seconds, time.nanos))
+    };
+    held.sort_by_key(time);
+    for response in &held {
+        write(response, of_service, arguments.timestamps);
+    }
+    failed
+}
+
+fn write(response: &v1::StreamLogsResponse, of_service: bool, timestamps: bool) {
+    let line = response.line.clone().unwrap_or_default();
+    let mut text = Vec::new();
+    if timestamps && let Some(time) = &line.time {
+        let time = prost_types::Timestamp { seconds: time.seconds, nanos: time.nanos };
+        text.extend_from_slice(format!("{time} ").as_bytes());
+    }
+    if of_service {
+        let name = &response.service_name;
+        let slot = if response.slot == 0 { String::new() } else { format!("-{}", response.slot) };
+        let prefix = format!("{name}{slot}@{} {} | ", response.hostname, output::short(&response.container_id));
+        text.extend_from_slice(prefix.as_bytes());
+    }
+    text.extend_from_slice(&line.text);
+    if !line.partial || of_service {
+        text.push(b'\n');
+    }
+    let written = match line.stream() {
+        LogStream::Stderr => io::stderr().lock().write_all(&text),
+        LogStream::Stdout | LogStream::Unspecified => io::stdout().lock().write_all(&text),
+    };
+    if written.is_err() {
+        // A reader that went away, as `head` does, has seen enough.
+        std::process::exit(0);
+    }
+}
