@@ -2,7 +2,7 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 9] = [
+const FILES: [&str; 10] = [
     "warren/v1/cluster.proto",
     "warren/v1/container.proto",
     "warren/v1/logs.proto",
@@ -12,6 +12,7 @@ const FILES: [&str; 9] = [
     "warren/v1/service.proto",
     "warren/v1/session.proto",
     "warren/v1/telemetry.proto",
+    "warren/v1/volume.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

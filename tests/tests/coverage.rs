@@ -51,7 +51,13 @@ fn every_metric_of_the_table_has_a_sample_and_every_sample_is_in_the_table() {
     let value = world.path("value");
     std::fs::write(&value, "secret").expect("writable");
     let _ = world.warren(&["secret", "create", "key", &value.display().to_string()]).succeeded();
-    world.create("dns", 1, &["--health", "exec:true", "--secret", "key"], &script_that_asks(world.dns_port, true));
+    let _ = world.warren(&["volume", "create", "v"]).succeeded();
+    world.create(
+        "dns",
+        1,
+        &["--health", "exec:true", "--secret", "key", "--mount", "type=volume,source=v,target=/v"],
+        &script_that_asks(world.dns_port, true),
+    );
     // Of the node's resolver: what it knows, and what the node's own would have to know, which are none here.
     for name in ["dns", "elsewhere.example"] {
         let _ = run("dig", &["@169.254.1.1", "+tries=1", "+timeout=5", name]);

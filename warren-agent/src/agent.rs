@@ -34,6 +34,7 @@ use crate::{
     secrets::{self, Secrets},
     session::{self, Link},
     tasks::{self, Board, Cache, NodeSettings, Supervisor, Timings, handle_kernel_event},
+    volumes::Volumes,
 };
 
 /// How an agent works.
@@ -222,6 +223,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let images = Images::new(containerd.clone(), registries);
     let checks = health::Checks::new();
     let logs = Logs::new(options.logs.clone());
+    let volumes = Volumes::new(options.data_dir.join("volumes"));
     let probing = Probing::start(options.probes.clone()).await;
 
     let timings = Arc::new(Timings::new(matches!(probing, Probing::Absent(_))));
@@ -250,6 +252,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
             checks: checks.clone(),
             secrets,
             logs: logs.clone(),
+            volumes: volumes.clone(),
             probes,
         },
         board.clone(),
@@ -264,6 +267,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let meters = Meters::new(&own_identity(&node_id), &[Emitter::Agent, Emitter::Node, Emitter::Both]);
     meters.add_source(resolver.source());
     meters.add_source(checks.source());
+    meters.add_source(volumes.source());
     meters.add_source(Arc::new(ProcessSource));
     meters.add_source(Arc::new(BuildInfo));
     for source in &sources {

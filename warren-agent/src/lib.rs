@@ -16,3 +16,4 @@ pub mod runtime;
 pub mod secrets;
 pub mod session;
 pub mod tasks;
+pub mod volumes;

@@ -9,6 +9,7 @@ mod nodes;
 mod pages;
 mod secrets;
 mod services;
+mod volumes;
 
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ use tonic::Status;
 use warren_proto::v1::{
     cluster_server::ClusterServer, containers_server::ContainersServer, dispatcher_server::DispatcherServer,
     logs_server::LogsServer, nodes_server::NodesServer, secrets_server::SecretsServer, services_server::ServicesServer,
+    volumes_server::VolumesServer,
 };
 
 pub use layer::MetricsLayer;
@@ -148,6 +150,7 @@ pub(crate) fn router(context: &Context, dispatcher: Dispatcher, broker: LogBroke
             SecretsServer::new(secrets::Secrets(context.clone())).max_decoding_message_size(MAX_SECRET_REQUEST),
         )
         .add_service(LogsServer::new(logs::Logs(context.clone(), broker)))
+        .add_service(VolumesServer::new(volumes::Volumes(context.clone())))
         .add_service(ClusterServer::new(cluster::Cluster(context.clone())))
         .add_service(DispatcherServer::new(dispatcher))
         .add_service(health);

@@ -9,7 +9,7 @@ use crate::{
     liveness::Health,
     state::{
         Amounts, Container, ContainerState, Description, Desired, Mode, Node, Probes, Resources, RestartCondition,
-        RestartPolicy, Service, ServiceSpec, State, Status, Timing,
+        RestartPolicy, Service, ServiceSpec, State, Status, Timing, Volume,
     },
 };
 
@@ -209,7 +209,7 @@ pub(crate) fn container(container: &Container) -> v1::Container {
 
 /// A container as its agent gets it.
 #[must_use]
-pub(crate) fn assignment(container: &Container) -> v1::Assignment {
+pub(crate) fn assignment(container: &Container, state: &State) -> v1::Assignment {
     v1::Assignment {
         container_id: container.id.to_string(),
         service_id: container.service.to_string(),
@@ -219,6 +219,24 @@ pub(crate) fn assignment(container: &Container) -> v1::Assignment {
         spec: (container.desired == Desired::Running).then(|| v1::ContainerSpec::clone(&container.spec)),
         resources: Some(wire_resources(&container.resources)),
         desired_state: wire_desired(container.desired).into(),
+        volumes: state.volumes_of(&container.spec).map(|volume| self::volume(volume, &[])).collect(),
+    }
+}
+
+/// A volume, and the services that use it.
+#[must_use]
+pub(crate) fn volume(volume: &Volume, used_by: &[String]) -> v1::Volume {
+    v1::Volume {
+        id: volume.id.to_string(),
+        version: volume.version,
+        name: volume.name.clone(),
+        driver: "local".to_owned(),
+        driver_options: volume.options.clone(),
+        labels: volume.labels.clone(),
+        created_at: Some(volume.created_at.to_proto()),
+        node_id: volume.node.as_ref().map(ToString::to_string).unwrap_or_default(),
+        exclusive: volume.exclusive,
+        used_by: used_by.to_vec(),
     }
 }
 

@@ -73,6 +73,10 @@ id!(
     SecretId
 );
 id!(
+    /// Names a volume for its whole life.
+    VolumeId
+);
+id!(
     /// Names a container; containerd and its cgroup know it by the same.
     ContainerId
 );

@@ -4,14 +4,17 @@
 //! containers of the same service wins, then the one with the smallest share of its resources reserved, then the one with
 //! the fewest containers. Equals are taken in the order of their ids, so that the same state always gives the same plan.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use warren_proto::v1;
 
 use crate::{
-    ids::{ContainerId, NodeId, ServiceId},
+    ids::{ContainerId, NodeId, ServiceId, VolumeId},
     liveness::Health,
-    state::{Amounts, Container, ContainerState, Desired, State, protocol_name},
+    state::{Amounts, Container, ContainerState, Desired, State, Volume, protocol_name},
 };
 
 #[cfg(test)]
@@ -30,6 +33,10 @@ pub enum Refusal {
     Addresses,
     /// Another container there has the host port.
     Port,
+    /// A volume's data is on another node.
+    Volume,
+    /// Another container has a volume for itself.
+    VolumeHeld,
     /// The container is for another node.
     Pinned,
 }
@@ -47,6 +54,8 @@ impl Refusal {
             Self::Memory => "memory",
             Self::Addresses => "addresses",
             Self::Port => "port",
+            Self::Volume => "volume",
+            Self::VolumeHeld => "volume_held",
             Self::Pinned => "pinned",
         }
     }
@@ -58,6 +67,8 @@ impl Refusal {
             Self::Memory => "not enough memory left",
             Self::Addresses => "no container address left",
             Self::Port => "a host port is taken",
+            Self::Volume => "a volume is on another node",
+            Self::VolumeHeld => "a volume is another container's",
             Self::Pinned => "meant for another",
         }
     }
@@ -88,7 +99,13 @@ struct Candidate {
 }
 
 impl Candidate {
-    fn refuses(&self, container: &Container, ports: &[(u32, &'static str)]) -> Option<Refusal> {
+    fn refuses(
+        &self,
+        container: &Container,
+        ports: &[(u32, &'static str)],
+        volumes: &[Arc<Volume>],
+        claims: &Claims,
+    ) -> Option<Refusal> {
         let wanted = container.resources.reservations;
         if container.pinned.as_ref().is_some_and(|pinned| *pinned != self.id) {
             Some(Refusal::Pinned)
@@ -102,6 +119,10 @@ impl Candidate {
             Some(Refusal::Addresses)
         } else if ports.iter().any(|port| self.ports.contains(port)) {
             Some(Refusal::Port)
+        } else if volumes.iter().any(|volume| claims.place(volume).is_some_and(|at| *at != self.id)) {
+            Some(Refusal::Volume)
+        } else if volumes.iter().any(|volume| volume.exclusive && claims.held.contains(&volume.id)) {
+            Some(Refusal::VolumeHeld)
         } else {
             None
         }
@@ -122,6 +143,28 @@ impl Candidate {
         self.reserved.memory_bytes += container.resources.reservations.memory_bytes;
         self.containers += 1;
         *self.by_service.entry(container.service.clone()).or_default() += 1;
+    }
+}
+
+/// Where volumes are, and which are somebody's, as the round goes on.
+#[derive(Debug, Default)]
+struct Claims {
+    places: BTreeMap<VolumeId, NodeId>,
+    held: BTreeSet<VolumeId>,
+}
+
+impl Claims {
+    fn place<'a>(&'a self, volume: &'a Volume) -> Option<&'a NodeId> {
+        volume.node.as_ref().or_else(|| self.places.get(&volume.id))
+    }
+
+    fn take(&mut self, volumes: &[Arc<Volume>], node: &NodeId) {
+        for volume in volumes {
+            self.held.insert(volume.id.clone());
+            if volume.is_local() && volume.node.is_none() {
+                self.places.insert(volume.id.clone(), node.clone());
+            }
+        }
     }
 }
 
@@ -153,12 +196,17 @@ pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health) -> Plan {
     waiting.sort_by(|a, b| (a.created_at, &a.service, a.slot, &a.id).cmp(&(b.created_at, &b.service, b.slot, &b.id)));
     let mut candidates = candidates(state, health);
     let mut plan = Plan::default();
+    let mut claims = Claims::default();
+    for volume in state.volumes().filter(|volume| volume.exclusive && state.is_held(volume)) {
+        claims.held.insert(volume.id.clone());
+    }
     for container in waiting {
+        let volumes: Vec<_> = state.volumes_of(&container.spec).cloned().collect();
         let ports = host_ports(state, container);
         let mut refusals = BTreeMap::<Refusal, u32>::new();
         let mut best: Option<(_, usize)> = None;
         for (i, candidate) in candidates.iter().enumerate() {
-            if let Some(refusal) = candidate.refuses(container, &ports) {
+            if let Some(refusal) = candidate.refuses(container, &ports, &volumes, &claims) {
                 *refusals.entry(refusal).or_default() += 1;
                 continue;
             }
@@ -170,6 +218,7 @@ pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health) -> Plan {
         match best {
             Some((_, i)) => {
                 candidates[i].take(container, &ports);
+                claims.take(&volumes, &candidates[i].id);
                 plan.assignments.push((container.id.clone(), candidates[i].id.clone()));
             }
             None => {
@@ -182,7 +231,7 @@ pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health) -> Plan {
 }
 
 fn candidates(state: &State, health: impl Fn(&NodeId) -> Health) -> Vec<Candidate> {
-    let candidate = |node: &std::sync::Arc<crate::state::Node>| {
+    let candidate = |node: &Arc<crate::state::Node>| {
         let mut candidate = Candidate {
             id: node.id.clone(),
             alive: health(&node.id) == Health::Ready,

@@ -17,7 +17,7 @@ use network::Numbers;
 pub use network::{ClusterNetwork, InvalidNetwork, NetworkV6};
 pub use objects::{
     Amounts, Cluster, Container, ContainerState, Description, Desired, Mode, Node, Probes, Resources, RestartCondition,
-    RestartPolicy, Sealed, Secret, Service, ServiceSpec, Status, Timing,
+    RestartPolicy, Sealed, Secret, Service, ServiceSpec, Status, Timing, Volume,
 };
 pub use transaction::{Change, Expected, Rejection, Reply, Transaction};
 pub(crate) use transaction::{kind_name, protocol_name};
@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 
 use warren_proto::v1;
 
-use crate::ids::{ContainerId, NodeId, SecretId, ServiceId};
+use crate::ids::{ContainerId, NodeId, SecretId, ServiceId, VolumeId};
 
 /// Changes remembered for watchers; who is further behind lists anew.
 const HISTORY: usize = 10_000;
@@ -51,6 +51,12 @@ fn secret_key(kind: v1::SecretKind, name: &str) -> (bool, String) {
     (kind == v1::SecretKind::Config, name.to_owned())
 }
 
+/// The volumes that a container needs, by name.
+pub(crate) fn needed_volumes(spec: &v1::ContainerSpec) -> impl Iterator<Item = &str> {
+    let volumes = spec.mounts.iter().filter(|mount| mount.r#type() == v1::MountType::Volume);
+    volumes.map(|mount| mount.source.as_str())
+}
+
 /// The secrets and configs that a container needs, by kind and name.
 pub(crate) fn needed_secrets(spec: &v1::ContainerSpec) -> impl Iterator<Item = (v1::SecretKind, &str)> {
     let secrets = spec.secrets.iter().map(|mount| (v1::SecretKind::Secret, mount.source.as_str()));
@@ -68,6 +74,7 @@ pub struct State {
     nodes: OrdMap<NodeId, Arc<Node>>,
     containers: OrdMap<ContainerId, Arc<Container>>,
     secrets: OrdMap<SecretId, Arc<Secret>>,
+    volumes: OrdMap<VolumeId, Arc<Volume>>,
     /// Request ids by the revision of their reply, and their replies.
     requests: OrdMap<u64, String>,
     replies: OrdMap<String, Reply>,
@@ -77,6 +84,7 @@ pub struct State {
     // What follows is derived, or forgotten at a restart.
     names: OrdMap<String, ServiceId>,
     secret_names: OrdMap<(bool, String), SecretId>,
+    volume_names: OrdMap<String, VolumeId>,
     by_service: OrdSet<(ServiceId, ContainerId)>,
     by_node: OrdSet<(NodeId, ContainerId)>,
     history: Vector<(u64, ContainerChange)>,
@@ -95,6 +103,7 @@ struct Stored {
     nodes: Vec<Arc<Node>>,
     containers: Vec<Arc<Container>>,
     secrets: Vec<Arc<Secret>>,
+    volumes: Vec<Arc<Volume>>,
     requests: OrdMap<u64, String>,
     replies: OrdMap<String, Reply>,
     next_subnet: u32,
@@ -160,6 +169,31 @@ impl State {
     #[must_use]
     pub fn secret_named(&self, kind: v1::SecretKind, name: &str) -> Option<&Arc<Secret>> {
         self.secrets.get(self.secret_names.get(&secret_key(kind, name))?)
+    }
+
+    /// All volumes, by id.
+    pub fn volumes(&self) -> impl Iterator<Item = &Arc<Volume>> {
+        self.volumes.values()
+    }
+
+    /// A volume by name.
+    #[must_use]
+    pub fn volume_named(&self, name: &str) -> Option<&Arc<Volume>> {
+        self.volumes.get(self.volume_names.get(name)?)
+    }
+
+    /// The volumes that a container's spec names, as far as there are such.
+    pub fn volumes_of<'a>(&'a self, spec: &'a v1::ContainerSpec) -> impl Iterator<Item = &'a Arc<Volume>> {
+        needed_volumes(spec).filter_map(|name| self.volume_named(name))
+    }
+
+    /// Whether a container that is on a node and has not ended uses a volume.
+    #[must_use]
+    pub fn is_held(&self, volume: &Volume) -> bool {
+        let uses = |container: &&Arc<Container>| {
+            container.holds_resources() && needed_volumes(&container.spec).any(|name| name == volume.name)
+        };
+        self.containers.values().any(|container| uses(&container))
     }
 
     /// All nodes, by id.
@@ -258,6 +292,7 @@ impl State {
             nodes: self.nodes.values().cloned().collect(),
             containers: self.containers.values().cloned().collect(),
             secrets: self.secrets.values().cloned().collect(),
+            volumes: self.volumes.values().cloned().collect(),
             requests: self.requests.clone(),
             replies: self.replies.clone(),
             next_subnet: self.subnets.next,
@@ -294,6 +329,10 @@ impl State {
         for node in stored.nodes {
             state.subnets.taken.insert(node.subnet_index);
             state.nodes.insert(node.id.clone(), node);
+        }
+        for volume in stored.volumes {
+            state.volume_names.insert(volume.name.clone(), volume.id.clone());
+            state.volumes.insert(volume.id.clone(), volume);
         }
         for secret in stored.secrets {
             state.secret_names.insert(secret_key(secret.kind, &secret.name), secret.id.clone());

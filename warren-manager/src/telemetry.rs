@@ -163,6 +163,8 @@ fn cluster_gauges(meters: &Meters, store: &Store, liveness: &Liveness) {
         gauge.observe(count as f64, &[]);
     });
     let state = store.clone();
+    meters.gauge("warren_volumes_total", move |gauge| gauge.observe(state.view().volumes().count() as f64, &[]));
+    let state = store.clone();
     meters.gauge("warren_containers_total", move |gauge| {
         let mut counts = BTreeMap::<ContainerState, u32>::new();
         for container in state.view().containers() {

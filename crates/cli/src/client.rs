@@ -7,6 +7,7 @@ use tonic::transport::{Channel, Endpoint};
 use warren_proto::v1::{
     cluster_client::ClusterClient, containers_client::ContainersClient, logs_client::LogsClient,
     nodes_client::NodesClient, secrets_client::SecretsClient, services_client::ServicesClient,
+    volumes_client::VolumesClient,
 };
 
 use crate::error::Error;
@@ -64,6 +65,10 @@ impl ClientArguments {
 
     pub(crate) async fn logs(&self) -> Result<LogsClient<Channel>, Error> {
         Ok(LogsClient::new(self.channel().await?))
+    }
+
+    pub(crate) async fn volumes(&self) -> Result<VolumesClient<Channel>, Error> {
+        Ok(VolumesClient::new(self.channel().await?))
     }
 
     pub(crate) async fn cluster(&self) -> Result<ClusterClient<Channel>, Error> {

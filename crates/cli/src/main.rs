@@ -13,6 +13,7 @@ mod parse;
 mod secret;
 mod service;
 mod up;
+mod volume;
 mod wait;
 
 use std::process::ExitCode;
@@ -53,6 +54,9 @@ enum Command {
     /// Works with configs: files for containers.
     #[command(subcommand)]
     Config(secret::Command),
+    /// Works with volumes: directories that outlive containers.
+    #[command(subcommand)]
+    Volume(volume::Command),
     /// Works with nodes.
     #[command(subcommand)]
     Node(node::Command),
@@ -108,6 +112,7 @@ async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Container(command) => container::run(command, &client).await,
         Command::Secret(command) => secret::run(SecretKind::Secret, command, &client).await,
         Command::Config(command) => secret::run(SecretKind::Config, command, &client).await,
+        Command::Volume(command) => volume::run(command, &client).await,
         Command::Node(command) => node::run(command, &client).await,
         Command::Image(command) => image::run(command).await,
         Command::Version { format } => version(&client, format.format).await,

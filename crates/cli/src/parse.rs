@@ -69,7 +69,8 @@ pub(crate) fn mount(text: &str) -> Result<v1::Mount, String> {
                 mount.r#type = match value {
                     Some("bind") => v1::MountType::Bind.into(),
                     Some("tmpfs") => v1::MountType::Tmpfs.into(),
-                    _ => return Err(format!("{option:?}: a mount's type is bind or tmpfs")),
+                    Some("volume") => v1::MountType::Volume.into(),
+                    _ => return Err(format!("{option:?}: a mount's type is volume, bind or tmpfs")),
                 };
             }
             "source" | "src" => mount.source = required()?,

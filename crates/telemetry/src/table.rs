@@ -117,6 +117,7 @@ metrics! {
     warren_nodes_total Gauge Manager "{node}" ["role" "status"] &[]; "Nodes, by role and status"
     warren_services_total Gauge Manager "{service}" [] &[]; "Services"
     warren_secrets_total Gauge Manager "{secret}" [] &[]; "Secrets"
+    warren_volumes_total Gauge Manager "{volume}" [] &[]; "Volumes"
     warren_containers_total Gauge Manager "{container}" ["state"] &[]; "Containers, by observed state"
     // API
     warren_api_requests_total Counter Manager "{request}" ["method" "status"] &[]; "API requests, by method and gRPC status code"
@@ -179,6 +180,9 @@ metrics! {
     // Health checks
     warren_health_checks_total Counter Node "{check}" ["type" "result"] &[]; "Health checks, by kind and result: success or failure"
     warren_health_check_duration_seconds Histogram Node "s" ["type"] KERNEL_FAST; "Time of one health check"
+    // Volumes
+    warren_volume_operations_total Counter Node "{operation}" ["operation" "result"] &[]; "Operations on volumes: mount, unmount and remove, and whether they succeeded"
+    warren_volume_operation_duration_seconds Histogram Node "s" ["operation"] KERNEL_FAST; "Time of an operation on a volume"
     // Probes
     warren_probe_up Gauge Agent "" ["node" "probe"] &[]; "1 while the probe is attached"
     warren_probe_events_lost_total Counter Agent "{event}" ["node" "probe" "reason"] &[]; "What a probe could not record"

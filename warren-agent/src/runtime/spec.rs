@@ -5,7 +5,7 @@ mod process;
 mod seccomp;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
 };
 
@@ -51,6 +51,8 @@ pub struct ContainerOptions {
     pub files: Vec<(PathBuf, &'static str)>,
     /// Files and directories with secrets and configs.
     pub secrets: Vec<(PathBuf, String)>,
+    /// Where its volumes are, by name.
+    pub volumes: BTreeMap<String, PathBuf>,
 }
 
 /// Which network namespace a container is in.
@@ -164,7 +166,7 @@ fn mounts(options: &ContainerOptions) -> Result<Vec<Mount>, Error> {
         }
     }
     for wanted in &spec.mounts {
-        mounts.push(self::mount(wanted)?);
+        mounts.push(self::mount(wanted, &options.volumes)?);
     }
     for (source, target) in &options.secrets {
         mounts.push(bind(source, target, true)?);
@@ -178,7 +180,7 @@ fn mounts(options: &ContainerOptions) -> Result<Vec<Mount>, Error> {
     Ok(mounts)
 }
 
-fn mount(wanted: &v1::Mount) -> Result<Mount, Error> {
+fn mount(wanted: &v1::Mount, volumes: &BTreeMap<String, PathBuf>) -> Result<Mount, Error> {
     match wanted.r#type() {
         v1::MountType::Tmpfs => {
             let mode = if wanted.mode == 0 { 0o1777 } else { wanted.mode };
@@ -204,6 +206,10 @@ fn mount(wanted: &v1::Mount) -> Result<Mount, Error> {
                 return Err(Error::BadSpec(why));
             }
             bind(Path::new(&wanted.source), &wanted.target, wanted.read_only)
+        }
+        v1::MountType::Volume => {
+            let missing = || Error::BadSpec(format!("mount {}: there is no volume {:?}", wanted.target, wanted.source));
+            bind(volumes.get(&wanted.source).ok_or_else(missing)?, &wanted.target, wanted.read_only)
         }
         v1::MountType::Unspecified => Err(Error::BadSpec(format!("mount {}: has no type", wanted.target))),
     }

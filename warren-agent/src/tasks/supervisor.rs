@@ -20,6 +20,7 @@ use crate::{
     probes::{self, Groups, LifecycleEvent, Maps, Phase},
     runtime::{self, Containerd, Found, Images, TaskState},
     secrets::Secrets,
+    volumes::Volumes,
 };
 
 /// What containers run with.
@@ -43,6 +44,8 @@ pub struct Options {
     pub secrets: Secrets,
     /// Where what they write goes.
     pub logs: Logs,
+    /// What they keep.
+    pub volumes: Volumes,
     /// The probes, if they work.
     pub probes: Option<(Arc<Maps>, Arc<Mutex<Groups>>)>,
 }
@@ -55,6 +58,8 @@ pub struct Supervisor {
     /// Found on the daemon and not yet known to be anybody's.
     found: HashMap<String, Found>,
     sequence: Option<u64>,
+    /// All volumes that there are, as the manager says.
+    volumes: BTreeSet<String>,
 }
 
 impl std::fmt::Debug for Supervisor {
@@ -139,6 +144,7 @@ impl Supervisor {
             checks: options.checks,
             secrets: options.secrets,
             logs: options.logs,
+            volumes: options.volumes,
             actions: TaskTracker::new(),
         });
         let found = shared.containerd.containers().await?;
@@ -151,6 +157,7 @@ impl Supervisor {
             assigned: BTreeSet::new(),
             found: found.into_iter().map(|found| (found.id.clone(), found)).collect(),
             sequence: None,
+            volumes: BTreeSet::new(),
         };
         for CachedContainer { assignment, status } in supervisor.shared.cache.load() {
             supervisor.begin(assignment, Some(&status));
@@ -180,6 +187,10 @@ impl Supervisor {
         }
         for assignment in message.changed {
             self.begin(assignment, None);
+        }
+        if message.has_volumes {
+            self.volumes = message.volumes.into_iter().collect();
+            self.shared.volumes.keep_only(&self.volumes);
         }
         if complete {
             self.remove_orphans();
@@ -281,6 +292,10 @@ impl Supervisor {
             .filter(|(id, worker)| worker.is_finished() && !self.assigned.contains(*id))
             .map(|(id, _)| id.clone())
             .collect();
+        if !done.is_empty() && self.sequence.is_some() {
+            // One that was deleted while a container had it.
+            self.shared.volumes.keep_only(&self.volumes);
+        }
         for id in done {
             self.workers.remove(&id);
             self.shared.board.forget(&id);

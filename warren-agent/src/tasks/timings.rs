@@ -21,6 +21,8 @@ pub enum RuntimePhase {
     Unpack,
     /// Giving the container its network namespace and addresses.
     Network,
+    /// Making its volumes available.
+    Volumes,
     /// containerd's create, which starts the shim and executes the runtime's create.
     Create,
     /// containerd's start.
@@ -32,6 +34,7 @@ impl RuntimePhase {
         match self {
             Self::Pull => "pull",
             Self::Unpack => "unpack",
+            Self::Volumes => "volumes",
             Self::Network => "network",
             Self::Create => "create",
             Self::Start => "start",
@@ -79,7 +82,7 @@ impl Timings {
         self.record(|recorded| {
             recorded.phases.entry(phase).or_insert(Histogram::EMPTY).observe(ns(took));
             let operation = match phase {
-                RuntimePhase::Pull | RuntimePhase::Unpack | RuntimePhase::Network => return,
+                RuntimePhase::Pull | RuntimePhase::Unpack | RuntimePhase::Network | RuntimePhase::Volumes => return,
                 RuntimePhase::Create => CREATE,
                 RuntimePhase::Start => START,
             };

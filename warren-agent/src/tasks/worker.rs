@@ -1,7 +1,7 @@
 //! One container's worker: carries out what its state machine says, and tells it what came of it.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -21,6 +21,7 @@ use crate::{
     network::{Files, Mounted, Network},
     runtime::{self, ContainerOptions, Containerd, Images, LocalImage, NetworkNamespace, Wanted},
     secrets::Secrets,
+    volumes::Volumes,
 };
 
 /// From the stop signal to SIGKILL unless a service says otherwise.
@@ -91,6 +92,7 @@ pub(super) struct Shared {
     pub(super) checks: Checks,
     pub(super) secrets: Secrets,
     pub(super) logs: Logs,
+    pub(super) volumes: Volumes,
     /// The actions being carried out. Once it is closed, no other is begun.
     pub(super) actions: TaskTracker,
 }
@@ -182,6 +184,9 @@ impl Worker {
         match beginning {
             Beginning::Running { pid } => {
                 worker.note(|status| status.pid = pid);
+                if let Some(assignment) = &worker.assignment {
+                    worker.shared.volumes.keep(&worker.id, &assignment.volumes);
+                }
                 worker.watch_exit();
                 worker.watch_health(pid);
             }
@@ -335,6 +340,7 @@ impl Worker {
         labels.insert(label::SERVICE.to_owned(), assignment.service_name.clone());
         let secrets = self.shared.secrets.write(&self.id, &spec);
         let secrets = secrets.map_err(|error| Ending::Failed(error.to_string()))?;
+        let volumes = self.volumes(&assignment).await?;
         let (network, files) = self.connect(&spec).await?;
         let began = Instant::now();
         let options = ContainerOptions {
@@ -342,6 +348,7 @@ impl Worker {
             network,
             files,
             secrets,
+            volumes,
             spec,
             resources: assignment.resources.unwrap_or_default(),
             cgroup_parent: self.shared.node.cgroup_parent.clone(),
@@ -397,6 +404,21 @@ impl Worker {
         let image = self.shared.images.ensure(&wanted, watch).await.map_err(ended)?;
         self.shared.timings.phase(RuntimePhase::Pull, began.elapsed());
         Ok(image)
+    }
+
+    /// Makes the container's volumes available.
+    async fn volumes(&self, assignment: &v1::Assignment) -> Result<BTreeMap<String, PathBuf>, Ending> {
+        let began = Instant::now();
+        let (volumes, id, wanted) = (self.shared.volumes.clone(), self.id.clone(), assignment.volumes.clone());
+        if wanted.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        // A file server may take its time: not on a thread that serves others.
+        let mounted = tokio::task::spawn_blocking(move || volumes.mount(&id, &wanted)).await;
+        let mounted = mounted.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+        let paths = mounted.map_err(|error| Ending::Failed(error.to_string()))?;
+        self.shared.timings.phase(RuntimePhase::Volumes, began.elapsed());
+        Ok(paths)
     }
 
     /// Gives the container its place in the network that its service wants, and the files that say so.
@@ -563,6 +585,7 @@ impl Worker {
             match cleaned {
                 Ok(()) => {
                     self.shared.secrets.remove(&self.id);
+                    self.shared.volumes.release(&self.id);
                     return;
                 }
                 Err(error) => tracing::debug!(container = self.id, %error, "a container is not removed yet"),

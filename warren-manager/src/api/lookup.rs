@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Error;
-use crate::state::{Container, Node, Secret, Service, State, kind_name};
+use crate::state::{Container, Node, Secret, Service, State, Volume, kind_name};
 use warren_proto::v1;
 
 fn unique<'a, T: 'a>(
@@ -39,6 +39,13 @@ pub(super) fn secret(state: &State, kind: v1::SecretKind, name: &str) -> Result<
             let of_kind = state.secrets().filter(|secret| secret.kind == kind);
             unique(kind_name(kind), name, of_kind.map(|secret| (secret.id.as_str(), secret)))
         }
+    }
+}
+
+pub(super) fn volume(state: &State, name: &str) -> Result<Arc<Volume>, Error> {
+    match state.volume_named(name) {
+        Some(volume) => Ok(Arc::clone(volume)),
+        None => unique("volume", name, state.volumes().map(|volume| (volume.id.as_str(), volume))),
     }
 }
 

@@ -1,12 +1,15 @@
 //! What a node is to run, as a complete set and then as differences.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use warren_proto::v1::{self, AssignmentKind};
 
 use crate::{
     convert,
-    ids::{ContainerId, NodeId, SecretId},
+    ids::{ContainerId, NodeId, SecretId, VolumeId},
     state::{Container, Desired, Secret, State, needed_secrets},
 };
 
@@ -16,6 +19,8 @@ pub(super) struct Assigned {
     sent: Option<BTreeMap<ContainerId, Arc<Container>>>,
     /// Secrets that the agent has, and which value of each.
     secrets: BTreeMap<SecretId, u32>,
+    /// All volumes that there are.
+    volumes: BTreeSet<VolumeId>,
     sequence: u64,
 }
 
@@ -45,7 +50,7 @@ impl Assigned {
             known.get(&container.id).is_none_or(|known| known.desired != container.desired)
         };
         let changed: Vec<_> =
-            wanted.values().filter(|container| is_news(container)).map(|c| convert::assignment(c)).collect();
+            wanted.values().filter(|container| is_news(container)).map(|c| convert::assignment(c, state)).collect();
         let removed: Vec<_> = known.keys().filter(|id| !wanted.contains_key(*id)).map(ToString::to_string).collect();
         let kind = if self.sent.is_none() { AssignmentKind::Complete } else { AssignmentKind::Incremental };
         let needed = needed(state, wanted.values());
@@ -53,7 +58,15 @@ impl Assigned {
         let secrets: Vec<_> = news.filter_map(|secret| open(secret)).collect();
         let removed_secrets: Vec<_> =
             self.secrets.keys().filter(|id| !needed.contains_key(*id)).map(ToString::to_string).collect();
-        let nothing = changed.is_empty() && removed.is_empty() && secrets.is_empty() && removed_secrets.is_empty();
+        let all_volumes: BTreeSet<_> = state.volumes().map(|volume| volume.id.clone()).collect();
+        let has_volumes = self.sent.is_none() || all_volumes != self.volumes;
+        let volumes = if has_volumes { all_volumes.iter().map(ToString::to_string).collect() } else { Vec::new() };
+        self.volumes = all_volumes;
+        let nothing = !has_volumes
+            && changed.is_empty()
+            && removed.is_empty()
+            && secrets.is_empty()
+            && removed_secrets.is_empty();
         if kind == AssignmentKind::Incremental && nothing {
             return None;
         }
@@ -69,6 +82,8 @@ impl Assigned {
             removed,
             secrets,
             removed_secrets,
+            has_volumes,
+            volumes,
         })
     }
 }

@@ -8,7 +8,7 @@ use warren_proto::v1;
 use super::ClusterNetwork;
 use crate::{
     clock::Timestamp,
-    ids::{ContainerId, NodeId, SecretId, ServiceId},
+    ids::{ContainerId, NodeId, SecretId, ServiceId, VolumeId},
 };
 
 /// The cluster's identity.
@@ -143,6 +143,35 @@ pub struct Secret {
     pub size: u64,
     /// The value.
     pub sealed: Sealed,
+}
+
+/// A directory that outlives containers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// Its id.
+    pub id: VolumeId,
+    /// The revision of its last write.
+    pub version: u64,
+    /// Unique.
+    pub name: String,
+    /// Options of the driver `local`, which is the only one.
+    pub options: BTreeMap<String, String>,
+    /// The user's own.
+    pub labels: BTreeMap<String, String>,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// Where its data is: given by the user, or by the first container that uses it.
+    pub node: Option<NodeId>,
+    /// One container at a time.
+    pub exclusive: bool,
+}
+
+impl Volume {
+    /// Whether its data is on one node.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        !self.options.get("type").is_some_and(|kind| kind.starts_with("nfs"))
+    }
 }
 
 /// A machine with an agent.

@@ -6,12 +6,12 @@ use serde::{Deserialize, Serialize};
 use warren_proto::v1;
 
 use super::{
-    Cluster, Container, ContainerState, Desired, Node, REQUESTS, Secret, Service, State, Status, needed_secrets,
-    secret_key,
+    Cluster, Container, ContainerState, Desired, Node, REQUESTS, Secret, Service, State, Status, Volume,
+    needed_secrets, needed_volumes, secret_key,
 };
 use crate::{
     clock::Timestamp,
-    ids::{ContainerId, NodeId, SecretId, ServiceId},
+    ids::{ContainerId, NodeId, SecretId, ServiceId, VolumeId},
 };
 
 /// What the writer saw of an object; if it is otherwise, nothing is written.
@@ -55,6 +55,15 @@ pub enum Change {
     DeleteSecret {
         /// Which.
         id: SecretId,
+    },
+    /// Makes a volume.
+    CreateVolume(Box<Volume>),
+    /// Deletes a volume's record; its nodes remove what they have of it.
+    DeleteVolume {
+        /// Which.
+        id: VolumeId,
+        /// Also while services use it.
+        force: bool,
     },
     /// Writes a node.
     PutNode(Box<Node>),
@@ -233,6 +242,16 @@ impl State {
             }
             Change::PutSecret { secret, expected } => self.put_secret(secret, *expected)?,
             Change::DeleteSecret { id } => self.delete_secret(id)?,
+            Change::CreateVolume(volume) => {
+                if self.volume_names.contains_key(&volume.name) {
+                    return Err(Rejection::Exists(format!("volume {:?}", volume.name)));
+                }
+                let mut volume = (**volume).clone();
+                volume.version = self.revision;
+                self.volume_names.insert(volume.name.clone(), volume.id.clone());
+                self.volumes.insert(volume.id.clone(), Arc::new(volume));
+            }
+            Change::DeleteVolume { id, force } => self.delete_volume(id, *force)?,
             Change::PutNode(node) => {
                 let mut node = (**node).clone();
                 node.version = self.revision;
@@ -299,6 +318,11 @@ impl State {
                 return Err(Rejection::NotFound(format!("{} {name:?}", kind_name(kind))));
             }
         }
+        for name in needed_volumes(&service.spec.container) {
+            if self.volume_named(name).is_none() {
+                return Err(Rejection::NotFound(format!("volume {name:?}")));
+            }
+        }
         if let Some((port, service)) = self.published_elsewhere(service) {
             return Err(Rejection::PortTaken { port, service });
         }
@@ -357,12 +381,26 @@ impl State {
         }
     }
 
+    fn delete_volume(&mut self, id: &VolumeId, force: bool) -> Result<(), Rejection> {
+        let known = self.volumes.get(id).ok_or_else(|| Rejection::NotFound(format!("volume {id}")))?.clone();
+        let uses = |service: &&Arc<Service>| needed_volumes(&service.spec.container).any(|name| name == known.name);
+        let mut users: Vec<_> = self.services.values().filter(uses).map(|service| service.spec.name.clone()).collect();
+        users.sort();
+        if !users.is_empty() && !force {
+            return Err(Rejection::InUse { what: format!("volume {:?}", known.name), users });
+        }
+        self.volume_names.remove(&known.name);
+        self.volumes.remove(id);
+        Ok(())
+    }
+
     fn delete_secret(&mut self, id: &SecretId) -> Result<(), Rejection> {
         let known = self.secrets.get(id).ok_or_else(|| Rejection::NotFound(format!("secret {id}")))?.clone();
         let uses = |service: &&Arc<Service>| {
             needed_secrets(&service.spec.container).any(|needed| needed == (known.kind, known.name.as_str()))
         };
-        let users: Vec<_> = self.services.values().filter(uses).map(|service| service.spec.name.clone()).collect();
+        let mut users: Vec<_> = self.services.values().filter(uses).map(|service| service.spec.name.clone()).collect();
+        users.sort();
         if !users.is_empty() {
             return Err(Rejection::InUse { what: format!("{} {:?}", kind_name(known.kind), known.name), users });
         }
@@ -399,6 +437,22 @@ impl State {
     fn assign(&mut self, id: &ContainerId, node: &NodeId, at: Timestamp) {
         if !self.nodes.contains_key(node) {
             return;
+        }
+        // Of two assignments that were planned together the first decides where a volume is, and who has it.
+        let Some(container) = self.containers.get(id).cloned() else { return };
+        let volumes: Vec<_> = self.volumes_of(&container.spec).cloned().collect();
+        let elsewhere = |volume: &Arc<Volume>| volume.node.as_ref().is_some_and(|at| at != node);
+        if container.node.is_none()
+            && volumes.iter().any(|volume| elsewhere(volume) || (volume.exclusive && self.is_held(volume)))
+        {
+            return;
+        }
+        let waits = container.status.state < ContainerState::Assigned && container.desired == Desired::Running;
+        for volume in volumes.into_iter().filter(|volume| waits && volume.is_local() && volume.node.is_none()) {
+            let mut volume = Volume::clone(&volume);
+            volume.node = Some(node.clone());
+            volume.version = self.revision;
+            self.volumes.insert(volume.id.clone(), Arc::new(volume));
         }
         self.update(id, |container| {
             if container.status.state < ContainerState::Assigned && container.desired == Desired::Running {

@@ -306,7 +306,10 @@ fn mounts(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
             v1::MountType::Tmpfs if !mount.source.is_empty() => {
                 return invalid(field("source"), "a tmpfs has none");
             }
-            v1::MountType::Tmpfs | v1::MountType::Bind => {}
+            v1::MountType::Volume if !warren_spec::secret_name(&mount.source) => {
+                return invalid(field("source"), format!("{:?} is not a volume's name", mount.source));
+            }
+            v1::MountType::Tmpfs | v1::MountType::Bind | v1::MountType::Volume => {}
         }
         let is_tmpfs = kind == v1::MountType::Tmpfs;
         if mount.size_bytes != 0 && (!is_tmpfs || !TMPFS_SIZES.contains(&mount.size_bytes)) {

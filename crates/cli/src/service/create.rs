@@ -138,7 +138,7 @@ pub(crate) struct Arguments {
     /// Give the containers every capability and device; the cluster's policy must allow it.
     #[arg(long)]
     privileged: bool,
-    /// A mount: type=bind,source=/srv,target=/data,readonly or type=tmpfs,target=/tmp,size=64M,mode=1777; may be repeated.
+    /// A mount: type=volume,source=NAME,target=/data,readonly or type=bind,source=/srv,target=/data,readonly or type=tmpfs,target=/tmp,size=64M,mode=1777; may be repeated.
     #[arg(long, value_name = "OPTIONS", value_parser = parse::mount)]
     mount: Vec<v1::Mount>,
     /// A port, as 8080:80, 8080:80/udp, or published=8080,target=80,protocol=tcp,mode=host,name=http; may be repeated. In

@@ -1,0 +1,138 @@
+//! `warren volume ...`
+
+use clap::Subcommand;
+use warren_proto::v1;
+
+use crate::{
+    client::{ClientArguments, all_pages},
+    error::Error,
+    node,
+    output::{self, Format, FormatArguments, say},
+    parse,
+    service::request_id,
+};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Creates a volume.
+    Create {
+        /// Its name.
+        name: String,
+        /// An option of the driver, as Docker's local driver has them: type=bind|tmpfs|nfs, device=PATH, o=MOUNT-OPTIONS; may be
+        /// repeated. Without any it is a directory.
+        #[arg(long = "opt", short, value_parser = parse::pair)]
+        options: Vec<(String, String)>,
+        /// One container at a time may have it.
+        #[arg(long)]
+        exclusive: bool,
+        /// Where its data is to be; otherwise where the first container that uses it is.
+        #[arg(long, default_value = "")]
+        node: String,
+        /// A label, as name=value; may be repeated.
+        #[arg(long, value_parser = parse::pair)]
+        label: Vec<(String, String)>,
+        /// Who provides it; there is local.
+        #[arg(long, default_value = "local")]
+        driver: String,
+    },
+    /// Lists volumes.
+    #[command(alias = "list")]
+    Ls {
+        #[command(flatten)]
+        format: FormatArguments,
+    },
+    /// Shows one volume.
+    Inspect {
+        /// Name, id, or unique beginning of an id.
+        volume: String,
+        #[command(flatten)]
+        format: FormatArguments,
+    },
+    /// Removes volumes and their data.
+    Rm {
+        /// Names, ids, or unique beginnings of ids.
+        #[arg(required = true)]
+        volumes: Vec<String>,
+        /// Also those that services use.
+        #[arg(long, short)]
+        force: bool,
+    },
+}
+
+pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {
+    let mut api = client.volumes().await?;
+    match command {
+        Command::Create { name, options, exclusive, node, label, driver } => {
+            let request = v1::CreateVolumeRequest {
+                name,
+                driver,
+                driver_options: options.into_iter().collect(),
+                labels: label.into_iter().collect(),
+                exclusive,
+                node,
+                request_id: request_id(),
+            };
+            let made = api.create_volume(request).await?.into_inner().volume.unwrap_or_default();
+            say!("{}", made.id);
+        }
+        Command::Ls { format } => {
+            let volumes = all_pages(async |page_token| {
+                let page = api.list_volumes(v1::ListVolumesRequest { page_size: 0, page_token }).await?.into_inner();
+                Ok((page.volumes, page.next_page_token))
+            })
+            .await?;
+            if let Format::Json = format.format {
+                return output::json(&volumes);
+            }
+            let nodes = node::list(client).await?;
+            let hostname = |id: &str| {
+                let known = nodes.iter().find(|node| node.id == id).and_then(|node| node.description.as_ref());
+                known.map_or_else(|| "-".to_owned(), |description| description.hostname.clone())
+            };
+            let row = |volume: &v1::Volume| {
+                [
+                    output::short(&volume.id),
+                    volume.name.clone(),
+                    volume.driver_options.get("type").cloned().unwrap_or_else(|| "directory".to_owned()),
+                    hostname(&volume.node_id),
+                    volume.used_by.join(", "),
+                    output::ago(volume.created_at.as_ref()),
+                ]
+            };
+            output::table(["ID", "NAME", "TYPE", "NODE", "USED BY", "CREATED"], volumes.iter().map(row));
+        }
+        Command::Inspect { volume, format } => {
+            let request = v1::GetVolumeByNameRequest { volume };
+            let volume = api.get_volume_by_name(request).await?.into_inner().volume.unwrap_or_default();
+            if let Format::Json = format.format {
+                return output::json(&volume);
+            }
+            let pairs = |map: &std::collections::BTreeMap<String, String>| {
+                map.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(", ")
+            };
+            output::fields(&[
+                ("id", volume.id),
+                ("name", volume.name),
+                ("driver", volume.driver),
+                ("options", pairs(&volume.driver_options)),
+                ("labels", pairs(&volume.labels)),
+                ("node", volume.node_id),
+                ("exclusive", volume.exclusive.to_string()),
+                ("used by", volume.used_by.join(", ")),
+                ("created", output::ago(volume.created_at.as_ref())),
+            ]);
+        }
+        Command::Rm { volumes, force } => {
+            let mut outcome = Ok(());
+            for volume in volumes {
+                let request = v1::DeleteVolumeRequest { volume: volume.clone(), force, request_id: request_id() };
+                match api.delete_volume(request).await {
+                    Ok(_) => say!("{volume}"),
+                    Err(status) => outcome = outcome.and(Err(status.into())),
+                }
+            }
+            return outcome;
+        }
+    }
+    Ok(())
+}

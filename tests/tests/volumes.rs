@@ -1,0 +1,195 @@
+//! Volumes: what outlives containers, where it is, and who has it.
+
+use std::fs;
+
+use serde_json::Value;
+use warren_tests::{Inside, WELL_BEHAVED, World, image_name, run, until};
+
+fn create(world: &World, arguments: &[&str]) {
+    let _ = world.warren(&[&["volume", "create"][..], arguments].concat()).succeeded();
+}
+
+fn inspect(world: &World, name: &str) -> Value {
+    let shown = world.warren(&["volume", "inspect", name, "--format", "json"]).succeeded();
+    serde_json::from_str(&shown).expect("JSON")
+}
+
+fn replaced(world: &World, service: &str, before: &Inside) -> Inside {
+    let _ = before.shell(world, "kill -9 -1; kill -TERM 1");
+    until("another runs", || Inside::all(world, service).into_iter().find(|container| container.id != before.id))
+}
+
+#[test]
+fn a_volume_outlives_its_containers_and_goes_with_its_record() {
+    let mut world = World::with_warren("volume");
+    create(&world, &["data", "--label", "team=blue"]);
+    let options = ["--mount", "type=volume,source=data,target=/data", "--restart-delay-ms", "10"];
+    let first = Inside::of(&world, "db", &options);
+    assert_eq!(first.shell(&world, "echo kept > /data/file").0, 0);
+    let second = replaced(&world, "db", &first);
+    assert_eq!(second.shell(&world, "cat /data/file").1, "kept\n");
+    // Another service has it too, to read.
+    let reader = Inside::of(&world, "reader", &["--mount", "type=volume,source=data,target=/in,readonly"]);
+    assert_eq!(reader.shell(&world, "cat /in/file").1, "kept\n");
+    assert_ne!(reader.shell(&world, "touch /in/no").0, 0);
+    let volume = inspect(&world, "data");
+    assert_eq!(volume["usedBy"], serde_json::json!(["db", "reader"]));
+    assert_eq!(volume["labels"]["team"], "blue");
+    assert_eq!(volume["nodeId"].as_str(), Some(second.node.as_str()), "it is where its first container was");
+    let directory = world.path("agent/volumes/data").join(volume["id"].as_str().expect("an id"));
+    assert!(directory.join("file").exists());
+    let mounts = ["operation=\"mount\"", "result=\"success\""];
+    assert_eq!(world.agent_metrics().sum("warren_volume_operations_total", &mounts), 3.0);
+    // With everybody restarted it is still there, and who uses it is known.
+    world.agent.take().expect("it runs").kill();
+    world.manager.take().expect("it runs").kill();
+    world.start_manager();
+    world.start_agent(&[]);
+    world.wait_ready();
+    let in_use = world.warren(&["volume", "rm", "data"]).failed(1);
+    assert!(in_use.contains("volume \"data\" is in use by db, reader"), "{in_use}");
+    let _ = world.warren(&["service", "rm", "reader", "--wait"]).succeeded();
+    // Forced, it goes once its containers have; they keep it until then.
+    let _ = world.warren(&["volume", "rm", "data", "--force"]).succeeded();
+    assert_eq!(second.shell(&world, "cat /data/file").1, "kept\n");
+    let _ = world.warren(&["service", "rm", "db", "--wait"]).succeeded();
+    until("its data is gone", || (!directory.exists()).then_some(()));
+    assert_eq!(world.manager_metrics().sum("warren_volumes_total", &[]), 0.0);
+    assert_eq!(
+        world.agent_metrics().sum("warren_volume_operations_total", &["operation=\"remove\"", "result=\"success\""]),
+        1.0
+    );
+    // An unused one goes without force, and its name can be used again.
+    create(&world, &["data"]);
+    let _ = world.warren(&["volume", "rm", "data"]).succeeded();
+}
+
+#[test]
+fn one_container_at_a_time_has_an_exclusive_volume() {
+    let world = World::with_warren("exclusive");
+    create(&world, &["own", "--exclusive"]);
+    let options = ["--mount", "type=volume,source=own,target=/data", "--restart-delay-ms", "10"];
+    let first = Inside::of(&world, "db", &options);
+    let other = ["service", "create", "other", "--image", image_name()];
+    let _ = world.warren(&[&other[..], &options].concat()).succeeded();
+    let waiting = |service: &str| {
+        world.container_when(service, "it waits", |c| {
+            c["status"]["message"].as_str().is_some_and(|message| message.contains("a volume is another container's"))
+        })
+    };
+    let _ = waiting("other");
+    // Once it is free, who has waited longest gets it, and its former owner waits.
+    let _ = first.shell(&world, "kill -9 -1; kill -TERM 1");
+    until("the other has it now", || (Inside::all(&world, "other").len() == 1).then_some(()));
+    let _ = waiting("db");
+    let _ = world.warren(&["service", "rm", "other", "--wait"]).succeeded();
+    until("it has it again", || (Inside::all(&world, "db").len() == 1).then_some(()));
+}
+
+#[test]
+fn volumes_may_be_binds_and_memory() {
+    let world = World::with_warren("types");
+    let shared = world.path("shared");
+    fs::create_dir(&shared).expect("writable");
+    fs::write(shared.join("file"), "the node's").expect("writable");
+    create(&world, &["bound", "--opt", "type=bind", "--opt", &format!("device={}", shared.display())]);
+    create(&world, &["memory", "--opt", "type=tmpfs", "--opt", "o=size=1m,nosuid,mode=0750"]);
+    let options = [
+        "--mount",
+        "type=volume,source=bound,target=/bound",
+        "--mount",
+        "type=volume,source=memory,target=/memory",
+        "--restart-delay-ms",
+        "10",
+    ];
+    let inside = Inside::of(&world, "both", &options);
+    assert_eq!(inside.shell(&world, "cat /bound/file").1, "the node's");
+    let memory = inside.mount("/memory");
+    for part in ["tmpfs", "size=1024k", "nosuid", "mode=750"] {
+        assert!(memory.contains(part), "{part} is not in {memory}");
+    }
+    // Memory is shared by those who use it at the same time, and gone with the last.
+    let again = Inside::of(&world, "again", &options);
+    assert_eq!(inside.shell(&world, "echo here > /memory/x").0, 0);
+    assert_eq!(again.shell(&world, "cat /memory/x").1, "here\n");
+    let mounted = || {
+        fs::read_to_string("/proc/self/mounts")
+            .expect("readable")
+            .contains(&world.path("agent/volumes").display().to_string())
+    };
+    assert!(mounted());
+    let _ = world.warren(&["service", "rm", "both", "again", "--wait"]).succeeded();
+    until("it is unmounted", || (!mounted()).then_some(()));
+    let _ = world.warren(&["volume", "rm", "bound", "memory"]).succeeded();
+    assert!(shared.join("file").exists(), "a bound directory is not the volume's to remove");
+
+    // A file server that is not there is said in words. (That one is mounted, no kernel here can show: it has no NFS.)
+    create(&world, &["remote", "--opt", "type=nfs", "--opt", "device=:/export", "--opt", "o=addr=127.0.0.1,vers=4"]);
+    let nfs = [
+        "service",
+        "create",
+        "nfs",
+        "--image",
+        image_name(),
+        "--restart",
+        "never",
+        "--mount",
+        "type=volume,source=remote,target=/r",
+    ];
+    let _ = world.warren(&nfs).succeeded();
+    let failed = world.container_when("nfs", "it fails", |c| c["status"]["state"] == "CONTAINER_STATE_FAILED");
+    assert!(failed["status"]["message"].as_str().unwrap_or_default().starts_with("volume \"remote\": "), "{failed}");
+    assert_eq!(inspect(&world, "remote")["nodeId"], Value::Null, "every node could mount it");
+
+    for (arguments, field) in [
+        (&["../x"][..], "name"),
+        (&["x", "--driver", "ceph"], "driver"),
+        (&["x", "--opt", "type=ext4"], "driver_options.type"),
+        (&["x", "--opt", "device=/x"], "driver_options.type"),
+        (&["x", "--opt", "type=bind", "--opt", "device=x"], "driver_options.device"),
+        (&["x", "--opt", "type=nfs", "--opt", "device=:/x"], "driver_options.o"),
+        (&["x", "--opt", "size=1"], "driver_options"),
+    ] {
+        let error = world.warren(&[&["volume", "create"][..], arguments].concat()).failed(2);
+        assert!(error.starts_with(&format!("error: {field}: ")), "{error}");
+    }
+    let missing = ["service", "create", "x", "--image", "x", "--mount", "type=volume,source=nobody,target=/x"];
+    let missing = world.warren(&missing).failed(3);
+    assert!(missing.contains("there is no volume \"nobody\""), "{missing}");
+}
+
+#[test]
+fn containers_go_where_their_volume_is() {
+    let world = World::empty("affinity");
+    let network = world.cgroup_parent().trim_start_matches('/').to_owned();
+    let _ = run("ip", &["netns", "add", &network]).succeeded();
+    let mut world = world.and_containerd();
+    world.start_manager();
+    world.start_agent(&[]);
+    let second = world.start_other_agent("node-2", &network, &[]);
+    until("both nodes are ready", || {
+        (world.warren(&["node", "ls"]).succeeded().matches("ready").count() == 2).then_some(())
+    });
+    create(&world, &["far", "--node", "node-2"]);
+    create(&world, &["near"]);
+    world.create("far", 3, &["--mount", "type=volume,source=far,target=/data"], WELL_BEHAVED);
+    world.create("near", 3, &["--mount", "type=volume,source=near,target=/data"], WELL_BEHAVED);
+    let nodes = |service: &str| {
+        let mut nodes: Vec<_> = Inside::all(&world, service).into_iter().map(|container| container.node).collect();
+        nodes.dedup();
+        nodes
+    };
+    assert_eq!(nodes("far").len(), 1);
+    assert_eq!(nodes("near").len(), 1, "the first decides for all");
+    assert_eq!(inspect(&world, "far")["nodeId"].as_str(), nodes("far").first().map(String::as_str));
+    // Its node is away: its containers wait for it, whoever else has room.
+    let _ = world.warren(&["service", "rm", "far", "near", "--wait"]).succeeded();
+    drop(second);
+    until("the node is down", || world.warren(&["node", "ls"]).succeeded().contains("down").then_some(()));
+    let again = ["service", "create", "far", "--image", image_name(), "--mount", "type=volume,source=far,target=/data"];
+    let _ = world.warren(&again).succeeded();
+    let waiting = world.container_when("far", "it waits", |c| c["status"]["state"] == "CONTAINER_STATE_PENDING");
+    let message = waiting["status"]["message"].as_str().unwrap_or_default();
+    assert!(message.contains("1 a volume is on another node") && message.contains("1 not heard of"), "{message}");
+    let _ = run("ip", &["netns", "del", &network]);
+}

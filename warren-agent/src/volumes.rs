@@ -1,0 +1,334 @@
+//! Volumes on this node. A driver makes a volume a path that containers can be given; what a driver has mounted is unmounted
+//! when no container uses it any more, and a directory is removed when the manager no longer knows the volume.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::CString,
+    fs, io,
+    net::{IpAddr, ToSocketAddrs as _},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use warren_agent_ebpf::histogram::Histogram;
+use warren_proto::v1;
+use warren_telemetry::{Measurement, Series, Source};
+
+use crate::probes::exponential;
+
+/// Why a volume is not to be had.
+#[derive(Debug, thiserror::Error)]
+#[error("volume {name:?}: {why}")]
+pub struct Error {
+    name: String,
+    why: String,
+}
+
+/// Makes volumes paths.
+trait Driver: Send + Sync {
+    /// Makes the volume available and returns where; it may be already.
+    fn mount(&self, volume: &v1::Volume) -> io::Result<PathBuf>;
+    /// No container uses it any more.
+    fn unmount(&self, id: &str) -> io::Result<()>;
+    /// It does not exist any more: what there is of it goes.
+    fn remove(&self, id: &str) -> io::Result<()>;
+}
+
+/// A directory for each volume.
+struct Directories {
+    directory: PathBuf,
+}
+
+impl Driver for Directories {
+    fn mount(&self, volume: &v1::Volume) -> io::Result<PathBuf> {
+        let path = self.directory.join(&volume.id);
+        fs::create_dir_all(&path)?;
+        Ok(path)
+    }
+
+    fn unmount(&self, _: &str) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn remove(&self, id: &str) -> io::Result<()> {
+        match fs::remove_dir_all(self.directory.join(id)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A directory of the node that is there already.
+struct Binds;
+
+impl Driver for Binds {
+    fn mount(&self, volume: &v1::Volume) -> io::Result<PathBuf> {
+        let device = volume.driver_options.get("device").map(PathBuf::from).unwrap_or_default();
+        fs::metadata(&device).map(|_| device)
+    }
+
+    fn unmount(&self, _: &str) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn remove(&self, _: &str) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Memory, or another machine's files: what the kernel mounts.
+struct Mounts {
+    directory: PathBuf,
+}
+
+/// Mount options that are flags of mount(2); the others are the file system's.
+const FLAGS: [(&str, MountFlags); 7] = [
+    ("ro", MountFlags::RDONLY),
+    ("nodev", MountFlags::NODEV),
+    ("nosuid", MountFlags::NOSUID),
+    ("noexec", MountFlags::NOEXEC),
+    ("noatime", MountFlags::NOATIME),
+    ("nodiratime", MountFlags::NODIRATIME),
+    ("relatime", MountFlags::RELATIME),
+];
+
+/// Flags and data of a volume's option `o`.
+fn parse(options: &str) -> (MountFlags, Vec<String>) {
+    let mut flags = MountFlags::empty();
+    let mut data = Vec::new();
+    for option in options.split(',').filter(|option| !option.is_empty() && *option != "rw") {
+        match FLAGS.iter().find(|(name, _)| *name == option) {
+            Some((_, flag)) => flags |= *flag,
+            None => data.push(option.to_owned()),
+        }
+    }
+    (flags, data)
+}
+
+/// The kernel's NFS client wants its server's address as a number, which mount.nfs(8) would find out for it.
+fn resolve(data: &mut [String]) -> io::Result<()> {
+    for option in data {
+        if let Some(host) = option.strip_prefix("addr=")
+            && host.parse::<IpAddr>().is_err()
+        {
+            let found = (host, 2049).to_socket_addrs()?.next();
+            let found = found.ok_or_else(|| io::Error::other(format!("{host} has no address")))?;
+            *option = format!("addr={}", found.ip());
+        }
+    }
+    Ok(())
+}
+
+impl Mounts {
+    fn path(&self, id: &str) -> PathBuf {
+        self.directory.join(id)
+    }
+}
+
+impl Driver for Mounts {
+    fn mount(&self, volume: &v1::Volume) -> io::Result<PathBuf> {
+        let path = self.path(&volume.id);
+        fs::create_dir_all(&path)?;
+        if is_mount_point(&path)? {
+            return Ok(path);
+        }
+        let option = |name: &str| volume.driver_options.get(name).map(String::as_str).unwrap_or_default();
+        let (flags, mut data) = parse(option("o"));
+        let kind = option("type");
+        if kind.starts_with("nfs") {
+            resolve(&mut data)?;
+        }
+        let device = if option("device").is_empty() { kind } else { option("device") };
+        let data = CString::new(data.join(","))?;
+        mount(device, &path, kind, flags, data.as_c_str())?;
+        Ok(path)
+    }
+
+    fn unmount(&self, id: &str) -> io::Result<()> {
+        let path = self.path(id);
+        match unmount(&path, UnmountFlags::DETACH) {
+            Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+        match fs::remove_dir(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn remove(&self, id: &str) -> io::Result<()> {
+        self.unmount(id)
+    }
+}
+
+/// Whether something is mounted there: then it is another file system than its parent.
+fn is_mount_point(path: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt as _;
+
+    let parent = path.parent().unwrap_or(path);
+    Ok(fs::metadata(path)?.dev() != fs::metadata(parent)?.dev())
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// Containers by the volume that they use.
+    users: BTreeMap<String, BTreeSet<String>>,
+    operations: BTreeMap<(&'static str, &'static str), u64>,
+    durations: BTreeMap<&'static str, Histogram>,
+}
+
+/// The node's volumes. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Volumes {
+    directory: PathBuf,
+    known: Arc<Mutex<Known>>,
+}
+
+impl Volumes {
+    /// Keeps volumes below a directory.
+    #[must_use]
+    pub fn new(directory: PathBuf) -> Self {
+        Self { directory, known: Arc::default() }
+    }
+
+    /// What it counts.
+    pub(crate) fn source(&self) -> Arc<dyn Source> {
+        Arc::new(self.clone())
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn driver(&self, volume: &v1::Volume) -> Box<dyn Driver> {
+        match volume.driver_options.get("type").map(String::as_str).unwrap_or_default() {
+            "" => Box::new(self.directories()),
+            "bind" => Box::new(Binds),
+            _ => Box::new(self.mounts()),
+        }
+    }
+
+    fn directories(&self) -> Directories {
+        Directories { directory: self.directory.join("data") }
+    }
+
+    fn mounts(&self) -> Mounts {
+        Mounts { directory: self.directory.join("mounts") }
+    }
+
+    fn counted<T>(&self, operation: &'static str, run: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let began = Instant::now();
+        let result = run();
+        let took: Duration = began.elapsed();
+        let mut known = self.known();
+        let outcome = if result.is_ok() { "success" } else { "failure" };
+        *known.operations.entry((operation, outcome)).or_default() += 1;
+        let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        known.durations.entry(operation).or_insert(Histogram::EMPTY).observe(nanos);
+        result
+    }
+
+    /// A container of an earlier agent uses these.
+    pub(crate) fn keep(&self, container: &str, volumes: &[v1::Volume]) {
+        let mut known = self.known();
+        for volume in volumes {
+            known.users.entry(volume.id.clone()).or_default().insert(container.to_owned());
+        }
+    }
+
+    /// Makes a container's volumes available, and says where each is, by its name. May take as long as a file server does.
+    pub(crate) fn mount(&self, container: &str, volumes: &[v1::Volume]) -> Result<BTreeMap<String, PathBuf>, Error> {
+        self.keep(container, volumes);
+        let mut paths = BTreeMap::new();
+        for volume in volumes {
+            let mounted = self.counted("mount", || self.driver(volume).mount(volume));
+            let path = mounted.map_err(|error| Error { name: volume.name.clone(), why: error.to_string() })?;
+            paths.insert(volume.name.clone(), path);
+        }
+        Ok(paths)
+    }
+
+    /// A container is gone: what nobody else uses is unmounted.
+    pub(crate) fn release(&self, container: &str) {
+        let unused: Vec<String> = {
+            let mut known = self.known();
+            let mut unused = Vec::new();
+            known.users.retain(|volume, users| {
+                if users.remove(container) && users.is_empty() {
+                    unused.push(volume.clone());
+                }
+                !users.is_empty()
+            });
+            unused
+        };
+        for volume in unused.iter().filter(|volume| self.mounts().path(volume).exists()) {
+            if let Err(error) = self.counted("unmount", || self.mounts().unmount(volume)) {
+                tracing::warn!(volume, %error, "a volume could not be unmounted");
+            }
+        }
+    }
+
+    /// Removes what is here of volumes that are not among these and that no container uses.
+    pub(crate) fn keep_only(&self, ids: &BTreeSet<String>) {
+        let entries = |directory: &Path| fs::read_dir(directory).into_iter().flatten().flatten();
+        let here = entries(&self.directories().directory).chain(entries(&self.mounts().directory));
+        for id in here.filter_map(|entry| entry.file_name().into_string().ok()) {
+            if ids.contains(&id) || self.known().users.contains_key(&id) {
+                continue;
+            }
+            tracing::info!(volume = id, "removing a volume that does not exist any more");
+            let removed = self.counted("remove", || {
+                self.mounts().remove(&id)?;
+                self.directories().remove(&id)
+            });
+            if let Err(error) = removed {
+                tracing::warn!(volume = id, %error, "a volume could not be removed");
+            }
+        }
+    }
+}
+
+impl Source for Volumes {
+    fn collect(&self) -> Vec<Series> {
+        let known = self.known();
+        let operations = known.operations.iter().map(|((operation, result), count)| {
+            let labels = [("operation", *operation), ("result", *result)];
+            Series::new("warren_volume_operations_total", &labels, Measurement::Counter(*count as f64))
+        });
+        let durations = known.durations.iter().map(|(operation, histogram)| {
+            let value = Measurement::Histogram(exponential(histogram));
+            Series::new("warren_volume_operation_duration_seconds", &[("operation", *operation)], value)
+        });
+        operations.chain(durations).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_flags_or_the_file_systems() {
+        let (flags, data) = parse("addr=192.0.2.1,ro,rw,nosuid,vers=4.2");
+        assert_eq!(flags, MountFlags::RDONLY | MountFlags::NOSUID);
+        assert_eq!(data, ["addr=192.0.2.1", "vers=4.2"]);
+    }
+
+    #[test]
+    fn a_directory_lives_as_long_as_its_volume() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let volumes = Volumes::new(directory.path().to_owned());
+        let volume = v1::Volume { id: "v1".to_owned(), name: "data".to_owned(), ..Default::default() };
+        let path = volumes.mount("c1", std::slice::from_ref(&volume)).expect("mounted")["data"].clone();
+        fs::write(path.join("file"), "kept").expect("writable");
+        volumes.keep_only(&BTreeSet::new());
+        assert!(path.exists(), "a container uses it");
+        volumes.release("c1");
+        volumes.keep_only(&BTreeSet::from(["v1".to_owned()]));
+        assert!(path.join("file").exists());
+        volumes.keep_only(&BTreeSet::new());
+        assert!(!path.exists());
+    }
+}
