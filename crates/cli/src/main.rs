@@ -2,6 +2,7 @@
 //!
 //! Lists are tables for people and JSON for programs; errors are one sentence on stderr. Exit codes are in [`error`].
 
+mod apply;
 mod client;
 mod container;
 mod error;
@@ -42,6 +43,8 @@ struct Arguments {
 enum Command {
     /// Runs a manager and an agent in one process.
     Up(Box<up::Arguments>),
+    /// Makes the cluster what files (YAML) say.
+    Apply(apply::Arguments),
     /// Works with services.
     #[command(subcommand)]
     Service(service::Command),
@@ -108,6 +111,7 @@ async fn run(arguments: Arguments) -> Result<(), Error> {
     let client = arguments.client;
     match arguments.command {
         Command::Up(up) => up::run(*up).await,
+        Command::Apply(arguments) => apply::run(arguments, &client).await,
         Command::Service(command) => service::run(command, &client).await,
         Command::Container(command) => container::run(command, &client).await,
         Command::Secret(command) => secret::run(SecretKind::Secret, command, &client).await,

@@ -9,7 +9,7 @@ use crate::Options;
 /// How registries are reached. Proxies are taken from `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct RegistryArguments {
-    /// A host that is asked before a registry, as docker.io=mirror.example:5000 or docker.io=http://mirror.example:5000; may be
+    /// A host that is asked before a registry, as docker.io=mirror.example:5000 or `docker.io=http://mirror.example:5000`; may be
     /// repeated, and be a list with commas.
     #[arg(long, env = "WARREN_REGISTRY_MIRRORS", value_name = "REGISTRY=HOST", value_delimiter = ',', value_parser = mirror)]
     pub registry_mirror: Vec<(String, String)>,

@@ -22,7 +22,7 @@ pub(super) fn argument(directory: &Path, max_bytes: u64, files: u32) -> String {
     format!("{max_bytes}:{files}:{}", directory.display())
 }
 
-/// Writes what a container writes until it ends. `argument` is what [`argument`] made.
+/// Writes what a container writes until it ends. `argument` says where, and how much: `BYTES:FILES:DIRECTORY`.
 #[must_use]
 pub fn write(argument: &str) -> ExitCode {
     let mut parts = argument.splitn(3, ':');

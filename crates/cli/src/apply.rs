@@ -1,0 +1,242 @@
+//! `warren apply`: makes the cluster what files say. A key that is not known is an error, with its path: what was misspelt is
+//! never left out in silence.
+
+mod manifest;
+
+use std::{
+    io::Read as _,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use serde::{
+    Deserialize,
+    de::{DeserializeOwned, IgnoredAny},
+};
+use tonic::Code;
+use warren_proto::v1::{self, SecretKind};
+
+use crate::{
+    client::ClientArguments,
+    error::Error,
+    output::say,
+    service::{self, request_id},
+    wait::{self, WaitArguments},
+};
+use manifest::{SecretSpec, ServiceSpec, VolumeSpec};
+
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// A file, a directory with files named .yaml or .yml, or - for stdin; may be repeated.
+    #[arg(long, short, required = true, value_name = "FILE|DIR|-")]
+    file: Vec<PathBuf>,
+    #[command(flatten)]
+    wait: WaitArguments,
+}
+
+/// What every document has.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Document<T> {
+    api_version: String,
+    kind: String,
+    metadata: Metadata,
+    spec: T,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Metadata {
+    name: String,
+    #[serde(default)]
+    labels: std::collections::BTreeMap<String, String>,
+}
+
+/// Something to be made so.
+enum Object {
+    Service(Box<v1::ServiceSpec>),
+    Secret(v1::CreateSecretRequest),
+    Volume(v1::CreateVolumeRequest),
+}
+
+/// The files, in order; of a directory those that look like manifests.
+fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
+    let mut files = Vec::new();
+    for path in paths {
+        let failed = |source| Error::File { path: path.clone(), source };
+        if path.as_os_str() != "-" && std::fs::metadata(path).map_err(failed)?.is_dir() {
+            let entries = std::fs::read_dir(path).map_err(failed)?.flatten().map(|entry| entry.path());
+            let is_manifest = |path: &PathBuf| path.extension().is_some_and(|e| e == "yaml" || e == "yml");
+            let mut found: Vec<_> = entries.filter(is_manifest).collect();
+            found.sort();
+            files.extend(found);
+        } else {
+            files.push(path.clone());
+        }
+    }
+    Ok(files)
+}
+
+fn read(path: &Path) -> Result<String, Error> {
+    let mut text = String::new();
+    if path.as_os_str() == "-" {
+        std::io::stdin().read_to_string(&mut text)?;
+        return Ok(text);
+    }
+    std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })
+}
+
+/// The documents of a file, each with as many empty lines before it as make its own lines' numbers right.
+fn documents(text: &str) -> Vec<String> {
+    let mut documents = vec![String::new()];
+    for (i, line) in text.lines().enumerate() {
+        let ends = line == "---" || line.starts_with("--- ");
+        match documents.last_mut() {
+            Some(document) if !ends => {
+                document.push_str(line);
+                document.push('\n');
+            }
+            _ => documents.push("\n".repeat(i + 1)),
+        }
+    }
+    let says_something =
+        |document: &String| document.lines().any(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#'));
+    documents.retain(says_something);
+    documents
+}
+
+/// Reads a document. The kinds' own types are read from the text itself: what looks like a number or a truth and is meant as
+/// text stays as it was written.
+fn parse<T: DeserializeOwned>(text: &str) -> Result<Document<T>, String> {
+    // What follows the first line shows the text around a mistake, a secret's perhaps.
+    serde_saphyr::from_str(text).map_err(|error| {
+        let text = error.to_string();
+        text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned()
+    })
+}
+
+fn object(text: &str) -> Result<Object, String> {
+    let Document { api_version, kind, metadata, .. } = parse::<IgnoredAny>(text)?;
+    let which = format!("{kind} {}", metadata.name);
+    if !matches!(api_version.as_str(), "warren.io/v1" | "v1") {
+        return Err(format!("{which}: apiVersion: {api_version:?} is not warren.io/v1"));
+    }
+    let (name, labels) = (metadata.name, metadata.labels);
+    let object = match kind.as_str() {
+        "Service" => parse::<ServiceSpec>(text)
+            .and_then(|document| Ok(Object::Service(Box::new(document.spec.into_proto(name, labels)?)))),
+        "Secret" | "Config" => parse::<SecretSpec>(text).and_then(|document| {
+            let kind = if kind == "Secret" { SecretKind::Secret } else { SecretKind::Config };
+            let (data, request_id) = (document.spec.value()?, request_id());
+            Ok(Object::Secret(v1::CreateSecretRequest { kind: kind.into(), name, labels, data, request_id }))
+        }),
+        "Volume" => parse::<VolumeSpec>(text).map(|document| Object::Volume(document.spec.into_proto(name, labels))),
+        _ => Err("the kind is not known: Service, Secret, Config or Volume".to_owned()),
+    };
+    object.map_err(|why| format!("{which}: {why}"))
+}
+
+pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Result<(), Error> {
+    let mut objects = Vec::new();
+    // All is read before anything is done: a mistake in the last document leaves the cluster as it was.
+    for path in files(&arguments.file)? {
+        let text = read(&path)?;
+        for document in documents(&text) {
+            let object = object(&document);
+            objects.push(object.map_err(|why| Error::Usage(format!("{}: {why}", path.display())))?);
+        }
+    }
+    // What services need comes before them.
+    let order = |object: &Object| match object {
+        Object::Secret(_) => 0,
+        Object::Volume(_) => 1,
+        Object::Service(_) => 2,
+    };
+    objects.sort_by_key(order);
+    let mut services = Vec::new();
+    for object in objects {
+        match object {
+            Object::Secret(request) => apply_secret(client, request).await?,
+            Object::Volume(request) => apply_volume(client, request).await?,
+            Object::Service(spec) => services.push(apply_service(client, *spec).await?),
+        }
+    }
+    for service in services {
+        wait::running(client, service, arguments.wait).await?;
+    }
+    Ok(())
+}
+
+fn is_there(outcome: Result<(), tonic::Status>) -> Result<bool, Error> {
+    match outcome {
+        Ok(()) => Ok(true),
+        Err(status) if status.code() == Code::NotFound => Ok(false),
+        Err(status) => Err(status.into()),
+    }
+}
+
+async fn apply_secret(client: &ClientArguments, request: v1::CreateSecretRequest) -> Result<(), Error> {
+    let mut api = client.secrets().await?;
+    let (kind, name) = (request.kind, request.name.clone());
+    let word = if kind == i32::from(SecretKind::Config) { "config" } else { "secret" };
+    let known = api.get_secret_by_name(v1::GetSecretByNameRequest { kind, secret: name.clone() }).await;
+    if is_there(known.map(drop))? {
+        let update =
+            v1::UpdateSecretRequest { kind, secret: name.clone(), data: request.data, request_id: request_id() };
+        api.update_secret(update).await?;
+        say!("{word} {name} updated");
+    } else {
+        api.create_secret(request).await?;
+        say!("{word} {name} created");
+    }
+    Ok(())
+}
+
+async fn apply_volume(client: &ClientArguments, request: v1::CreateVolumeRequest) -> Result<(), Error> {
+    let mut api = client.volumes().await?;
+    let name = request.name.clone();
+    let known = api.get_volume_by_name(v1::GetVolumeByNameRequest { volume: name.clone() }).await;
+    match known.map(|known| known.into_inner().volume.unwrap_or_default()) {
+        Ok(known) if known.driver_options == request.driver_options && known.exclusive == request.exclusive => {
+            say!("volume {name} unchanged");
+        }
+        Ok(_) => {
+            return Err(Error::Usage(format!("volume {name}: is there with other options, which cannot be changed")));
+        }
+        Err(status) if status.code() == Code::NotFound => {
+            api.create_volume(request).await?;
+            say!("volume {name} created");
+        }
+        Err(status) => return Err(status.into()),
+    }
+    Ok(())
+}
+
+async fn apply_service(client: &ClientArguments, spec: v1::ServiceSpec) -> Result<v1::Service, Error> {
+    let name = spec.name.clone();
+    let mut api = client.services().await?;
+    let known = match service::get(client, &name).await {
+        Ok(known) => Some(known),
+        Err(Error::Refused(status)) if status.code() == Code::NotFound => None,
+        Err(error) => return Err(error),
+    };
+    let (applied, what) = match known {
+        None => {
+            let request = v1::CreateServiceRequest { spec: Some(spec), request_id: request_id() };
+            (api.create_service(request).await?.into_inner().service, "created")
+        }
+        Some(known) => {
+            let request = v1::UpdateServiceRequest {
+                service: known.id.clone(),
+                spec: Some(spec),
+                version: known.version,
+                request_id: request_id(),
+            };
+            let updated = api.update_service(request).await?.into_inner().service;
+            let same = updated.as_ref().is_some_and(|updated| updated.spec == known.spec);
+            (updated, if same { "unchanged" } else { "updated" })
+        }
+    };
+    say!("service {name} {what}");
+    Ok(applied.unwrap_or_default())
+}
