@@ -38,35 +38,38 @@ pub struct Options {
 
 /// All containers' logs. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Logs(Options);
+pub struct Logs {
+    options: Options,
+    /// This program as it was when it began: it may be replaced by a newer one while it runs.
+    program: PathBuf,
+}
 
 impl Logs {
     /// Keeps logs as the options say.
     #[must_use]
     pub fn new(options: Options) -> Self {
-        Self(options)
+        Self { options, program: std::env::current_exe().unwrap_or_default() }
     }
 
     pub(crate) fn directory(&self, container: &str) -> PathBuf {
-        self.0.directory.join(container)
+        self.options.directory.join(container)
     }
 
     /// Where the runtime is to send what a container writes: to this very program, as a process of its own.
     pub(crate) fn uri(&self, container: &str) -> std::io::Result<String> {
         let directory = self.directory(container);
         fs::create_dir_all(&directory)?;
-        let program = std::env::current_exe()?;
-        let argument = writer::argument(&directory, self.0.max_bytes, self.0.files);
-        Ok(format!("binary://{}?{COMMAND}={}", escaped(&program.to_string_lossy()), escaped(&argument)))
+        let argument = writer::argument(&directory, self.options.max_bytes, self.options.files);
+        Ok(format!("binary://{}?{COMMAND}={}", escaped(&self.program.to_string_lossy()), escaped(&argument)))
     }
 
     /// Removes logs of containers that ended a while ago, until `shutdown`. `lives` says which have not.
     pub(crate) async fn collect(self, lives: impl Fn(&str) -> bool, shutdown: CancellationToken) {
-        let mut tick = tokio::time::interval(COLLECT.min(self.0.keep / 2).max(Duration::from_millis(100)));
+        let mut tick = tokio::time::interval(COLLECT.min(self.options.keep / 2).max(Duration::from_millis(100)));
         while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
-            for entry in fs::read_dir(&self.0.directory).into_iter().flatten().flatten() {
+            for entry in fs::read_dir(&self.options.directory).into_iter().flatten().flatten() {
                 let path = entry.path();
-                let old = last_written(&path).is_none_or(|at| at.elapsed().unwrap_or_default() >= self.0.keep);
+                let old = last_written(&path).is_none_or(|at| at.elapsed().unwrap_or_default() >= self.options.keep);
                 if old && !lives(&entry.file_name().to_string_lossy()) {
                     // Next time, if not now.
                     let _ = fs::remove_dir_all(path);

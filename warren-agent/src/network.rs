@@ -18,7 +18,7 @@ pub(crate) use namespace::tcp_socket;
 pub use tables::{Place, Tables};
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     path::{Path, PathBuf},
@@ -118,6 +118,8 @@ pub(crate) struct Attachment {
 #[derive(Debug, Default)]
 struct Changing {
     pool: Option<Pool>,
+    /// Addresses of containers that are there, whichever subnet they are of.
+    owners: HashMap<String, Vec<IpAddr>>,
     overlay: Option<Vxlan>,
     mtu: u32,
     /// What is wrong with it as a whole.
@@ -181,8 +183,9 @@ impl Network {
             options,
         }));
         network.remove_others(kept).await?;
+        network.changing().owners.clone_from(kept);
         if let Some(place) = place {
-            network.set_pool(&place, kept);
+            network.set_pool(&place);
         }
         network.changing().problem = Some("this node has no place in the cluster's network yet".to_owned());
         Ok(network)
@@ -219,14 +222,15 @@ impl Network {
         self.changing().problem.clone().map_or(Ok(()), Err)
     }
 
-    fn set_pool(&self, place: &Place, kept: &HashMap<String, Vec<IpAddr>>) {
+    fn set_pool(&self, place: &Place) {
+        let mut changing = self.changing();
         let mut pool = Pool::new(&place.subnets);
-        for (container, addresses) in kept {
+        for (container, addresses) in &changing.owners {
             if let Some(pool) = &mut pool {
                 pool.keep(container, addresses);
             }
         }
-        self.changing().pool = pool;
+        changing.pool = pool;
     }
 
     /// Takes note of the node's place in the cluster, as a manager gave it. Containers of an earlier place keep theirs.
@@ -234,7 +238,7 @@ impl Network {
         let known = self.0.tables.borrow().place.clone();
         if known.as_ref() != Some(&place) {
             if known.as_ref().is_none_or(|known| known.subnets != place.subnets) {
-                self.set_pool(&place, &HashMap::new());
+                self.set_pool(&place);
             }
             self.0.tables.send_modify(|tables| tables.place = Some(place));
         }
@@ -329,7 +333,13 @@ impl Network {
         };
         if let Some(mut overlay) = overlay {
             let others = tables.nodes.values().filter(|node| node.id != place.node_id);
-            let peers: Vec<_> = others.filter_map(peer).collect();
+            // A machine that was installed anew may be there twice: what leads to its address leads to both.
+            let mut peers = BTreeMap::<IpAddr, Peer>::new();
+            for found in others.filter_map(peer).filter(|peer| Some(peer.address) != self.0.address) {
+                let peer = peers.entry(found.address).or_insert(Peer { subnets: Vec::new(), ..found });
+                peer.subnets.extend(found.subnets);
+            }
+            let peers: Vec<_> = peers.into_values().collect();
             let outcome = overlay.set_peers(&self.0.netlink, &peers).await;
             self.changing().overlay = Some(overlay);
             outcome?;
@@ -348,7 +358,9 @@ impl Network {
             let mut changing = self.changing();
             let mtu = if changing.mtu == 0 { DEFAULT_MTU - VXLAN_OVERHEAD } else { changing.mtu };
             let pool = changing.pool.as_mut().ok_or(Error::NoSubnet)?;
-            (pool.take(container).ok_or(Error::Exhausted)?, mtu)
+            let addresses = pool.take(container).ok_or(Error::Exhausted)?;
+            changing.owners.insert(container.to_owned(), addresses.clone());
+            (addresses, mtu)
         };
         let namespace = self.namespace(container);
         if host::exists(&namespace) {
@@ -394,7 +406,9 @@ impl Network {
     pub(crate) async fn detach(&self, container: &str) -> Result<(), Error> {
         self.disconnect(container).await?;
         self.0.files.remove(container);
-        if let Some(pool) = &mut self.changing().pool {
+        let mut changing = self.changing();
+        changing.owners.remove(container);
+        if let Some(pool) = &mut changing.pool {
             pool.give_back(container);
         }
         Ok(())

@@ -95,17 +95,26 @@ impl Secrets {
         self.values.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of what a manager sends. Returns those whose value is another than before.
-    pub(crate) fn update(&self, changed: Vec<SecretValue>, removed: &[String]) -> Vec<(SecretKind, String)> {
+    /// Takes note of what a manager sends; of a `complete` set what is not in it is forgotten. Returns those whose value is
+    /// another than before, or was not known.
+    pub(crate) fn update(
+        &self,
+        complete: bool,
+        changed: Vec<SecretValue>,
+        removed: &[String],
+    ) -> Vec<(SecretKind, String)> {
         let mut values = self.values();
-        values.retain(|_, value| !removed.contains(&value.id));
+        let listed = |id: &String| changed.iter().any(|value| value.id == *id);
+        values.retain(|_, value| !removed.contains(&value.id) && (!complete || listed(&value.id)));
         let mut news = Vec::new();
         for value in changed {
             let kind = value.kind();
             let key = (kind == SecretKind::Config, value.name.clone());
+            let (id, sequence, name) = (value.id.clone(), value.sequence, value.name.clone());
             let before = values.insert(key, value);
-            let value = before.as_ref().map(|before| before.name.clone());
-            news.extend(value.map(|name| (kind, name)));
+            if before.is_none_or(|before| (before.id, before.sequence) != (id, sequence)) {
+                news.push((kind, name));
+            }
         }
         news
     }
@@ -183,7 +192,13 @@ impl Secrets {
         for (kind, i, mount) in Self::mounts(spec) {
             let is_news = changed.iter().any(|(of, name)| *of == kind && *name == mount.source);
             if is_news && mount.on_update() == OnUpdate::Signal {
-                self.write_file(&self.place(container, kind, i, mount).file, kind, mount)?;
+                let file = self.place(container, kind, i, mount).file;
+                // After an agent's restart all values are news to it, and few to the container.
+                if fs::read(&file).is_ok_and(|known| self.value(kind, &mount.source).is_ok_and(|value| known == value))
+                {
+                    continue;
+                }
+                self.write_file(&file, kind, mount)?;
                 signal = Some(warren_spec::signal(&mount.signal).unwrap_or(SIGHUP));
             }
         }

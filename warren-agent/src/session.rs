@@ -263,7 +263,9 @@ async fn upload_logs(channel: Channel, directory: PathBuf, board: Board, request
     };
     let id = request.container_id;
     let reading = tokio::task::spawn_blocking(move || {
-        let runs = || board.get(&id).is_some_and(|status| status.state() < v1::ContainerState::Complete);
+        // Nobody reads any more, or the container has ended.
+        let runs =
+            || !lines.is_closed() && board.get(&id).is_some_and(|status| status.state() < v1::ContainerState::Complete);
         logs::read(&directory, &query, runs, |line| lines.blocking_send(line).is_ok())
     });
     let first = v1::UploadLogsRequest { id: request.id, lines: Vec::new() };

@@ -30,8 +30,8 @@ pub struct Error {
 trait Driver: Send + Sync {
     /// Makes the volume available and returns where; it may be already.
     fn mount(&self, volume: &v1::Volume) -> io::Result<PathBuf>;
-    /// No container uses it any more.
-    fn unmount(&self, id: &str) -> io::Result<()>;
+    /// No container uses it any more; returns whether there was something to unmount.
+    fn unmount(&self, id: &str) -> io::Result<bool>;
     /// It does not exist any more: what there is of it goes.
     fn remove(&self, id: &str) -> io::Result<()>;
 }
@@ -48,8 +48,8 @@ impl Driver for Directories {
         Ok(path)
     }
 
-    fn unmount(&self, _: &str) -> io::Result<()> {
-        Ok(())
+    fn unmount(&self, _: &str) -> io::Result<bool> {
+        Ok(false)
     }
 
     fn remove(&self, id: &str) -> io::Result<()> {
@@ -69,8 +69,8 @@ impl Driver for Binds {
         fs::metadata(&device).map(|_| device)
     }
 
-    fn unmount(&self, _: &str) -> io::Result<()> {
-        Ok(())
+    fn unmount(&self, _: &str) -> io::Result<bool> {
+        Ok(false)
     }
 
     fn remove(&self, _: &str) -> io::Result<()> {
@@ -146,20 +146,21 @@ impl Driver for Mounts {
         Ok(path)
     }
 
-    fn unmount(&self, id: &str) -> io::Result<()> {
+    fn unmount(&self, id: &str) -> io::Result<bool> {
         let path = self.path(id);
-        match unmount(&path, UnmountFlags::DETACH) {
-            Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+        let mounted = match unmount(&path, UnmountFlags::DETACH) {
+            Ok(()) => true,
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => false,
             Err(error) => return Err(error.into()),
-        }
+        };
         match fs::remove_dir(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+            _ => Ok(mounted),
         }
     }
 
     fn remove(&self, id: &str) -> io::Result<()> {
-        self.unmount(id)
+        self.unmount(id).map(drop)
     }
 }
 
@@ -184,13 +185,15 @@ struct Known {
 pub struct Volumes {
     directory: PathBuf,
     known: Arc<Mutex<Known>>,
+    /// Held while something is mounted, unmounted or removed: whoever comes meanwhile waits.
+    turn: Arc<Mutex<()>>,
 }
 
 impl Volumes {
     /// Keeps volumes below a directory.
     #[must_use]
     pub fn new(directory: PathBuf) -> Self {
-        Self { directory, known: Arc::default() }
+        Self { directory, known: Arc::default(), turn: Arc::default() }
     }
 
     /// What it counts.
@@ -200,6 +203,10 @@ impl Volumes {
 
     fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn driver(&self, volume: &v1::Volume) -> Box<dyn Driver> {
@@ -240,6 +247,7 @@ impl Volumes {
 
     /// Makes a container's volumes available, and says where each is, by its name. May take as long as a file server does.
     pub(crate) fn mount(&self, container: &str, volumes: &[v1::Volume]) -> Result<BTreeMap<String, PathBuf>, Error> {
+        let _turn = self.turn();
         self.keep(container, volumes);
         let mut paths = BTreeMap::new();
         for volume in volumes {
@@ -250,8 +258,9 @@ impl Volumes {
         Ok(paths)
     }
 
-    /// A container is gone: what nobody else uses is unmounted.
+    /// A container is gone: what nobody else uses is unmounted. May take as long as a file server does.
     pub(crate) fn release(&self, container: &str) {
+        let _turn = self.turn();
         let unused: Vec<String> = {
             let mut known = self.known();
             let mut unused = Vec::new();
@@ -263,25 +272,30 @@ impl Volumes {
             });
             unused
         };
-        for volume in unused.iter().filter(|volume| self.mounts().path(volume).exists()) {
-            if let Err(error) = self.counted("unmount", || self.mounts().unmount(volume)) {
+        for volume in &unused {
+            // Of a directory there is nothing to unmount, which is no operation.
+            let unmounted = match self.mounts().unmount(volume) {
+                Ok(false) => continue,
+                other => self.counted("unmount", || other),
+            };
+            if let Err(error) = unmounted {
                 tracing::warn!(volume, %error, "a volume could not be unmounted");
             }
         }
     }
 
-    /// Removes what is here of volumes that are not among these and that no container uses.
-    pub(crate) fn keep_only(&self, ids: &BTreeSet<String>) {
-        let entries = |directory: &Path| fs::read_dir(directory).into_iter().flatten().flatten();
-        let here = entries(&self.directories().directory).chain(entries(&self.mounts().directory));
-        for id in here.filter_map(|entry| entry.file_name().into_string().ok()) {
-            if ids.contains(&id) || self.known().users.contains_key(&id) {
+    /// Removes what is here of these volumes, apart from those that containers use.
+    pub(crate) fn remove(&self, ids: &BTreeSet<String>) {
+        let _turn = self.turn();
+        for id in ids {
+            let here = self.directories().directory.join(id).exists();
+            if !here || self.known().users.contains_key(id) {
                 continue;
             }
-            tracing::info!(volume = id, "removing a volume that does not exist any more");
+            tracing::info!(volume = id, "removing a volume that was deleted");
             let removed = self.counted("remove", || {
-                self.mounts().remove(&id)?;
-                self.directories().remove(&id)
+                self.mounts().remove(id)?;
+                self.directories().remove(id)
             });
             if let Err(error) = removed {
                 tracing::warn!(volume = id, %error, "a volume could not be removed");
@@ -323,12 +337,13 @@ mod tests {
         let volume = v1::Volume { id: "v1".to_owned(), name: "data".to_owned(), ..Default::default() };
         let path = volumes.mount("c1", std::slice::from_ref(&volume)).expect("mounted")["data"].clone();
         fs::write(path.join("file"), "kept").expect("writable");
-        volumes.keep_only(&BTreeSet::new());
+        let deleted = BTreeSet::from(["v1".to_owned()]);
+        volumes.remove(&deleted);
         assert!(path.exists(), "a container uses it");
         volumes.release("c1");
-        volumes.keep_only(&BTreeSet::from(["v1".to_owned()]));
-        assert!(path.join("file").exists());
-        volumes.keep_only(&BTreeSet::new());
+        volumes.remove(&BTreeSet::from(["another".to_owned()]));
+        assert!(path.join("file").exists(), "nobody has said that it was deleted");
+        volumes.remove(&deleted);
         assert!(!path.exists());
     }
 }

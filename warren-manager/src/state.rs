@@ -34,6 +34,8 @@ use crate::ids::{ContainerId, NodeId, SecretId, ServiceId, VolumeId};
 
 /// Changes remembered for watchers; who is further behind lists anew.
 const HISTORY: usize = 10_000;
+/// Deleted volumes remembered; a node that was away for longer keeps what it has of others.
+const DELETED_VOLUMES: usize = 1000;
 /// Requests remembered, so that repeating one does nothing.
 const REQUESTS: usize = 10_000;
 
@@ -75,6 +77,8 @@ pub struct State {
     containers: OrdMap<ContainerId, Arc<Container>>,
     secrets: OrdMap<SecretId, Arc<Secret>>,
     volumes: OrdMap<VolumeId, Arc<Volume>>,
+    /// The latest that were deleted, by the revision that did it: their nodes have data to remove.
+    deleted_volumes: OrdSet<(u64, VolumeId)>,
     /// Request ids by the revision of their reply, and their replies.
     requests: OrdMap<u64, String>,
     replies: OrdMap<String, Reply>,
@@ -104,6 +108,7 @@ struct Stored {
     containers: Vec<Arc<Container>>,
     secrets: Vec<Arc<Secret>>,
     volumes: Vec<Arc<Volume>>,
+    deleted_volumes: OrdSet<(u64, VolumeId)>,
     requests: OrdMap<u64, String>,
     replies: OrdMap<String, Reply>,
     next_subnet: u32,
@@ -180,6 +185,11 @@ impl State {
     #[must_use]
     pub fn volume_named(&self, name: &str) -> Option<&Arc<Volume>> {
         self.volumes.get(self.volume_names.get(name)?)
+    }
+
+    /// Volumes that were deleted after a revision, as far back as they are remembered.
+    pub fn volumes_deleted_since(&self, revision: u64) -> impl Iterator<Item = &VolumeId> {
+        self.deleted_volumes.iter().filter(move |(at, _)| *at > revision).map(|(_, id)| id)
     }
 
     /// The volumes that a container's spec names, as far as there are such.
@@ -293,6 +303,7 @@ impl State {
             containers: self.containers.values().cloned().collect(),
             secrets: self.secrets.values().cloned().collect(),
             volumes: self.volumes.values().cloned().collect(),
+            deleted_volumes: self.deleted_volumes.clone(),
             requests: self.requests.clone(),
             replies: self.replies.clone(),
             next_subnet: self.subnets.next,
@@ -317,6 +328,7 @@ impl State {
             cluster: stored.cluster,
             requests: stored.requests,
             replies: stored.replies,
+            deleted_volumes: stored.deleted_volumes,
             subnets: Numbers { next: stored.next_subnet, ..Numbers::default() },
             virtual_addresses: Numbers { next: stored.next_virtual_address, ..Numbers::default() },
             ..Self::default()

@@ -28,6 +28,9 @@ pub fn write(argument: &str) -> ExitCode {
     let mut parts = argument.splitn(3, ':');
     let mut next = || parts.next().unwrap_or_default();
     let (Ok(max_bytes), Ok(files)) = (next().parse(), next().parse()) else { return ExitCode::FAILURE };
+    // The runtime asks it to end as soon as the container has: what is still in the pipes, a crash's last words perhaps, is
+    // written first. It ends with the pipes.
+    let _ = ctrlc::set_handler(|| ());
     let rotating = Mutex::new(Rotating { directory: PathBuf::from(next()), max_bytes, files, file: None, size: 0 });
     thread::scope(|scope| {
         for (descriptor, stream) in [(3, "stdout"), (4, "stderr")] {

@@ -19,6 +19,9 @@ pub(super) fn forward(v6: bool) -> Result<(), Error> {
     write("/proc/sys/net/ipv4/ip_forward", "1")?;
     if v6 {
         let links = fs::read_dir("/proc/sys/net/ipv6/conf").into_iter().flatten().flatten();
+        // Links that are there, and that are no container's: those have no business with routers.
+        let is_own = |name: &str| !matches!(name, "all" | "default") && !is_containers(name);
+        let links = links.filter(|link| link.file_name().to_str().is_some_and(is_own));
         for link in links {
             let accept = link.path().join("accept_ra");
             if fs::read_to_string(&accept).is_ok_and(|accepts| accepts.trim() == "1") {

@@ -184,11 +184,14 @@ fn networks(all: &[IpNet], is_v4: bool) -> String {
 
 /// What is dropped.
 fn guards(out: &mut String, place: &Place, tables: &Tables) {
+    let port = super::overlay::VXLAN_PORT;
     let _ = write!(
         out,
         "  chain guard {{
     type filter hook prerouting priority raw; policy accept;
     iifname \"{CONTAINER_LINKS}*\" ip daddr 127.0.0.0/8 drop
+    iifname \"{CONTAINER_LINKS}*\" udp dport {port} drop comment \"not into other nodes' overlay\"
+    iifname \"{CONTAINER_LINKS}*\" icmpv6 type {{ nd-router-advert, nd-redirect }} drop comment \"a container is no router\"
     iifname \"{CONTAINER_LINKS}*\" meta nfproto ipv4 fib saddr . iif oif missing drop
     iifname \"{CONTAINER_LINKS}*\" meta nfproto ipv6 ip6 saddr != fe80::/10 fib saddr . iif oif missing drop
 "
@@ -199,7 +202,6 @@ fn guards(out: &mut String, place: &Place, tables: &Tables) {
             members.iter().filter(|address| address.is_ipv4() == is_v4).map(ToString::to_string).collect();
         if !of_family.is_empty() {
             // Only members of the cluster may put packets into its network.
-            let port = super::overlay::VXLAN_PORT;
             let _ = writeln!(out, "    udp dport {port} {word} saddr != {{ {} }} drop", of_family.join(", "));
         }
     }

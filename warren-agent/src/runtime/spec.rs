@@ -162,7 +162,8 @@ fn mounts(options: &ContainerOptions) -> Result<Vec<Mount>, Error> {
     for (source, target) in &options.files {
         // A service's own mount of the same file counts more.
         if !spec.mounts.iter().any(|mount| mount.target == *target) {
-            mounts.push(bind(source, target, false)?);
+            // The node's own are not the container's to change.
+            mounts.push(bind(source, target, options.network == NetworkNamespace::Node)?);
         }
     }
     for wanted in &spec.mounts {

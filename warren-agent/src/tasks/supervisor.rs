@@ -58,8 +58,8 @@ pub struct Supervisor {
     /// Found on the daemon and not yet known to be anybody's.
     found: HashMap<String, Found>,
     sequence: Option<u64>,
-    /// All volumes that there are, as the manager says.
-    volumes: BTreeSet<String>,
+    /// Volumes that were deleted, as the manager says.
+    deleted_volumes: BTreeSet<String>,
 }
 
 impl std::fmt::Debug for Supervisor {
@@ -157,7 +157,7 @@ impl Supervisor {
             assigned: BTreeSet::new(),
             found: found.into_iter().map(|found| (found.id.clone(), found)).collect(),
             sequence: None,
-            volumes: BTreeSet::new(),
+            deleted_volumes: BTreeSet::new(),
         };
         for CachedContainer { assignment, status } in supervisor.shared.cache.load() {
             supervisor.begin(assignment, Some(&status));
@@ -181,16 +181,16 @@ impl Supervisor {
         }
         self.sequence = Some(message.results_in);
         self.remove_all(&message.removed);
-        let renewed = self.shared.secrets.update(message.secrets, &message.removed_secrets);
+        let renewed = self.shared.secrets.update(complete, message.secrets, &message.removed_secrets);
         if !renewed.is_empty() {
             self.workers.values().for_each(|worker| worker.renew(&renewed));
         }
         for assignment in message.changed {
             self.begin(assignment, None);
         }
-        if message.has_volumes {
-            self.volumes = message.volumes.into_iter().collect();
-            self.shared.volumes.keep_only(&self.volumes);
+        if !message.deleted_volumes.is_empty() {
+            self.deleted_volumes.extend(message.deleted_volumes);
+            self.remove_deleted_volumes();
         }
         if complete {
             self.remove_orphans();
@@ -284,6 +284,13 @@ impl Supervisor {
         self.shared.actions.clone()
     }
 
+    /// Removes what is here of deleted volumes, apart from those that containers still have.
+    fn remove_deleted_volumes(&self) {
+        let (volumes, deleted) = (self.shared.volumes.clone(), self.deleted_volumes.clone());
+        // It may be much: not on a thread that serves others.
+        tokio::task::spawn_blocking(move || volumes.remove(&deleted));
+    }
+
     /// Forgets containers that are gone and no longer assigned: the manager knows of their end.
     pub fn reap(&mut self) {
         let done: Vec<_> = self
@@ -292,9 +299,9 @@ impl Supervisor {
             .filter(|(id, worker)| worker.is_finished() && !self.assigned.contains(*id))
             .map(|(id, _)| id.clone())
             .collect();
-        if !done.is_empty() && self.sequence.is_some() {
-            // One that was deleted while a container had it.
-            self.shared.volumes.keep_only(&self.volumes);
+        if !done.is_empty() && !self.deleted_volumes.is_empty() {
+            // One of them had it.
+            self.remove_deleted_volumes();
         }
         for id in done {
             self.workers.remove(&id);

@@ -181,12 +181,13 @@ impl Worker {
             stop_began: None,
             ended: CancellationToken::new(),
         };
+        if let Some(assignment) = worker.assignment.as_ref().filter(|_| !matches!(beginning, Beginning::New)) {
+            // What an earlier agent mounted for it is unmounted with it.
+            worker.shared.volumes.keep(&worker.id, &assignment.volumes);
+        }
         match beginning {
             Beginning::Running { pid } => {
                 worker.note(|status| status.pid = pid);
-                if let Some(assignment) = &worker.assignment {
-                    worker.shared.volumes.keep(&worker.id, &assignment.volumes);
-                }
                 worker.watch_exit();
                 worker.watch_health(pid);
             }
@@ -585,7 +586,9 @@ impl Worker {
             match cleaned {
                 Ok(()) => {
                     self.shared.secrets.remove(&self.id);
-                    self.shared.volumes.release(&self.id);
+                    let (volumes, id) = (self.shared.volumes.clone(), self.id.clone());
+                    // A panic is the volume's, and it is logged.
+                    let _ = tokio::task::spawn_blocking(move || volumes.release(&id)).await;
                     return;
                 }
                 Err(error) => tracing::debug!(container = self.id, %error, "a container is not removed yet"),

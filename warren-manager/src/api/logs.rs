@@ -53,7 +53,14 @@ impl Logs {
             let _ = to.send(Err(Status::unavailable(message))).await;
             return;
         };
-        while let Some(line) = lines.recv().await {
+        loop {
+            let line = tokio::select! {
+                line = lines.recv() => match line {
+                    Some(line) => line,
+                    None => return,
+                },
+                () = to.closed() => return,
+            };
             let response = v1::StreamLogsResponse {
                 container_id: container.id.to_string(),
                 service_name: container.service_name.clone(),

@@ -1,15 +1,12 @@
 //! What a node is to run, as a complete set and then as differences.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use warren_proto::v1::{self, AssignmentKind};
 
 use crate::{
     convert,
-    ids::{ContainerId, NodeId, SecretId, VolumeId},
+    ids::{ContainerId, NodeId, SecretId},
     state::{Container, Desired, Secret, State, needed_secrets},
 };
 
@@ -19,8 +16,8 @@ pub(super) struct Assigned {
     sent: Option<BTreeMap<ContainerId, Arc<Container>>>,
     /// Secrets that the agent has, and which value of each.
     secrets: BTreeMap<SecretId, u32>,
-    /// All volumes that there are.
-    volumes: BTreeSet<VolumeId>,
+    /// Volumes that were deleted up to this revision are known to the agent.
+    deleted_up_to: u64,
     sequence: u64,
 }
 
@@ -58,11 +55,10 @@ impl Assigned {
         let secrets: Vec<_> = news.filter_map(|secret| open(secret)).collect();
         let removed_secrets: Vec<_> =
             self.secrets.keys().filter(|id| !needed.contains_key(*id)).map(ToString::to_string).collect();
-        let all_volumes: BTreeSet<_> = state.volumes().map(|volume| volume.id.clone()).collect();
-        let has_volumes = self.sent.is_none() || all_volumes != self.volumes;
-        let volumes = if has_volumes { all_volumes.iter().map(ToString::to_string).collect() } else { Vec::new() };
-        self.volumes = all_volumes;
-        let nothing = !has_volumes
+        let deleted_volumes: Vec<_> =
+            state.volumes_deleted_since(self.deleted_up_to).map(ToString::to_string).collect();
+        self.deleted_up_to = state.revision();
+        let nothing = deleted_volumes.is_empty()
             && changed.is_empty()
             && removed.is_empty()
             && secrets.is_empty()
@@ -82,8 +78,7 @@ impl Assigned {
             removed,
             secrets,
             removed_secrets,
-            has_volumes,
-            volumes,
+            deleted_volumes,
         })
     }
 }

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use warren_proto::v1;
 
 use super::{
-    Cluster, Container, ContainerState, Desired, Node, REQUESTS, Secret, Service, State, Status, Volume,
-    needed_secrets, needed_volumes, secret_key,
+    Cluster, Container, ContainerState, DELETED_VOLUMES, Desired, Node, REQUESTS, Secret, Service, State, Status,
+    Volume, needed_secrets, needed_volumes, secret_key,
 };
 use crate::{
     clock::Timestamp,
@@ -391,6 +391,12 @@ impl State {
         }
         self.volume_names.remove(&known.name);
         self.volumes.remove(id);
+        self.deleted_volumes.insert((self.revision, id.clone()));
+        while self.deleted_volumes.len() > DELETED_VOLUMES {
+            if let Some(oldest) = self.deleted_volumes.get_min().cloned() {
+                self.deleted_volumes.remove(&oldest);
+            }
+        }
         Ok(())
     }
 
