@@ -1,6 +1,11 @@
 //! Agents and managers that die: nothing acknowledged is lost, nothing is counted twice, no container notices.
 
-use std::{process::Command, thread, time::Duration};
+use std::{
+    process::Command,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    thread,
+    time::Duration,
+};
 
 use warren_tests::{WELL_BEHAVED, World, until};
 
@@ -58,6 +63,7 @@ fn a_manager_killed_and_restarted_has_every_acknowledged_service() {
     let mut acknowledged = vec!["web".to_owned()];
     for round in 0..3 {
         let victim = world.manager.take().expect("it runs");
+        let count = AtomicUsize::new(0);
         let created = thread::scope(|scope| {
             let creator = scope.spawn(|| {
                 let mut created = Vec::new();
@@ -68,10 +74,13 @@ fn a_manager_killed_and_restarted_has_every_acknowledged_service() {
                         break;
                     }
                     created.push(name);
+                    count.store(created.len(), Relaxed);
                 }
                 created
             });
-            thread::sleep(Duration::from_millis(400 + 150 * round));
+            // Three rounds of these are more than a snapshot's distance.
+            until("services are created", || (count.load(Relaxed) >= 40).then_some(()));
+            thread::sleep(Duration::from_millis(7 * round));
             victim.kill();
             creator.join().expect("no panic")
         });
