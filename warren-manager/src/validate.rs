@@ -56,6 +56,17 @@ const MAX_CPU_LIMIT: i64 = 1_000_000;
 /// The kernel refuses containers with less.
 const MIN_MEMORY: i64 = 4 << 20;
 
+/// The name of a secret, config or volume.
+pub(crate) fn object_name(name: &str) -> Result<(), Invalid> {
+    if !warren_spec::secret_name(name) {
+        return invalid(
+            "name",
+            "is not 1 to 64 of letters, digits, '.', '_' and '-', beginning with a letter or digit",
+        );
+    }
+    Ok(())
+}
+
 /// A service's spec, checked and completed.
 ///
 /// # Errors

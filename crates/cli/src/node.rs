@@ -113,12 +113,11 @@ fn table(nodes: &[v1::Node]) {
 fn inspect(node: &v1::Node) {
     let description = node.description.clone().unwrap_or_default();
     let (has, reserved) = (description.resources.unwrap_or_default(), node.reserved.unwrap_or_default());
-    let labels: Vec<_> = description.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
     output::fields(&[
         ("id", node.id.clone()),
         ("hostname", description.hostname),
         ("status", format!("{} {}", status_name(node), node.status_message)),
-        ("labels", labels.join(", ")),
+        ("labels", output::pairs(&description.labels)),
         ("containers", node.containers.to_string()),
         ("CPU", format!("{} of {} millicores reserved", reserved.cpu_millis, has.cpu_millis)),
         ("memory", format!("{} of {} reserved", output::bytes(reserved.memory_bytes), output::bytes(has.memory_bytes))),

@@ -1,6 +1,7 @@
 //! Tables for people, JSON for programs.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     io::{self, Write as _},
     time::{Duration, SystemTime},
@@ -77,6 +78,11 @@ pub(crate) fn fields(fields: &[(&str, String)]) {
 pub(crate) fn json(value: &impl Serialize) -> Result<(), Error> {
     say!("{}", serde_json::to_string_pretty(value)?);
     Ok(())
+}
+
+/// Labels and the like, as `name=value, name=value`.
+pub(crate) fn pairs(map: &BTreeMap<String, String>) -> String {
+    map.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(", ")
 }
 
 /// How long ago something was, in its largest unit.

@@ -103,11 +103,10 @@ pub(crate) async fn run(kind: SecretKind, command: Command, client: &ClientArgum
             if let Format::Json = format.format {
                 return output::json(&secret);
             }
-            let labels: Vec<_> = secret.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
             output::fields(&[
                 ("id", secret.id),
                 ("name", secret.name),
-                ("labels", labels.join(", ")),
+                ("labels", output::pairs(&secret.labels)),
                 ("value", format!("number {}, {} bytes", secret.sequence, secret.size_bytes)),
                 ("created", output::ago(secret.created_at.as_ref())),
                 ("updated", output::ago(secret.updated_at.as_ref())),

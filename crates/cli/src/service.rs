@@ -142,9 +142,6 @@ async fn inspect(client: &ClientArguments, service: String, format: Format) -> R
         let amounts = amounts.unwrap_or_default();
         format!("{} millicores, {}", amounts.cpu_millis, output::bytes(amounts.memory_bytes))
     };
-    let pairs = |map: &std::collections::BTreeMap<String, String>| {
-        map.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(", ")
-    };
     output::fields(&[
         ("id", service.id),
         ("name", spec.name),
@@ -155,8 +152,8 @@ async fn inspect(client: &ClientArguments, service: String, format: Format) -> R
         ("image", container.image),
         ("command", container.command.join(" ")),
         ("args", container.args.join(" ")),
-        ("env", pairs(&container.env)),
-        ("labels", pairs(&spec.labels)),
+        ("env", output::pairs(&container.env)),
+        ("labels", output::pairs(&spec.labels)),
         ("reserved", amounts(resources.reservations)),
         ("limits", amounts(resources.limits)),
         ("created", output::ago(service.created_at.as_ref())),

@@ -107,15 +107,12 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
             if let Format::Json = format.format {
                 return output::json(&volume);
             }
-            let pairs = |map: &std::collections::BTreeMap<String, String>| {
-                map.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(", ")
-            };
             output::fields(&[
                 ("id", volume.id),
                 ("name", volume.name),
                 ("driver", volume.driver),
-                ("options", pairs(&volume.driver_options)),
-                ("labels", pairs(&volume.labels)),
+                ("options", output::pairs(&volume.driver_options)),
+                ("labels", output::pairs(&volume.labels)),
                 ("node", volume.node_id),
                 ("exclusive", volume.exclusive.to_string()),
                 ("used by", volume.used_by.join(", ")),

@@ -74,8 +74,7 @@ pub(crate) fn read(
         let mut reader = BufReader::new(file);
         let mut line = Vec::new();
         while reader.read_until(b'\n', &mut line)? > 0 {
-            if let Some((time, parsed)) = parse(&line).filter(|(time, _)| wanted(*time)) {
-                let _ = time;
+            if let Some((_, parsed)) = parse(&line).filter(|(time, _)| wanted(*time)) {
                 kept.push_back(parsed);
                 match query.tail {
                     Some(tail) if kept.len() > tail => drop(kept.pop_front()),

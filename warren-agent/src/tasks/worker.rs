@@ -364,15 +364,13 @@ impl Worker {
     }
 
     /// Who asks the image's registry: whom the service's secret names.
-    fn credentials(&self, spec: &v1::ContainerSpec) -> Result<Credentials, Ending> {
+    fn credentials(&self, spec: &v1::ContainerSpec, image: &ImageName) -> Result<Credentials, Ending> {
         if spec.registry_secret.is_empty() {
             return Ok(Credentials::Anonymous);
         }
         let value = self.shared.secrets.value(v1::SecretKind::Secret, &spec.registry_secret);
         let value = value.map_err(|error| Ending::Failed(error.to_string()))?;
-        let name: ImageName =
-            spec.image.parse().map_err(|error: InvalidImageName| Ending::Rejected(error.to_string()))?;
-        Credentials::parse(&value, name.registry()).map_err(|error| Ending::Rejected(error.to_string()))
+        Credentials::parse(&value, image.registry()).map_err(|error| Ending::Rejected(error.to_string()))
     }
 
     /// Finds the image or has it pulled, and says how far that is.
@@ -381,10 +379,10 @@ impl Worker {
         let name: ImageName =
             spec.image.parse().map_err(|error: InvalidImageName| Ending::Rejected(error.to_string()))?;
         let wanted = Wanted {
+            credentials: self.credentials(spec, &name)?,
             name,
             digest: Some(spec.image_digest.clone()).filter(|digest| !digest.is_empty()),
             policy: spec.pull_policy(),
-            credentials: self.credentials(spec)?,
         };
         let mut said = Instant::now();
         let watch = |come: u64, all: u64| {

@@ -7,7 +7,7 @@ use super::{Context, Error, lookup, pages::page};
 use crate::{
     ids::SecretId,
     state::{Change, Expected, Secret, State, Transaction},
-    validate::Invalid,
+    validate::{Invalid, object_name},
 };
 
 #[derive(Clone, Debug)]
@@ -60,10 +60,7 @@ impl Secrets {
 
     async fn create(&self, request: v1::CreateSecretRequest) -> Result<v1::Secret, Error> {
         let kind = kind_of(request.kind)?;
-        if !warren_spec::secret_name(&request.name) {
-            let why = "is not 1 to 64 of letters, digits, '.', '_' and '-', beginning with a letter or digit";
-            return Err(Invalid::new("name", why).into());
-        }
+        object_name(&request.name)?;
         if request.labels.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>() > MAX_LABELS {
             return Err(Invalid::new("labels", format!("are longer than {MAX_LABELS} bytes together")).into());
         }

@@ -8,7 +8,7 @@ use crate::{
     convert,
     ids::VolumeId,
     state::{Change, State, Transaction, Volume, needed_volumes},
-    validate::Invalid,
+    validate::{Invalid, object_name},
 };
 
 #[derive(Clone, Debug)]
@@ -19,10 +19,7 @@ const MAX_TEXT: usize = 64 << 10;
 const OPTIONS: [&str; 3] = ["device", "o", "type"];
 
 fn checked(request: &v1::CreateVolumeRequest) -> Result<(), Invalid> {
-    if !warren_spec::secret_name(&request.name) {
-        let why = "is not 1 to 64 of letters, digits, '.', '_' and '-', beginning with a letter or digit";
-        return Err(Invalid::new("name", why));
-    }
+    object_name(&request.name)?;
     if !matches!(request.driver.as_str(), "" | "local") {
         return Err(Invalid::new("driver", format!("{:?} is not known; there is local", request.driver)));
     }
