@@ -2,15 +2,17 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 10] = [
+const FILES: [&str; 12] = [
     "warren/v1/cluster.proto",
     "warren/v1/container.proto",
+    "warren/v1/exec.proto",
     "warren/v1/logs.proto",
     "warren/v1/network.proto",
     "warren/v1/node.proto",
     "warren/v1/secret.proto",
     "warren/v1/service.proto",
     "warren/v1/session.proto",
+    "warren/v1/stats.proto",
     "warren/v1/telemetry.proto",
     "warren/v1/volume.proto",
 ];

@@ -6,6 +6,7 @@ mod inside;
 mod metrics;
 mod process;
 mod registry;
+mod terminal;
 mod watch;
 mod world;
 
@@ -14,6 +15,7 @@ pub use inside::Inside;
 pub use metrics::{Metrics, Prometheus};
 pub use process::{Process, find, free_port, until, until_within};
 pub use registry::{Registry, RegistryOptions};
+pub use terminal::Terminal;
 pub use watch::Watch;
 /// A shell script that runs until it is told to stop, and then does.
 pub const WELL_BEHAVED: &str = "trap 'exit 0' TERM; while :; do sleep 0.05; done";

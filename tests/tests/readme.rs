@@ -89,7 +89,7 @@ fn the_first_session_is_what_is_shown() {
             fits.then_some(())
         });
     }
-    assert_eq!(commands, 7);
+    assert_eq!(commands, 8);
 }
 
 #[test]

@@ -24,6 +24,7 @@ use warren_telemetry::{
 
 use crate::{
     dns::{self, Resolver},
+    exec::Execs,
     health,
     logs::{self, Logs},
     network::{self, Network},
@@ -281,7 +282,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     tasks.spawn(resolver.clone().run(network.tables(), shutdown.clone()));
     let link = Link::new();
     let pulse = Pulse::default();
-    tasks.spawn(pulse.clone().run(containerd, shutdown.clone()));
+    tasks.spawn(pulse.clone().run(containerd.clone(), shutdown.clone()));
     let endpoint = Endpoint {
         meters,
         native_histograms: options.telemetry.native_histograms,
@@ -297,6 +298,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         epoch: probing.epoch(),
         network,
         logs: logs.clone(),
+        execs: Execs::start(containerd.clone(), options.data_dir.join("exec")).map_err(data_dir_error)?,
     };
     let actions = supervisor.actions();
     let lives = board.clone();

@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod cli;
 pub mod dns;
+mod exec;
 mod health;
 pub mod logs;
 pub mod network;
@@ -15,5 +16,6 @@ pub mod probes;
 pub mod runtime;
 pub mod secrets;
 pub mod session;
+mod stats;
 pub mod tasks;
 pub mod volumes;

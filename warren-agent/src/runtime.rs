@@ -18,6 +18,7 @@ mod users;
 pub use archive::import;
 pub use client::{Containerd, all_containers, connect, service_label, service_of};
 pub use events::watch_starts;
+pub(crate) use exec::{Execution, Streams};
 pub use image::LocalImage;
 pub use images::{Images, Pulling, Wanted};
 pub use pull::{Progress, pull};

@@ -1,8 +1,9 @@
 //! The session with a manager: registers the node, follows assignments, reports status and telemetry. It comes back by
 //! itself, and nothing is lost while it is away: statuses wait on the board, telemetry is cumulative.
 
+mod wishes;
+
 use std::{
-    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -10,21 +11,20 @@ use std::{
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    Status, Streaming,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Status, Streaming, transport::Endpoint};
 use warren_proto::v1::{
     self, agent_message, dispatcher_client::DispatcherClient, manager_message, nodes_client::NodesClient,
 };
 use warren_telemetry::Source;
 
 use crate::{
-    logs::{self, Logs},
+    exec::Execs,
+    logs::Logs,
     network::{Network, Place},
     runtime::{self, Containerd},
     tasks::{Board, Supervisor},
 };
+use wishes::Wishes;
 
 /// How to reach the manager, and what to tell it.
 pub struct Options {
@@ -44,6 +44,8 @@ pub struct Options {
     pub network: Network,
     /// What containers write.
     pub logs: Logs,
+    /// Commands in containers.
+    pub(crate) execs: Execs,
 }
 
 impl std::fmt::Debug for Options {
@@ -174,7 +176,8 @@ impl Session<'_> {
         backoff: &mut Duration,
     ) -> Result<std::convert::Infallible, Ended> {
         let endpoint = Endpoint::from_shared(self.options.manager.clone()).map_err(Ended::Address)?;
-        let channel = endpoint.connect_timeout(CONNECT_TIMEOUT).connect().await.map_err(Ended::Connect)?;
+        let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT);
+        let channel = endpoint.connect().await.map_err(Ended::Connect)?;
         let registered = NodesClient::new(channel.clone())
             .register_node(v1::RegisterNodeRequest {
                 node_id: self.options.node_id.clone(),
@@ -186,7 +189,7 @@ impl Session<'_> {
         let (sender, outgoing) = mpsc::channel(16);
         let hello = v1::Hello { node_id: self.options.node_id.clone(), boot_id: self.options.epoch.clone() };
         send(&sender, agent_message::Message::Hello(hello)).await?;
-        let mut dispatcher = DispatcherClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE);
+        let mut dispatcher = DispatcherClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
         let incoming = dispatcher.session(ReceiverStream::new(outgoing)).await?;
         let mut incoming = incoming.into_inner();
         let mut period =
@@ -202,6 +205,7 @@ impl Session<'_> {
         let mut telemetry = tokio::time::interval(self.options.telemetry_interval);
         let mut reap = tokio::time::interval(Duration::from_secs(1));
         let mut repair = tokio::time::interval(REPAIR);
+        let wishes = Wishes::new(endpoint, self.options, self.board.clone());
         let (hints, mut started) = mpsc::channel(1);
         let _watcher = AbortOnDrop(tokio::spawn(follow_starts(supervisor.containerd(), hints)));
         loop {
@@ -214,10 +218,9 @@ impl Session<'_> {
                             set_period.send_replace(period);
                         }
                         Some(manager_message::Message::Network(update)) => self.options.network.update(update),
-                        Some(manager_message::Message::Logs(request)) => {
-                            let directory = self.options.logs.directory(&request.container_id);
-                            tokio::spawn(upload_logs(channel.clone(), directory, self.board.clone(), request));
-                        }
+                        Some(manager_message::Message::Logs(wish)) => wishes.logs(wish),
+                        Some(manager_message::Message::Stats(wish)) => wishes.stats(wish),
+                        Some(manager_message::Message::Exec(wish)) => wishes.exec(wish),
                         Some(manager_message::Message::Welcome(_)) | None => {}
                     }
                 }
@@ -244,54 +247,6 @@ impl Session<'_> {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let taken_at = pbjson_types::Timestamp { seconds: now.as_secs() as i64, nanos: now.subsec_nanos() as i32 };
         v1::TelemetrySnapshot { epoch: self.options.epoch.clone(), taken_at: Some(taken_at), series }
-    }
-}
-
-/// Lines that are sent together.
-const LINES: usize = 256;
-
-/// Sends a manager what a container has written, and writes, until nobody reads it any more.
-async fn upload_logs(channel: Channel, directory: PathBuf, board: Board, request: v1::LogRequest) {
-    let (sender, receiver) = mpsc::channel(16);
-    let (lines, mut waiting) = mpsc::channel(LINES);
-    let query = logs::Query {
-        follow: request.follow,
-        tail: request.tail.map(|tail| tail as usize),
-        since: request.since.and_then(|since| {
-            SystemTime::try_from(prost_types::Timestamp { seconds: since.seconds, nanos: since.nanos }).ok()
-        }),
-    };
-    let id = request.container_id;
-    let reading = tokio::task::spawn_blocking(move || {
-        // Nobody reads any more, or the container has ended.
-        let runs =
-            || !lines.is_closed() && board.get(&id).is_some_and(|status| status.state() < v1::ContainerState::Complete);
-        logs::read(&directory, &query, runs, |line| lines.blocking_send(line).is_ok())
-    });
-    let first = v1::UploadLogsRequest { id: request.id, lines: Vec::new() };
-    let sending = async {
-        if sender.send(first).await.is_err() {
-            return;
-        }
-        let mut batch = Vec::new();
-        while waiting.recv_many(&mut batch, LINES).await > 0 {
-            let upload = v1::UploadLogsRequest { id: String::new(), lines: std::mem::take(&mut batch) };
-            if sender.send(upload).await.is_err() {
-                return;
-            }
-        }
-        drop(sender);
-        std::future::pending::<()>().await;
-    };
-    let mut dispatcher = DispatcherClient::new(channel);
-    tokio::select! {
-        () = sending => {}
-        // It answers when it has everything, or when nobody wants more.
-        _ = dispatcher.upload_logs(ReceiverStream::new(receiver)) => {}
-    }
-    drop(waiting);
-    if let Ok(Err(error)) = reading.await {
-        tracing::debug!(%error, "a container's log could not be read");
     }
 }
 

@@ -8,6 +8,7 @@ mod timings;
 mod worker;
 
 pub use board::Board;
+pub(crate) use board::Running;
 pub use cache::{Cache, CachedContainer};
 pub use lifecycle::{Action, Ending, Event, Lifecycle, Phase};
 pub(crate) use supervisor::seed;

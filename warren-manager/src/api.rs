@@ -2,6 +2,7 @@
 
 mod cluster;
 mod containers;
+mod exec;
 mod layer;
 mod logs;
 mod lookup;
@@ -9,6 +10,7 @@ mod nodes;
 mod pages;
 mod secrets;
 mod services;
+mod stats;
 mod volumes;
 
 use std::sync::Arc;
@@ -16,15 +18,15 @@ use std::sync::Arc;
 use tonic::Status;
 use warren_proto::v1::{
     cluster_server::ClusterServer, containers_server::ContainersServer, dispatcher_server::DispatcherServer,
-    logs_server::LogsServer, nodes_server::NodesServer, secrets_server::SecretsServer, services_server::ServicesServer,
-    volumes_server::VolumesServer,
+    exec_server::ExecServer, logs_server::LogsServer, nodes_server::NodesServer, secrets_server::SecretsServer,
+    services_server::ServicesServer, stats_server::StatsServer, volumes_server::VolumesServer,
 };
 
 pub use layer::MetricsLayer;
 
 use crate::{
     clock::Environment,
-    dispatcher::{Dispatcher, LogBroker},
+    dispatcher::{Dispatcher, Relay},
     liveness::Liveness,
     metrics::ManagerMetrics,
     pinning::Pinning,
@@ -137,7 +139,7 @@ const DESCRIPTORS: [&[u8]; 3] = [
 
 /// All services of the API.
 #[must_use]
-pub(crate) fn router(context: &Context, dispatcher: Dispatcher, broker: LogBroker) -> tonic::service::Routes {
+pub(crate) fn router(context: &Context, dispatcher: Dispatcher, relay: Relay) -> tonic::service::Routes {
     let mut routes = tonic::service::Routes::builder();
     let (health_reporter, health) = tonic_health::server::health_reporter();
     // The empty name, which stands for all of them, is serving from the start.
@@ -149,7 +151,9 @@ pub(crate) fn router(context: &Context, dispatcher: Dispatcher, broker: LogBroke
         .add_service(
             SecretsServer::new(secrets::Secrets(context.clone())).max_decoding_message_size(MAX_SECRET_REQUEST),
         )
-        .add_service(LogsServer::new(logs::Logs(context.clone(), broker)))
+        .add_service(LogsServer::new(logs::Logs(context.clone(), relay.clone())))
+        .add_service(ExecServer::new(exec::Exec(context.clone(), relay.clone())))
+        .add_service(StatsServer::new(stats::Stats(context.clone(), relay)))
         .add_service(VolumesServer::new(volumes::Volumes(context.clone())))
         .add_service(ClusterServer::new(cluster::Cluster(context.clone())))
         .add_service(DispatcherServer::new(dispatcher))

@@ -20,7 +20,7 @@ pub(crate) fn duration(wire: &pbjson_types::Duration) -> Duration {
     Duration::new(seconds, u32::try_from(wire.nanos).unwrap_or(0).min(999_999_999))
 }
 
-fn wire_duration(duration: Duration) -> pbjson_types::Duration {
+pub(crate) fn wire_duration(duration: Duration) -> pbjson_types::Duration {
     pbjson_types::Duration {
         seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
         nanos: duration.subsec_nanos() as i32,

@@ -13,7 +13,7 @@ use crate::{
     api::{self, Context, MetricsLayer},
     clock::Environment,
     controller::Controller,
-    dispatcher::{Dispatcher, LogBroker},
+    dispatcher::{Dispatcher, Relay},
     ids,
     liveness::{self, Liveness},
     manager::Error,
@@ -137,16 +137,16 @@ impl Core {
             registries: settings.registries,
             vault: settings.vault.clone(),
         };
-        let broker = LogBroker::default();
+        let relay = Relay::default();
         let dispatcher = Dispatcher::new(
             store.clone(),
             liveness.clone(),
             collected,
             Arc::clone(&metrics),
             settings.vault,
-            broker.clone(),
+            relay.clone(),
         );
-        let routes = api::router(&context, dispatcher, broker);
+        let routes = api::router(&context, dispatcher, relay);
         let tasks = TaskTracker::new();
         let controller = Controller::new(store.clone(), liveness, Arc::clone(&metrics), environment);
         tasks.spawn(controller.run(shutdown.clone()));

@@ -2,7 +2,7 @@
 
 mod assignments;
 mod directory;
-mod logs;
+mod relay;
 mod reports;
 
 use std::{collections::HashSet, sync::Arc};
@@ -19,7 +19,7 @@ use crate::{
 };
 use assignments::Assigned;
 use directory::Directory;
-pub(crate) use logs::LogBroker;
+pub(crate) use relay::Relay;
 use reports::Reports;
 
 /// Messages to an agent that wait to be sent.
@@ -35,7 +35,7 @@ pub(crate) struct Dispatcher {
     reports: Reports,
     directory: watch::Receiver<Directory>,
     vault: Vault,
-    logs: LogBroker,
+    relay: Relay,
     seen: Arc<Mutex<HashSet<NodeId>>>,
 }
 
@@ -48,11 +48,11 @@ impl Dispatcher {
         collected: Collected,
         metrics: Arc<ManagerMetrics>,
         vault: Vault,
-        logs: LogBroker,
+        relay: Relay,
     ) -> Self {
         let reports = Reports::start(store.clone());
         let directory = directory::keep(&store);
-        Self { store, liveness, collected, metrics, reports, directory, vault, logs, seen: Arc::default() }
+        Self { store, liveness, collected, metrics, reports, directory, vault, relay, seen: Arc::default() }
     }
 
     /// A secret's value, for a node that needs it.
@@ -161,13 +161,29 @@ fn wrap(message: manager_message::Message) -> v1::ManagerMessage {
 #[tonic::async_trait]
 impl dispatcher_server::Dispatcher for Dispatcher {
     type SessionStream = ReceiverStream<Result<v1::ManagerMessage, Status>>;
+    type ServeExecStream = ReceiverStream<Result<v1::ExecRequest, Status>>;
 
     async fn upload_logs(
         &self,
         request: Request<Streaming<v1::UploadLogsRequest>>,
     ) -> Result<Response<v1::UploadLogsResponse>, Status> {
-        self.logs.receive(request.into_inner()).await?;
+        self.relay.receive_logs(request.into_inner()).await?;
         Ok(Response::new(v1::UploadLogsResponse {}))
+    }
+
+    async fn upload_stats(
+        &self,
+        request: Request<Streaming<v1::UploadStatsRequest>>,
+    ) -> Result<Response<v1::UploadStatsResponse>, Status> {
+        self.relay.receive_stats(request.into_inner()).await?;
+        Ok(Response::new(v1::UploadStatsResponse {}))
+    }
+
+    async fn serve_exec(
+        &self,
+        request: Request<Streaming<v1::ServeExecRequest>>,
+    ) -> Result<Response<Self::ServeExecStream>, Status> {
+        Ok(Response::new(self.relay.serve_exec(request.into_inner()).await?))
     }
 
     async fn session(
@@ -197,7 +213,7 @@ impl dispatcher_server::Dispatcher for Dispatcher {
         };
         // The queue is empty: this cannot wait.
         let _ = to.send(Ok(wrap(manager_message::Message::Welcome(welcome)))).await;
-        self.logs.opened(&node, to.clone());
+        self.relay.opened(&node, to.clone());
         tokio::spawn(self.clone().send(node.clone(), to));
         tokio::spawn(self.clone().receive(node, hostname, from));
         Ok(Response::new(ReceiverStream::new(outgoing)))

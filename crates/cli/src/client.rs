@@ -5,9 +5,9 @@ use std::time::Duration;
 use clap::Args;
 use tonic::transport::{Channel, Endpoint};
 use warren_proto::v1::{
-    cluster_client::ClusterClient, containers_client::ContainersClient, logs_client::LogsClient,
-    nodes_client::NodesClient, secrets_client::SecretsClient, services_client::ServicesClient,
-    volumes_client::VolumesClient,
+    cluster_client::ClusterClient, containers_client::ContainersClient, exec_client::ExecClient,
+    logs_client::LogsClient, nodes_client::NodesClient, secrets_client::SecretsClient, services_client::ServicesClient,
+    stats_client::StatsClient, volumes_client::VolumesClient,
 };
 
 use crate::error::Error;
@@ -65,6 +65,14 @@ impl ClientArguments {
 
     pub(crate) async fn logs(&self) -> Result<LogsClient<Channel>, Error> {
         Ok(LogsClient::new(self.channel().await?))
+    }
+
+    pub(crate) async fn exec(&self) -> Result<ExecClient<Channel>, Error> {
+        Ok(ExecClient::new(self.channel().await?))
+    }
+
+    pub(crate) async fn stats(&self) -> Result<StatsClient<Channel>, Error> {
+        Ok(StatsClient::new(self.channel().await?).max_decoding_message_size(MAX_MESSAGE))
     }
 
     pub(crate) async fn volumes(&self) -> Result<VolumesClient<Channel>, Error> {

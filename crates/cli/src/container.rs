@@ -6,8 +6,10 @@ use warren_proto::v1;
 use crate::{
     client::{ClientArguments, all_pages},
     error::Error,
+    exec,
     logs::{self, LogArguments},
     output::{self, Format, FormatArguments},
+    stats,
 };
 
 #[derive(Debug, Subcommand)]
@@ -29,14 +31,18 @@ pub(crate) enum Command {
     },
     /// Shows what a container writes.
     Logs {
-        /// Id, or unique beginning of it.
+        /// Id, unique beginning of it, or name, like web-1.
         container: String,
         #[command(flatten)]
         logs: LogArguments,
     },
+    /// Runs a command in a container that runs, and ends with its exit code.
+    Exec(exec::Arguments),
+    /// Shows what containers use.
+    Stats(stats::Arguments),
     /// Shows one container.
     Inspect {
-        /// Id, or unique beginning of it.
+        /// Id, unique beginning of it, or name, like web-1.
         container: String,
         #[command(flatten)]
         format: FormatArguments,
@@ -51,6 +57,8 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
             show(client, &containers, format.format).await
         }
         Command::Logs { container, logs } => logs::show(client, String::new(), container, logs).await,
+        Command::Exec(arguments) => exec::run(arguments, client).await,
+        Command::Stats(arguments) => stats::run(arguments, client).await,
         Command::Inspect { container, format } => {
             let request = v1::GetContainerRequest { container };
             let container = client.containers().await?.get_container(request).await?.into_inner().container;
@@ -101,10 +109,11 @@ pub(crate) fn state_name(state: v1::ContainerState) -> String {
 
 /// A container's name: its service and slot.
 pub(crate) fn name(container: &v1::Container) -> String {
-    match container.slot {
-        0 => container.service_name.clone(),
-        slot => format!("{}-{slot}", container.service_name),
-    }
+    name_of(&container.service_name, container.slot)
+}
+
+pub(crate) fn name_of(service: &str, slot: u32) -> String {
+    if slot == 0 { service.to_owned() } else { format!("{service}-{slot}") }
 }
 
 /// Shows containers with their kernel timings.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tonic::{Code, Status};
+use warren_proto::v1;
 
 /// Why a command failed.
 ///
@@ -17,6 +18,9 @@ use tonic::{Code, Status};
 /// | 6 | not permitted |
 /// | 7 | the address is in use |
 /// | 8 | the data directory cannot be used |
+///
+/// `warren container exec` ends with the exit code of what it ran; with 127 when there is no such program, and 126 when it
+/// cannot be started otherwise.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error("no manager answers on {address}; is `warren up` or `warren-manager` running?")]
@@ -31,6 +35,12 @@ pub(crate) enum Error {
     NotReady { service: String, running: u32, desired: u32, after: Duration, why: String },
     #[error("containers of {service} are still there after {} s", timeout.as_secs())]
     NotGone { service: String, timeout: Duration },
+    #[error("the command cannot be started: {}", failed.message)]
+    NotStarted { failed: v1::ExecFailed },
+    #[error("the manager has no more to say, and no exit code")]
+    NoAnswer,
+    #[error("the command ended with exit code {0}")]
+    Exited(u8),
     #[error("there is no image {0:?} on this node")]
     NoImage(String),
     #[error(transparent)]
@@ -67,6 +77,15 @@ impl Error {
                 _ => 1,
             },
             Self::NotReady { .. } | Self::NotGone { .. } | Self::Io(_) | Self::File { .. } | Self::Json(_) => 1,
+            Self::NotStarted { failed } => {
+                if failed.not_found {
+                    127
+                } else {
+                    126
+                }
+            }
+            Self::NoAnswer => 4,
+            Self::Exited(code) => *code,
             Self::NoImage(_) => 3,
             Self::Runtime(error) if error.is_transient() => 4,
             Self::Runtime(warren_agent::runtime::Error::NoSuchImage(_)) => 3,

@@ -6,6 +6,7 @@ mod apply;
 mod client;
 mod container;
 mod error;
+mod exec;
 mod image;
 mod logs;
 mod node;
@@ -13,6 +14,9 @@ mod output;
 mod parse;
 mod secret;
 mod service;
+mod stats;
+mod terminal;
+mod top;
 mod up;
 mod volume;
 mod wait;
@@ -60,6 +64,8 @@ enum Command {
     /// Works with volumes: directories that outlive containers.
     #[command(subcommand)]
     Volume(volume::Command),
+    /// Shows what nodes and containers use, and what the kernel's probes time, as it changes.
+    Top(top::Arguments),
     /// Works with nodes.
     #[command(subcommand)]
     Node(node::Command),
@@ -99,6 +105,8 @@ fn main() -> ExitCode {
         Err(error) => {
             // containerd's and files' errors keep their cause apart.
             match &error {
+                // It has said what it had to say itself.
+                Error::Exited(_) => {}
                 Error::Runtime(error) => eprintln!("error: {}", warren_agent::probes::describe(error)),
                 error => eprintln!("error: {error}"),
             }
@@ -117,6 +125,7 @@ async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Secret(command) => secret::run(SecretKind::Secret, command, &client).await,
         Command::Config(command) => secret::run(SecretKind::Config, command, &client).await,
         Command::Volume(command) => volume::run(command, &client).await,
+        Command::Top(arguments) => top::run(arguments, &client).await,
         Command::Node(command) => node::run(command, &client).await,
         Command::Image(command) => image::run(command).await,
         Command::Version { format } => version(&client, format.format).await,

@@ -55,6 +55,13 @@ pub(crate) fn short(id: &str) -> String {
 }
 
 pub(crate) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) {
+    for line in render(header, rows) {
+        say!("{line}");
+    }
+}
+
+/// A table's lines.
+pub(crate) fn render<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> Vec<String> {
     let mut builder = Builder::default();
     builder.push_record(header);
     for row in rows {
@@ -62,9 +69,7 @@ pub(crate) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<I
     }
     let mut table = builder.build();
     table.with(Style::empty()).with(Padding::new(0, 3, 0, 0));
-    for line in table.to_string().lines() {
-        say!("{}", line.trim_end());
-    }
+    table.to_string().lines().map(|line| line.trim_end().to_owned()).collect()
 }
 
 /// Lines of a name and a value each.

@@ -1,12 +1,13 @@
 //! Processes in containers that run already.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use containerd_client::{services::v1 as api, tonic::Code};
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{BoxBuilder, Capabilities, Process, Spec, UserBuilder};
 use prost_types::Any;
+use warren_proto::v1;
 
-use super::{Containerd, Error};
+use super::{Containerd, Error, users};
 
 /// containerd's name for a process of an OCI runtime spec as JSON.
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
@@ -14,15 +15,154 @@ const SIGKILL: u32 = 9;
 /// How long a killed process may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
+/// Named pipes of a process. Without any, what it writes is lost; with one output it must have the other, or the shim crashes
+/// and the container with it. A terminal needs no stderr.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Streams {
+    pub(crate) stdin: Option<PathBuf>,
+    pub(crate) stdout: Option<PathBuf>,
+    pub(crate) stderr: Option<PathBuf>,
+}
+
+/// A process beside a container's first one, from its making to its deletion.
+#[derive(Clone, Debug)]
+pub(crate) struct Execution {
+    containerd: Containerd,
+    container: String,
+    id: String,
+}
+
+impl Execution {
+    /// One that may exist.
+    pub(crate) fn new(containerd: Containerd, container: &str, id: &str) -> Self {
+        Self { containerd, container: container.to_owned(), id: id.to_owned() }
+    }
+
+    async fn add(&self, process: &Process, streams: &Streams) -> Result<(), Error> {
+        let value = serde_json::to_vec(process).map_err(|error| Error::BadSpec(error.to_string()))?;
+        let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+        let exec = self.containerd.request(api::ExecProcessRequest {
+            container_id: self.container.clone(),
+            exec_id: self.id.clone(),
+            spec: Some(Any { type_url: PROCESS_TYPE.to_owned(), value }),
+            stdin: path(&streams.stdin),
+            stdout: path(&streams.stdout),
+            stderr: path(&streams.stderr),
+            terminal: process.terminal().unwrap_or(false),
+        });
+        self.containerd.client().tasks().exec(exec).await.map_err(Error::call("adding a process"))?;
+        Ok(())
+    }
+
+    /// Starts it.
+    pub(crate) async fn start(&self) -> Result<(), Error> {
+        let request = api::StartRequest { container_id: self.container.clone(), exec_id: self.id.clone() };
+        let request = self.containerd.request(request);
+        self.containerd.client().tasks().start(request).await.map_err(Error::call("starting a process"))?;
+        Ok(())
+    }
+
+    /// Its exit code, once it has one.
+    pub(crate) async fn wait(&self) -> Result<i32, Error> {
+        let request = api::WaitRequest { container_id: self.container.clone(), exec_id: self.id.clone() };
+        let request = self.containerd.unlimited_request(request);
+        let answer = self.containerd.client().tasks().wait(request).await;
+        Ok(answer.map_err(Error::call("waiting for a process"))?.into_inner().exit_status as i32)
+    }
+
+    /// Signals it; one that has exited is no error.
+    pub(crate) async fn signal(&self, signal: u32) -> Result<(), Error> {
+        let request = self.containerd.request(api::KillRequest {
+            container_id: self.container.clone(),
+            exec_id: self.id.clone(),
+            signal,
+            all: false,
+        });
+        match self.containerd.client().tasks().kill(request).await {
+            Err(status) if status.code() != Code::NotFound => Err(Error::call("killing a process")(status)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Kills it and waits until it is gone: only then can it be deleted.
+    pub(crate) async fn kill(&self) -> Result<(), Error> {
+        self.signal(SIGKILL).await?;
+        let _ = tokio::time::timeout(KILL_PATIENCE, self.wait()).await;
+        Ok(())
+    }
+
+    /// Gives its terminal another size, in characters.
+    pub(crate) async fn resize(&self, size: &v1::TerminalSize) -> Result<(), Error> {
+        let request = self.containerd.request(api::ResizePtyRequest {
+            container_id: self.container.clone(),
+            exec_id: self.id.clone(),
+            width: size.columns,
+            height: size.rows,
+        });
+        self.containerd.client().tasks().resize_pty(request).await.map_err(Error::call("resizing a terminal"))?;
+        Ok(())
+    }
+
+    /// Ends its standard input, of which the shim holds an end too.
+    pub(crate) async fn close_input(&self) -> Result<(), Error> {
+        let request = self.containerd.request(api::CloseIoRequest {
+            container_id: self.container.clone(),
+            exec_id: self.id.clone(),
+            stdin: true,
+        });
+        self.containerd.client().tasks().close_io(request).await.map_err(Error::call("ending a process's input"))?;
+        Ok(())
+    }
+
+    /// Deletes it, once it has exited: whatever it wrote has been passed on then. It goes with its container otherwise.
+    pub(crate) async fn delete(&self) {
+        let request = api::DeleteProcessRequest { container_id: self.container.clone(), exec_id: self.id.clone() };
+        let _ = self.containerd.client().tasks().delete_process(self.containerd.request(request)).await;
+    }
+}
+
 impl Containerd {
     /// The process that a container was made with: its user, environment and limits.
-    pub(super) async fn process_of(&self, id: &str) -> Result<Process, Error> {
+    async fn process_of(&self, id: &str) -> Result<Process, Error> {
         let request = self.request(api::GetContainerRequest { id: id.to_owned() });
         let answer = self.client().containers().get(request).await.map_err(Error::call("looking at a container"))?;
         let spec = answer.into_inner().container.and_then(|container| container.spec).unwrap_or_default();
         let spec: Spec = serde_json::from_slice(&spec.value)
             .map_err(|error| Error::BadSpec(format!("the container's spec cannot be read: {error}")))?;
         spec.process().clone().ok_or_else(|| Error::BadSpec("the container's spec has no process".to_owned()))
+    }
+
+    /// Makes a process in a container, like its first one but for what `start` says. It does not run yet.
+    pub(crate) async fn add_process(
+        &self,
+        exec_id: &str,
+        start: &v1::ExecStart,
+        streams: &Streams,
+    ) -> Result<Execution, Error> {
+        let id = &start.container;
+        let mut process = self.process_of(id).await?;
+        process.set_args(Some(start.command.clone()));
+        process.set_terminal(Some(start.terminal.is_some()));
+        if let Some(size) = start.terminal.as_ref().filter(|size| size.rows > 0 && size.columns > 0) {
+            let size = BoxBuilder::default().height(size.rows).width(size.columns).build();
+            process.set_console_size(Some(size.map_err(super::spec::cannot_be_built)?));
+        }
+        if !start.working_dir.is_empty() {
+            process.set_cwd(PathBuf::from(&start.working_dir));
+        }
+        let mut env = process.env().clone().unwrap_or_default();
+        if !start.user.is_empty() {
+            let gone = || Error::BadSpec("the container does not run any more".to_owned());
+            let (_, pid) = self.task(id).await?.ok_or_else(gone)?;
+            let identity = users::resolve_inside(&start.user, pid).await?;
+            env.push(format!("HOME={}", identity.home));
+            become_user(&mut process, &identity)?;
+        }
+        env.extend(start.env.iter().map(|(name, value)| format!("{name}={value}")));
+        process.set_env(Some(super::spec::last_of_each_name(env)));
+        let execution = Execution::new(self.clone(), id, exec_id);
+        execution.add(&process, streams).await?;
+        Ok(execution)
     }
 
     /// Runs a command in a container as its first process runs, and returns its exit code; `None` if it took longer than
@@ -32,60 +172,36 @@ impl Containerd {
     ///
     /// When it cannot be started: no such program in the image, for one.
     pub async fn run_in(&self, id: &str, command: &[String], limit: Duration) -> Result<Option<i32>, Error> {
-        let mut process = self.process_of(id).await?;
-        process.set_args(Some(command.to_vec())).set_terminal(Some(false));
+        let start = v1::ExecStart { container: id.to_owned(), command: command.to_vec(), ..Default::default() };
         let exec_id = format!("check-{:016x}", rand::random::<u64>());
-        // No streams at all: one without the other makes the shim crash, and the container with it.
-        self.add_process(id, &exec_id, &process).await?;
-        let ran = self.start_and_wait(id, &exec_id, limit).await;
-        let delete = self.request(api::DeleteProcessRequest { container_id: id.to_owned(), exec_id: exec_id.clone() });
-        // It goes with the container otherwise.
-        let _ = self.client().tasks().delete_process(delete).await;
+        let execution = self.add_process(&exec_id, &start, &Streams::default()).await?;
+        let began = std::time::Instant::now();
+        let ran = match execution.start().await {
+            Ok(()) => match tokio::time::timeout(limit.saturating_sub(began.elapsed()), execution.wait()).await {
+                Ok(code) => code.map(Some),
+                Err(_) => execution.kill().await.map(|()| None),
+            },
+            Err(error) => Err(error),
+        };
+        execution.delete().await;
         ran
     }
+}
 
-    pub(super) async fn add_process(&self, id: &str, exec_id: &str, process: &Process) -> Result<(), Error> {
-        let value = serde_json::to_vec(process).map_err(|error| Error::BadSpec(error.to_string()))?;
-        let exec = self.request(api::ExecProcessRequest {
-            container_id: id.to_owned(),
-            exec_id: exec_id.to_owned(),
-            spec: Some(Any { type_url: PROCESS_TYPE.to_owned(), value }),
-            ..Default::default()
-        });
-        self.client().tasks().exec(exec).await.map_err(Error::call("adding a process"))?;
-        Ok(())
+/// What root may do is what the container may at most; others may do nothing that takes a capability.
+fn become_user(process: &mut Process, identity: &users::Identity) -> Result<(), Error> {
+    let user = UserBuilder::default()
+        .uid(identity.uid)
+        .gid(identity.gid)
+        .additional_gids(identity.groups.clone())
+        .build()
+        .map_err(super::spec::cannot_be_built)?;
+    process.set_user(user);
+    if let Some(mut capabilities) = process.capabilities().clone() {
+        let bounding = capabilities.bounding().clone().unwrap_or_default();
+        let given = if identity.uid == 0 { bounding } else { Capabilities::new() };
+        capabilities.set_effective(Some(given.clone())).set_permitted(Some(given));
+        process.set_capabilities(Some(capabilities));
     }
-
-    async fn start_and_wait(&self, id: &str, exec_id: &str, limit: Duration) -> Result<Option<i32>, Error> {
-        let wait = api::WaitRequest { container_id: id.to_owned(), exec_id: exec_id.to_owned() };
-        let wait = self.unlimited_request(wait);
-        let mut tasks = self.client().tasks();
-        let start = self.request(api::StartRequest { container_id: id.to_owned(), exec_id: exec_id.to_owned() });
-        let began = std::time::Instant::now();
-        tasks.start(start).await.map_err(Error::call("starting a process"))?;
-        let exited = tasks.wait(wait);
-        tokio::pin!(exited);
-        let code =
-            |answer: containerd_client::tonic::Response<api::WaitResponse>| answer.into_inner().exit_status as i32;
-        match tokio::time::timeout(limit.saturating_sub(began.elapsed()), &mut exited).await {
-            Ok(answer) => answer.map(|answer| Some(code(answer))).map_err(Error::call("waiting for a process")),
-            Err(_) => {
-                let kill = self.request(api::KillRequest {
-                    container_id: id.to_owned(),
-                    exec_id: exec_id.to_owned(),
-                    signal: SIGKILL,
-                    all: false,
-                });
-                match self.client().tasks().kill(kill).await {
-                    Err(status) if status.code() != Code::NotFound => {
-                        return Err(Error::call("killing a process")(status));
-                    }
-                    _ => {}
-                }
-                // It can only be deleted once it is gone.
-                let _ = tokio::time::timeout(KILL_PATIENCE, exited).await;
-                Ok(None)
-            }
-        }
-    }
+    Ok(())
 }

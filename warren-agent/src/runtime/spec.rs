@@ -22,6 +22,7 @@ use oci_spec::{
 use warren_proto::v1;
 
 use super::{Error, users::Identity};
+pub(super) use process::last_of_each_name;
 
 /// Length of a CPU period, in microseconds: the kernel's default.
 const CPU_PERIOD: u64 = 100_000;
@@ -145,7 +146,7 @@ fn sysctls(options: &ContainerOptions) -> HashMap<String, String> {
     sysctls
 }
 
-fn cannot_be_built(error: OciSpecError) -> Error {
+pub(super) fn cannot_be_built(error: OciSpecError) -> Error {
     Error::BadSpec(format!("the container's spec cannot be built: {error}"))
 }
 

@@ -39,12 +39,24 @@ impl Identity {
 
 /// Finds the user of a container whose files these mounts are. Empty is root.
 pub(super) async fn resolve(user: &str, mounts: Vec<Mount>) -> Result<Identity, Error> {
+    find(user, move || read_mounted(mounts)).await
+}
+
+/// Finds a user of a container that runs, with this process in it. Empty is root.
+pub(super) async fn resolve_inside(user: &str, pid: u32) -> Result<Identity, Error> {
+    find(user, move || read_files(Path::new(&format!("/proc/{pid}/root")))).await
+}
+
+async fn find(
+    user: &str,
+    read: impl FnOnce() -> io::Result<(String, String)> + Send + 'static,
+) -> Result<Identity, Error> {
     if user.is_empty() || user == "root" || user == "0" || user == "0:0" {
         return Ok(Identity::root());
     }
     let parsed: User = user.parse().map_err(|error: warren_spec::InvalidUser| Error::BadSpec(error.to_string()))?;
-    let read = tokio::task::spawn_blocking(move || read_files(mounts)).await;
-    let (passwd, group) = read
+    let (passwd, group) = tokio::task::spawn_blocking(read)
+        .await
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
         .map_err(|error| Error::BadSpec(format!("the image's users cannot be read: {error}")))?;
     identify(&parsed, &passwd, &group)
@@ -87,9 +99,9 @@ fn identify(user: &User, passwd: &str, group: &str) -> Result<Identity, Error> {
 /// More than any such file has.
 const MAX_FILE: u64 = 1 << 20;
 
-/// Reads `/etc/passwd` and `/etc/group` below these mounts; one that is not there is empty. Paths in the image cannot lead out
-/// of it. The mounts are made in a mount namespace of a thread's own: nobody else sees them, and they end with the thread.
-fn read_files(mounts: Vec<Mount>) -> io::Result<(String, String)> {
+/// Reads a container's files that say who its users are. The mounts are made in a mount namespace of a thread's own: nobody
+/// else sees them, and they end with the thread.
+fn read_mounted(mounts: Vec<Mount>) -> io::Result<(String, String)> {
     let reader = thread::Builder::new().name("image users".to_owned()).spawn(move || {
         // SAFETY: the thread is new and ends with this closure: nothing shares its file system state or depends on it.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
@@ -99,22 +111,28 @@ fn read_files(mounts: Vec<Mount>) -> io::Result<(String, String)> {
         for layer in &mounts {
             mount_layer(layer, root)?;
         }
-        let root = openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        let read = |path: &str| -> io::Result<String> {
-            let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-            match openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS) {
-                Ok(file) => {
-                    let mut bytes = Vec::new();
-                    File::from(file).take(MAX_FILE).read_to_end(&mut bytes)?;
-                    Ok(String::from_utf8_lossy(&bytes).into_owned())
-                }
-                Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Ok(String::new()),
-                Err(error) => Err(error.into()),
-            }
-        };
-        Ok((read("etc/passwd")?, read("etc/group")?))
+        read_files(root)
     })?;
     reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Reads `/etc/passwd` and `/etc/group` below a directory; one that is not there is empty. Paths below it cannot lead out of
+/// it.
+fn read_files(root: &Path) -> io::Result<(String, String)> {
+    let root = openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let read = |path: &str| -> io::Result<String> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        match openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS) {
+            Ok(file) => {
+                let mut bytes = Vec::new();
+                File::from(file).take(MAX_FILE).read_to_end(&mut bytes)?;
+                Ok(String::from_utf8_lossy(&bytes).into_owned())
+            }
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Ok(String::new()),
+            Err(error) => Err(error.into()),
+        }
+    };
+    Ok((read("etc/passwd")?, read("etc/group")?))
 }
 
 fn mount_layer(layer: &Mount, target: &Path) -> io::Result<()> {

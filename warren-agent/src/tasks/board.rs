@@ -14,6 +14,14 @@ struct Entries {
     unsent: BTreeSet<String>,
 }
 
+/// A container that runs.
+#[derive(Clone, Debug)]
+pub(crate) struct Running {
+    pub(crate) id: String,
+    /// Its first process, in the node's PID namespace.
+    pub(crate) pid: u32,
+}
+
 /// Where workers post statuses and the session picks them up. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Board {
@@ -58,6 +66,14 @@ impl Board {
     #[must_use]
     pub fn get(&self, id: &str) -> Option<v1::ContainerStatus> {
         self.entries().statuses.get(id).cloned()
+    }
+
+    /// The containers that run.
+    #[must_use]
+    pub(crate) fn running(&self) -> Vec<Running> {
+        let entries = self.entries();
+        let running = entries.statuses.iter().filter(|(_, status)| status.state() == v1::ContainerState::Running);
+        running.map(|(id, status)| Running { id: id.clone(), pid: status.pid }).collect()
     }
 
     /// Everything is to be sent again: there is a new session.

@@ -7,14 +7,14 @@ use warren_proto::v1::{self, logs_server};
 
 use super::{Context, Error, lookup};
 use crate::{
-    dispatcher::LogBroker,
+    dispatcher::Relay,
     ids::{ContainerId, NodeId},
     state::{Container, ContainerState, State},
     validate::Invalid,
 };
 
 #[derive(Clone, Debug)]
-pub(super) struct Logs(pub(super) Context, pub(super) LogBroker);
+pub(super) struct Logs(pub(super) Context, pub(super) Relay);
 
 /// Lines on their way to whoever asked.
 const AHEAD: usize = 256;
@@ -48,7 +48,7 @@ impl Logs {
             tail: request.tail,
             since: request.since,
         };
-        let Some(mut lines) = self.1.request(&node, wanted).await else {
+        let Some(mut lines) = self.1.logs(&node, wanted).await else {
             let message = format!("node {hostname} has no session: what {} wrote is not to be had", container.id);
             let _ = to.send(Err(Status::unavailable(message))).await;
             return;
@@ -56,7 +56,11 @@ impl Logs {
         loop {
             let line = tokio::select! {
                 line = lines.recv() => match line {
-                    Some(line) => line,
+                    Some(Ok(line)) => line,
+                    Some(Err(status)) => {
+                        let _ = to.send(Err(status)).await;
+                        return;
+                    }
                     None => return,
                 },
                 () = to.closed() => return,

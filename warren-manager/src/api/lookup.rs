@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Error;
-use crate::state::{Container, Node, Secret, Service, State, Volume, kind_name};
+use crate::state::{Container, ContainerState, Node, Secret, Service, State, Volume, kind_name};
 use warren_proto::v1;
 
 fn unique<'a, T: 'a>(
@@ -49,7 +49,17 @@ pub(super) fn volume(state: &State, name: &str) -> Result<Arc<Volume>, Error> {
     }
 }
 
+/// A container by its id or a unique prefix of it, or by its service and slot: then the latest, one that runs before others.
 pub(super) fn container(state: &State, name: &str) -> Result<Arc<Container>, Error> {
+    if let Some((service, slot)) = name.rsplit_once('-')
+        && let (Some(service), Ok(slot)) = (state.service_named(service), slot.parse::<u32>())
+    {
+        let of_slot = state.containers_of(&service.id).filter(|container| container.slot == slot);
+        let runs = |container: &Container| container.status.state == ContainerState::Running;
+        if let Some(latest) = of_slot.max_by_key(|container| (runs(container), container.created_at)) {
+            return Ok(Arc::clone(latest));
+        }
+    }
     unique("container", name, state.containers().map(|container| (container.id.as_str(), container)))
 }
 

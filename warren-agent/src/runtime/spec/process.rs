@@ -113,7 +113,7 @@ fn arguments(image: &ImageConfig, spec: &v1::ContainerSpec) -> Result<Vec<String
 }
 
 /// One entry a variable, the last one's value, in the order of first mention.
-fn last_of_each_name(env: Vec<String>) -> Vec<String> {
+pub(in super::super) fn last_of_each_name(env: Vec<String>) -> Vec<String> {
     fn name(entry: &str) -> &str {
         entry.split('=').next().unwrap_or_default()
     }

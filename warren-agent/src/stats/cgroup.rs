@@ -1,0 +1,233 @@
+//! cgroups, v1 and v2, and both beside each other.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use warren_proto::v1;
+
+/// cgroup v1 says "no limit" with the largest number of pages.
+const NO_LIMIT: u64 = 1 << 62;
+
+/// A mounted hierarchy of cgroups.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Hierarchy {
+    /// Its controllers; of v2 those that no other hierarchy has.
+    controllers: Vec<String>,
+    v2: bool,
+    /// The cgroup that is at the mount point.
+    root: String,
+    mount_point: PathBuf,
+}
+
+/// All of them.
+#[derive(Clone, Debug)]
+pub(super) struct Hierarchies(Vec<Hierarchy>);
+
+impl Hierarchies {
+    pub(super) fn of_this_process() -> Self {
+        Self::parse(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+    }
+
+    fn parse(mountinfo: &str) -> Self {
+        let parse_line = |line: &str| {
+            let (mount, filesystem) = line.split_once(" - ")?;
+            let mut mount = mount.split(' ').skip(3);
+            let (root, mount_point) = (mount.next()?, mount.next()?);
+            let mut filesystem = filesystem.split(' ');
+            let v2 = match filesystem.next()? {
+                "cgroup" => false,
+                "cgroup2" => true,
+                _ => return None,
+            };
+            let controllers = filesystem.nth(1)?.split(',').map(str::to_owned).collect();
+            Some(Hierarchy { controllers, v2, root: root.to_owned(), mount_point: PathBuf::from(mount_point) })
+        };
+        Self(mountinfo.lines().filter_map(parse_line).collect())
+    }
+
+    /// The directory of a process's cgroup that has a controller, and whether it is of v2. `cgroups` is the process's file in
+    /// /proc.
+    fn directory(&self, controller: &str, cgroups: &str) -> Option<(PathBuf, bool)> {
+        let has = |hierarchy: &&Hierarchy| !hierarchy.v2 && hierarchy.controllers.iter().any(|c| c == controller);
+        let hierarchy = self.0.iter().find(has).or_else(|| self.0.iter().find(|hierarchy| hierarchy.v2))?;
+        let path = cgroups.lines().find_map(|line| {
+            let (_, line) = line.split_once(':')?;
+            let (controllers, path) = line.split_once(':')?;
+            let same = if hierarchy.v2 {
+                controllers.is_empty()
+            } else {
+                controllers.split(',').any(|listed| listed == controller)
+            };
+            same.then_some(path)
+        })?;
+        let below = Path::new(path).strip_prefix(&hierarchy.root).ok()?;
+        Some((hierarchy.mount_point.join(below), hierarchy.v2))
+    }
+
+    /// What a process's cgroups have used. What cannot be read is 0.
+    pub(super) fn usage(&self, cgroups: &str) -> v1::ContainerStats {
+        let files = |controller: &str| {
+            let (directory, v2) = self.directory(controller, cgroups)?;
+            Some((Files(directory), v2))
+        };
+        let mut stats = v1::ContainerStats::default();
+        match files("cpu") {
+            Some((files, true)) => {
+                stats.cpu_usage_nanos = files.entry("cpu.stat", "usage_usec") * 1000;
+                stats.cpu_throttled_nanos = files.entry("cpu.stat", "throttled_usec") * 1000;
+            }
+            Some((files, false)) => stats.cpu_throttled_nanos = files.entry("cpu.stat", "throttled_time"),
+            None => {}
+        }
+        if let Some((files, false)) = files("cpuacct") {
+            stats.cpu_usage_nanos = files.number("cpuacct.usage");
+        }
+        if let Some((files, v2)) = files("memory") {
+            let [usage, limit, cache] = if v2 {
+                ["memory.current", "memory.max", "inactive_file"]
+            } else {
+                ["memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"]
+            };
+            stats.memory_bytes = files.number(usage).saturating_sub(files.entry("memory.stat", cache));
+            stats.memory_limit_bytes = Some(files.number(limit)).filter(|limit| *limit < NO_LIMIT).unwrap_or(0);
+        }
+        if let Some((files, _)) = files("pids") {
+            (stats.pids, stats.pids_limit) = (files.number("pids.current"), files.number("pids.max"));
+        }
+        if let Some((files, v2)) = files("blkio") {
+            (stats.block_read_bytes, stats.block_write_bytes) =
+                if v2 { files.io_v2("io.stat") } else { files.io_v1("blkio.throttle.io_service_bytes_recursive") };
+        }
+        stats
+    }
+}
+
+/// The files of one cgroup.
+struct Files(PathBuf);
+
+impl Files {
+    fn read(&self, file: &str) -> String {
+        fs::read_to_string(self.0.join(file)).unwrap_or_default()
+    }
+
+    /// A file that is a number; "max" is 0.
+    fn number(&self, file: &str) -> u64 {
+        parsed(self.read(file).trim())
+    }
+
+    /// A line of a file of names and numbers.
+    fn entry(&self, file: &str, name: &str) -> u64 {
+        let text = self.read(file);
+        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')).map_or(0, parsed)
+    }
+
+    /// Lines like `8:0 rbytes=1 wbytes=2 rios=3`.
+    fn io_v2(&self, file: &str) -> (u64, u64) {
+        let text = self.read(file);
+        let sum = |name| text.split_whitespace().filter_map(|word| word.strip_prefix(name)).map(parsed::<u64>).sum();
+        (sum("rbytes="), sum("wbytes="))
+    }
+
+    /// Lines like `8:0 Read 1`.
+    fn io_v1(&self, file: &str) -> (u64, u64) {
+        let text = self.read(file);
+        let sum = |name| {
+            let lines = text.lines().filter_map(|line| line.split_once(' ')?.1.strip_prefix(name));
+            lines.map(parsed::<u64>).sum()
+        };
+        (sum("Read "), sum("Write "))
+    }
+}
+
+fn parsed<T: FromStr + Default>(text: &str) -> T {
+    text.trim().parse().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(directory: &Path, files: &[(&str, &str)]) {
+        fs::create_dir_all(directory).expect("a directory");
+        for (name, text) in files {
+            fs::write(directory.join(name), text).expect("writable");
+        }
+    }
+
+    #[test]
+    fn version_2_is_read() {
+        let root = tempfile::tempdir().expect("a directory");
+        let at = root.path().display();
+        // As in a container: the mount's root is not the hierarchy's.
+        let hierarchies = Hierarchies::parse(&format!(
+            "22 1 0:20 / /proc rw - proc proc rw\n30 22 0:26 /pod {at} rw,nosuid shared:4 - cgroup2 cgroup rw,nsdelegate\n"
+        ));
+        write(
+            &root.path().join("warren/abc"),
+            &[
+                ("cpu.stat", "usage_usec 1500\nuser_usec 1000\nnr_throttled 2\nthrottled_usec 70\n"),
+                ("memory.current", "5000\n"),
+                ("memory.max", "max\n"),
+                ("memory.stat", "anon 1\ninactive_file 2000\n"),
+                ("pids.current", "3\n"),
+                ("pids.max", "40\n"),
+                ("io.stat", "8:0 rbytes=10 wbytes=20 rios=1 wios=1\n8:16 rbytes=1 wbytes=2 dbytes=9\n"),
+            ],
+        );
+        let expected = v1::ContainerStats {
+            cpu_usage_nanos: 1_500_000,
+            cpu_throttled_nanos: 70_000,
+            memory_bytes: 3000,
+            pids: 3,
+            pids_limit: 40,
+            block_read_bytes: 11,
+            block_write_bytes: 22,
+            ..Default::default()
+        };
+        assert_eq!(hierarchies.usage("0::/pod/warren/abc\n"), expected);
+        assert_eq!(hierarchies.usage("0::/elsewhere\n"), v1::ContainerStats::default());
+    }
+
+    #[test]
+    fn version_1_is_read_beside_version_2() {
+        let root = tempfile::tempdir().expect("a directory");
+        let at = root.path().display();
+        let mount =
+            |name: &str, kind: &str, options: &str| format!("1 2 0:3 / {at}/{name} rw - {kind} none {options}\n");
+        let mounts = [
+            mount("unified", "cgroup2", "rw"),
+            mount("cpu", "cgroup", "rw,cpu,cpuacct"),
+            mount("memory", "cgroup", "rw,memory"),
+            mount("pids", "cgroup", "rw,pids"),
+            mount("blkio", "cgroup", "rw,blkio"),
+        ];
+        let path = |controller: &str| root.path().join(controller).join("warren/abc");
+        write(&path("cpu"), &[("cpuacct.usage", "123456\n"), ("cpu.stat", "nr_periods 1\nthrottled_time 99\n")]);
+        write(
+            &path("memory"),
+            &[
+                ("memory.usage_in_bytes", "9000\n"),
+                ("memory.limit_in_bytes", "9223372036854771712\n"),
+                ("memory.stat", "inactive_file 1\ntotal_inactive_file 4000\n"),
+            ],
+        );
+        write(&path("pids"), &[("pids.current", "5\n"), ("pids.max", "max\n")]);
+        let io = "8:0 Read 100\n8:0 Write 7\n8:0 Sync 107\n8:16 Read 1\nTotal 108\n";
+        write(&path("blkio"), &[("blkio.throttle.io_service_bytes_recursive", io)]);
+        let cgroups = "9:name=systemd:/\n7:blkio:/warren/abc\n5:pids:/warren/abc\n4:memory:/warren/abc\n\
+            1:cpu,cpuacct:/warren/abc\n0::/warren/abc\n";
+        let expected = v1::ContainerStats {
+            cpu_usage_nanos: 123_456,
+            cpu_throttled_nanos: 99,
+            memory_bytes: 5000,
+            pids: 5,
+            block_read_bytes: 101,
+            block_write_bytes: 7,
+            ..Default::default()
+        };
+        assert_eq!(Hierarchies::parse(&mounts.concat()).usage(cgroups), expected);
+    }
+}
