@@ -108,11 +108,11 @@ pub struct Options {
 
 /// A container's place in the network.
 #[derive(Clone, Debug)]
-pub(crate) struct Attachment {
+pub struct Attachment {
     /// The namespace that its processes join.
-    pub(crate) namespace: PathBuf,
+    pub namespace: PathBuf,
     /// One of each family.
-    pub(crate) addresses: Vec<IpAddr>,
+    pub addresses: Vec<IpAddr>,
 }
 
 #[derive(Debug, Default)]
@@ -353,7 +353,11 @@ impl Network {
     }
 
     /// Gives a container its namespace and addresses. What an attempt that was cut short left is made anew.
-    pub(crate) async fn attach(&self, container: &str) -> Result<Attachment, Error> {
+    ///
+    /// # Errors
+    ///
+    /// When there is no address, or the kernel refuses; nothing is left then.
+    pub async fn attach(&self, container: &str) -> Result<Attachment, Error> {
         let (addresses, mtu) = {
             let mut changing = self.changing();
             let mtu = if changing.mtu == 0 { DEFAULT_MTU - VXLAN_OVERHEAD } else { changing.mtu };
@@ -403,7 +407,11 @@ impl Network {
     }
 
     /// Takes a container's namespace, link and addresses away; it may have none.
-    pub(crate) async fn detach(&self, container: &str) -> Result<(), Error> {
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub async fn detach(&self, container: &str) -> Result<(), Error> {
         self.disconnect(container).await?;
         self.0.files.remove(container);
         let mut changing = self.changing();

@@ -10,12 +10,12 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Only these: containers, packets, raft, memory.
+    /// Only these: containers, hundred, network, names, packets, raft, memory.
     sections: Vec<String>,
 }
 
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
-    setup::run(setup::Arguments { tests: true })?;
+    setup::run(setup::Arguments { tests: true, bench: true })?;
     build_ebpf::run()?;
     // Not --quiet: the first optimised build takes minutes.
     step("building everything optimised", cargo().args(["build", "--locked", "--workspace", "--release"]))?;

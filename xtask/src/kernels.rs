@@ -59,7 +59,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     if kernels.len() < arguments.versions.len() {
         bail!("the kernels are {}", KERNELS.map(|kernel| kernel.version).join(", "));
     }
-    setup::run(setup::Arguments { tests: true })?;
+    setup::run(setup::Arguments { tests: true, bench: false })?;
     let tools = [("qemu-system-x86_64", "qemu-system-x86"), ("cpio", "cpio"), ("curl", "curl"), ("strip", "binutils")];
     let missing: Vec<&str> =
         tools.into_iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| package).collect();

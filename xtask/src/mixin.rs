@@ -10,6 +10,6 @@ use crate::{
 };
 
 pub(crate) fn run() -> Result<()> {
-    setup::run(setup::Arguments { tests: true })?;
+    setup::run(setup::Arguments { tests: true, bench: false })?;
     step("rendering deploy/mixin", Command::new("python3").arg(workspace().join("deploy/mixin/render.py")))
 }

@@ -14,6 +14,9 @@ pub(crate) struct Arguments {
     /// Also what only the tests need: Prometheus, dnsmasq, an OTLP collector, jsonnet.
     #[arg(long)]
     pub(crate) tests: bool,
+    /// Also what the benchmark compares with: Docker, unbound, CNI's plugins.
+    #[arg(long)]
+    pub(crate) bench: bool,
 }
 
 /// A program and the Debian package that holds it.
@@ -51,11 +54,21 @@ const TEST_TOOLS: [Tool; 9] = [
     tool("dnsmasq", "dnsmasq-base", "answers DNS queries in tests"),
 ];
 
+const BENCH_TOOLS: [Tool; 4] = [
+    tool("dockerd", "docker.io", "is what a hundred containers are compared with"),
+    tool("unbound", "unbound", "is what the resolver is compared with"),
+    tool("iptables", "iptables", "is what CNI's plugins and Docker make rules with"),
+    tool(CNI_BRIDGE, "containernetworking-plugins", "is what the network of a container is compared with"),
+];
+
+const CNI_BRIDGE: &str = "/usr/lib/cni/bridge";
+
 /// Headers that protoc's own types come in.
 const PROTOBUF_TYPES: &str = "/usr/include/google/protobuf/timestamp.proto";
 
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
     let wanted = TOOLS.iter().chain(arguments.tests.then_some(&TEST_TOOLS).into_iter().flatten());
+    let wanted = wanted.chain(arguments.bench.then_some(&BENCH_TOOLS).into_iter().flatten());
     let mut missing = Vec::new();
     for tool in wanted {
         if find(tool.program).is_none() && !missing.contains(&tool.package) {

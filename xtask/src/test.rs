@@ -16,7 +16,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
-    setup::run(setup::Arguments { tests: true })?;
+    setup::run(setup::Arguments { tests: true, bench: false })?;
     build_ebpf::run()?;
     if !arguments.tests_only {
         step("formatting", cargo().args(["fmt", "--all", "--check"]))?;

@@ -82,7 +82,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         bail!("this must run as root: it runs containers and loads BPF programs");
     }
     if !arguments.no_build {
-        setup::run(setup::Arguments { tests: false })?;
+        setup::run(setup::Arguments { tests: false, bench: false })?;
         build_ebpf::run()?;
         let profile = if arguments.release { "release" } else { "dev" };
         // Not --quiet: the first build takes minutes.

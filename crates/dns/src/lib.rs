@@ -11,6 +11,7 @@
 //! | `vip.web` | its virtual addresses |
 //! | `_http._tcp.web` | SRV: the port named `http` of each healthy container |
 
+mod fast;
 mod forward;
 mod server;
 mod zone;

@@ -1,7 +1,8 @@
 use std::{
-    io,
-    net::{IpAddr, SocketAddr},
+    io::{self, IoSlice, IoSliceMut},
+    net::{IpAddr, SocketAddr, UdpSocket},
     num::NonZeroU32,
+    os::fd::AsRawFd as _,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -10,19 +11,25 @@ use arc_swap::ArcSwap;
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use hickory_server::{
     Server,
-    net::runtime::Time,
+    net::{NetError, runtime::Time, xfer::Protocol},
     proto::{
         op::{Edns, Header, HeaderCounts, Metadata, OpCode, ResponseCode},
         rr::{DNSClass, Record, RecordType},
+        serialize::binary::BinEncoder,
     },
     server::{Request, RequestHandler, ResponseHandler, ResponseInfo},
-    zone_handler::MessageResponseBuilder,
+    zone_handler::{MessageResponse, MessageResponseBuilder},
 };
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, UdpSocket};
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, recvmmsg, sendmmsg},
+};
+use socket2::{Domain, Socket, Type};
+use tokio::{net::TcpListener, runtime::Handle, sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    fast::Question,
     forward::{Forwarded, Forwarder, Upstreams},
     zone::{Answer, Zone},
 };
@@ -77,6 +84,10 @@ const TCP_RESPONSES: usize = 128;
 const BACKLOG: i32 = 1024;
 /// What fits into a packet that no link on the way cuts up (DNS flag day 2020).
 const MAX_UDP: u16 = 1232;
+/// What every client takes.
+const MIN_UDP: u16 = 512;
+/// Bytes of a message's header.
+const HEADER: usize = 12;
 /// Sources that were quiet for a while are forgotten this often.
 const FORGET: Duration = Duration::from_secs(60);
 
@@ -103,6 +114,15 @@ impl Sockets {
     }
 }
 
+/// Requests of one socket that are being answered by the whole server, those that wait for the node's resolvers among them.
+const ANSWERING: usize = 4096;
+/// Datagrams that are read and sent together.
+const TOGETHER: usize = 32;
+/// How long it may take until a thread hears that it is to stop.
+const STOP: Duration = Duration::from_millis(500);
+/// More than a request has.
+const MAX_REQUEST: usize = 4096;
+
 /// Answers DNS from the zone as it is at the time, until `shutdown`. `upstreams` are asked for what is not the zone's.
 pub async fn serve(
     sockets: Sockets,
@@ -113,11 +133,17 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) {
     let limiter = Arc::new(RateLimiter::keyed(Quota::per_second(limits.rate).allow_burst(limits.burst)));
-    let handler = Handler { zone, forwarder: Forwarder::new(upstreams), limiter: Arc::clone(&limiter), observer };
-    let mut server = Server::new(handler);
+    let forwarder = Forwarder::new(upstreams);
+    let handler = Handler { zone, forwarder: Arc::new(forwarder), limiter: Arc::clone(&limiter), observer };
+    // Threads of their own, which wait in the kernel: what else goes on here does not hold answers up.
+    let stop = CancellationToken::new();
+    let _stopped = stop.clone().drop_guard();
+    let mut datagrams = JoinSet::new();
     for socket in sockets.udp {
-        server.register_socket(socket);
+        let (handler, runtime, stop) = (handler.clone(), Handle::current(), stop.clone());
+        datagrams.spawn_blocking(move || handler.answer_datagrams(Arc::new(socket), &runtime, &stop));
     }
+    let mut server = Server::new(handler);
     server.register_listener(sockets.tcp, TCP_TIMEOUT, TCP_RESPONSES);
     tracing::info!(address = %sockets.address, "names are answered");
     let forget = async {
@@ -129,17 +155,22 @@ pub async fn serve(
     tokio::select! {
         () = shutdown.cancelled() => {}
         outcome = server.block_until_done() => if let Err(error) = outcome {
-            tracing::error!(%error, "names are no longer answered");
+            tracing::error!(%error, "names are no longer answered over TCP");
         },
+        Some(ended) = datagrams.join_next() => {
+            let outcome = ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+            if let Err(error) = outcome {
+                tracing::error!(%error, "names are no longer answered over UDP");
+            }
+        }
         () = forget => {}
     }
     // Requests that are being answered may be cut off: whoever asked asks again.
     server.shutdown_token().cancel();
 }
 
-fn socket(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+fn socket(address: SocketAddr, kind: Type, protocol: socket2::Protocol) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
-    socket.set_nonblocking(true)?;
     if address.is_ipv4() {
         socket.set_freebind_v4(true)?;
     } else {
@@ -149,27 +180,99 @@ fn socket(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Soc
 }
 
 fn udp(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = socket(address, Type::DGRAM, Protocol::UDP)?;
+    let socket = socket(address, Type::DGRAM, socket2::Protocol::UDP)?;
     socket.set_reuse_port(true)?;
     // A smaller one will do.
     let _ = socket.set_recv_buffer_size(RECEIVE_BUFFER);
+    socket.set_read_timeout(Some(STOP))?;
     socket.bind(&address.into())?;
-    UdpSocket::from_std(socket.into())
+    Ok(socket.into())
 }
 
 fn tcp(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = socket(address, Type::STREAM, Protocol::TCP)?;
+    let socket = socket(address, Type::STREAM, socket2::Protocol::TCP)?;
+    socket.set_nonblocking(true)?;
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())
 }
 
+#[derive(Clone)]
 struct Handler {
     zone: Arc<ArcSwap<Zone>>,
-    forwarder: Forwarder,
+    forwarder: Arc<Forwarder>,
     limiter: Arc<DefaultKeyedRateLimiter<IpAddr>>,
     observer: Arc<dyn Observer>,
+}
+
+/// Waits for datagrams and returns how long each of them is and where it is from.
+fn receive(
+    socket: &UdpSocket,
+    headers: &mut MultiHeaders<SockaddrStorage>,
+    buffers: &mut [[u8; MAX_REQUEST]],
+) -> Result<Vec<(usize, Option<SockaddrStorage>)>, Errno> {
+    let mut slices: Vec<_> = buffers.iter_mut().map(|buffer| [IoSliceMut::new(buffer)]).collect();
+    let received = recvmmsg(socket.as_raw_fd(), headers, slices.iter_mut(), MsgFlags::MSG_WAITFORONE, None)?;
+    Ok(received.map(|message| (message.bytes, message.address)).collect())
+}
+
+/// Sends answers. As with every datagram, whoever misses one asks again.
+fn send(
+    socket: &UdpSocket,
+    headers: &mut MultiHeaders<SockaddrStorage>,
+    answers: &[Vec<u8>],
+    to: &[Option<SockaddrStorage>],
+) {
+    let slices: Vec<_> = answers[..to.len()].iter().map(|answer| [IoSlice::new(answer)]).collect();
+    let mut next = 0;
+    while next < to.len() {
+        let sent = sendmmsg(socket.as_raw_fd(), headers, &slices[next..], &to[next..], [], MsgFlags::MSG_DONTWAIT);
+        // It fails at the first that cannot be sent.
+        next += sent.map_or(1, |sent| sent.count().max(1));
+    }
+}
+
+fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
+}
+
+/// As much as a client takes, and no more than the way does.
+fn payload(asked: &Edns) -> u16 {
+    asked.max_payload().clamp(MIN_UDP, MAX_UDP)
+}
+
+/// Takes answers back to where a request came from.
+#[derive(Clone)]
+struct Datagrams {
+    socket: Arc<UdpSocket>,
+    to: SocketAddr,
+    /// What is longer is cut off.
+    limit: u16,
+}
+
+#[async_trait::async_trait]
+impl ResponseHandler for Datagrams {
+    async fn send_response<'a>(
+        &mut self,
+        response: MessageResponse<
+            '_,
+            'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+        >,
+    ) -> Result<ResponseInfo, NetError> {
+        let mut bytes = Vec::with_capacity(usize::from(MIN_UDP));
+        let mut encoder = BinEncoder::new(&mut bytes);
+        encoder.set_max_size(self.limit);
+        let info = response.destructive_emit(&mut encoder)?;
+        // It waits only while the socket's buffer is full, which the kernel empties.
+        self.socket.send_to(&bytes, self.to)?;
+        Ok(info)
+    }
 }
 
 /// An answer as it goes out.
@@ -200,14 +303,95 @@ impl Reply {
 }
 
 impl Handler {
-    async fn reply(&self, request: &Request) -> (RecordType, Reply) {
+    /// Answers what comes to a socket until `stop` or until it fails: plain questions at once, as many together as have come,
+    /// others beside it. Blocks.
+    fn answer_datagrams(&self, socket: Arc<UdpSocket>, runtime: &Handle, stop: &CancellationToken) -> io::Result<()> {
+        let others = Arc::new(Semaphore::new(ANSWERING));
+        let mut requests = vec![[0; MAX_REQUEST]; TOGETHER];
+        let mut answers = vec![Vec::new(); TOGETHER];
+        let (mut scratch, mut to) = (Vec::new(), Vec::with_capacity(TOGETHER));
+        let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(TOGETHER, None);
+        let mut outgoing = MultiHeaders::preallocate(TOGETHER, None);
+        while !stop.is_cancelled() {
+            let received = match receive(&socket, &mut headers, &mut requests) {
+                Ok(received) => received,
+                // Nothing for a while, or what a client's machine says about an earlier answer.
+                Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNREFUSED) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            to.clear();
+            for (request, (length, address)) in requests.iter().zip(received) {
+                let Some((from, address)) = address.and_then(|address| Some((socket_address(&address)?, address)))
+                else {
+                    continue;
+                };
+                let request = &request[..length];
+                let allowed = self.allows(from.ip());
+                if allowed && self.answer_plain(request, &mut scratch, &mut answers[to.len()]) {
+                    to.push(Some(address));
+                } else if let Ok(permit) = Arc::clone(&others).try_acquire_owned() {
+                    let datagrams = Datagrams { socket: Arc::clone(&socket), to: from, limit: MIN_UDP };
+                    let (handler, request) = (self.clone(), request.to_vec());
+                    runtime.spawn(async move {
+                        handler.answer_other(request, datagrams, allowed).await;
+                        drop(permit);
+                    });
+                }
+            }
+            send(&socket, &mut outgoing, &answers, &to);
+        }
+        Ok(())
+    }
+
+    /// Whether somebody has not asked too much. Every request is counted once.
+    fn allows(&self, from: IpAddr) -> bool {
+        self.limiter.check_key(&from).is_ok()
+    }
+
+    /// Answers a plain question; false if it is not for this.
+    fn answer_plain(&self, request: &[u8], scratch: &mut Vec<IpAddr>, answer: &mut Vec<u8>) -> bool {
+        let began = Instant::now();
+        let Some(question) = Question::read(request) else { return false };
+        let answered = question.answer(&self.zone.load(), MAX_UDP, scratch, answer);
+        if answered {
+            self.observer.answered(question.kind, ResponseCode::NoError, Source::Local, began.elapsed());
+        }
+        answered
+    }
+
+    /// Answers any request.
+    async fn answer_other(&self, bytes: Vec<u8>, mut to: Datagrams, allowed: bool) {
+        const RESPONSE: u8 = 0x80;
+        let (Some(&[id_high, id_low, flags, _]), true) = (bytes.first_chunk(), bytes.len() >= HEADER) else { return };
+        // A response is nobody's question, and port 0 nobody's address.
+        if flags & RESPONSE != 0 || to.to.port() == 0 {
+            return;
+        }
+        match Request::from_bytes(bytes, to.to, Protocol::Udp) {
+            Ok(request) => {
+                if let Some(edns) = &request.edns {
+                    to.limit = payload(edns);
+                }
+                self.respond(&request, to, allowed).await;
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a malformed DNS request");
+                let mut refusal = [0; HEADER];
+                refusal[..4].copy_from_slice(&[id_high, id_low, flags | RESPONSE, ResponseCode::FormErr.low()]);
+                let _ = to.socket.send_to(&refusal, to.to);
+                self.observer.answered(RecordType::ZERO, ResponseCode::FormErr, Source::Local, Duration::ZERO);
+            }
+        }
+    }
+
+    async fn reply(&self, request: &Request, allowed: bool) -> (RecordType, Reply) {
         let info = match request.request_info() {
             Ok(info) if request.metadata.op_code == OpCode::Query => info,
             Ok(_) => return (RecordType::ZERO, Reply::refusal(ResponseCode::NotImp)),
             Err(_) => return (RecordType::ZERO, Reply::refusal(ResponseCode::FormErr)),
         };
         let (name, kind) = (info.query.name(), info.query.query_type());
-        if self.limiter.check_key(&request.src().ip()).is_err() {
+        if !allowed {
             return (kind, Reply::refusal(ResponseCode::Refused));
         }
         if request.edns.as_ref().is_some_and(|edns| edns.version() > 0) {
@@ -242,13 +426,10 @@ impl Handler {
         };
         (kind, reply)
     }
-}
 
-#[async_trait::async_trait]
-impl RequestHandler for Handler {
-    async fn handle_request<R: ResponseHandler, T: Time>(&self, request: &Request, mut handle: R) -> ResponseInfo {
+    async fn respond(&self, request: &Request, mut handle: impl ResponseHandler, allowed: bool) -> ResponseInfo {
         let began = Instant::now();
-        let (kind, reply) = self.reply(request).await;
+        let (kind, reply) = self.reply(request, allowed).await;
         let mut metadata = Metadata::response_from_request(&request.metadata);
         metadata.response_code = reply.code;
         metadata.authoritative = reply.authoritative;
@@ -256,8 +437,7 @@ impl RequestHandler for Handler {
         let mut builder = MessageResponseBuilder::from_message_request(request);
         let mut edns = Edns::new();
         if let Some(asked) = &request.edns {
-            // As much as the client takes, and no more than the way does.
-            edns.set_max_payload(asked.max_payload().clamp(512, MAX_UDP));
+            edns.set_max_payload(payload(asked));
             builder.edns(&edns);
         }
         let message = builder.build(metadata, &reply.records, [], &reply.soa, &reply.additional);
@@ -268,5 +448,12 @@ impl RequestHandler for Handler {
             metadata.response_code = ResponseCode::ServFail;
             Header { metadata, counts: HeaderCounts::default() }.into()
         })
+    }
+}
+
+#[async_trait::async_trait]
+impl RequestHandler for Handler {
+    async fn handle_request<R: ResponseHandler, T: Time>(&self, request: &Request, handle: R) -> ResponseInfo {
+        self.respond(request, handle, self.allows(request.src().ip())).await
     }
 }

@@ -17,7 +17,7 @@ use rand::seq::SliceRandom as _;
 use warren_proto::v1;
 
 /// How long others may keep an answer, in seconds: containers come and go.
-const TTL: u32 = 5;
+pub(crate) const TTL: u32 = 5;
 
 /// What the zone knows of a service.
 #[derive(Debug)]
@@ -55,6 +55,8 @@ pub enum Answer {
 #[derive(Clone, Debug)]
 pub struct Zone {
     domain: LowerName,
+    /// As it is in a message.
+    domain_bytes: Vec<u8>,
     /// The cluster's addresses: their reverse names are the zone's.
     networks: Vec<IpNet>,
     services: HashMap<String, Arc<Service>>,
@@ -75,7 +77,14 @@ impl Zone {
         let mut domain = Name::from_ascii(domain)?;
         domain.set_fqdn(true);
         let soa = soa(&domain, 1)?;
+        let mut domain_bytes = Vec::new();
+        for label in &domain {
+            domain_bytes.push(label.len() as u8);
+            domain_bytes.extend_from_slice(label);
+        }
+        domain_bytes.push(0);
         Ok(Self {
+            domain_bytes,
             domain: LowerName::new(&domain),
             networks: networks.to_vec(),
             services: HashMap::new(),
@@ -167,7 +176,11 @@ impl Zone {
         Some(match labels.as_slice() {
             [] if kind == RecordType::SOA => Answer::Found { records: vec![self.soa.clone()], additional: Vec::new() },
             [] => Answer::NoData,
-            [service] => self.answer_addresses(&own, kind, self.addresses(service)),
+            [service] => {
+                let mut addresses = Vec::new();
+                let known = self.addresses(service, &mut addresses);
+                self.answer_addresses(&own, kind, known.then_some(addresses))
+            }
             ["vip", service] => {
                 let virtuals = self.services.get(*service).map(|service| service.virtuals.clone());
                 self.answer_addresses(&own, kind, virtuals)
@@ -181,21 +194,26 @@ impl Zone {
         })
     }
 
-    /// The addresses that a name of one label stands for; `None` if it stands for none.
-    fn addresses(&self, name: &str) -> Option<Vec<IpAddr>> {
+    /// The domain as it is in a message, in lower case or not.
+    pub(crate) fn domain_bytes(&self) -> &[u8] {
+        &self.domain_bytes
+    }
+
+    /// Adds the addresses that a name of one label stands for; false if it stands for nothing.
+    pub(crate) fn addresses(&self, name: &str, into: &mut Vec<IpAddr>) -> bool {
         if let Some(service) = self.services.get(name) {
-            return Some(match service.entry.endpoint_mode() {
-                v1::EndpointMode::Vip => service.virtuals.clone(),
-                _ => service.endpoints.iter().flat_map(|endpoint| endpoint.addresses.clone()).collect(),
-            });
+            match service.entry.endpoint_mode() {
+                v1::EndpointMode::Vip => into.extend_from_slice(&service.virtuals),
+                _ => into.extend(service.endpoints.iter().flat_map(|endpoint| &endpoint.addresses)),
+            }
+            return true;
         }
-        let (service, slot) = name.rsplit_once('-')?;
-        let slot: u32 = slot.parse().ok()?;
-        let service = self.services.get(service)?;
+        let Some((service, slot)) = name.rsplit_once('-') else { return false };
+        let (Some(service), Ok(slot)) = (self.services.get(service), slot.parse::<u32>()) else { return false };
         let in_slot = service.endpoints.iter().filter(|endpoint| endpoint.slot == slot);
-        let addresses: Vec<_> = in_slot.flat_map(|endpoint| endpoint.addresses.clone()).collect();
+        into.extend(in_slot.flat_map(|endpoint| &endpoint.addresses));
         // A slot that has no healthy container now is no name at all: there is no telling it from one that never was.
-        (!addresses.is_empty()).then_some(addresses)
+        !into.is_empty()
     }
 
     fn answer_addresses(&self, name: &Name, kind: RecordType, addresses: Option<Vec<IpAddr>>) -> Answer {

@@ -3,6 +3,8 @@
 //! - A service's virtual address leads to one of its healthy endpoints, chosen at random for each connection.
 //! - A published port leads there too: in `host` mode on the nodes that run an endpoint, in `ingress` mode on every node.
 //! - What a container sends out of the cluster leaves under the node's address.
+//! - Connections are not tracked for questions to the node's resolver: nothing about them is translated, and a table that is
+//!   full of them has no room for others.
 //! - A container cannot send under an address that is not its own, nor reach the node's loopback.
 
 use std::{
@@ -121,6 +123,7 @@ pub(super) fn render(place: &Place, node: &[IpAddr], tables: &Tables, overlay: O
     );
     postrouting(&mut out, place, node, overlay);
     guards(&mut out, place, tables);
+    untracked(&mut out);
     out.push_str("}\n");
     out
 }
@@ -218,6 +221,21 @@ fn guards(out: &mut String, place: &Place, tables: &Tables) {
     };
     refuse(out, "forward");
     refuse(out, "output");
+}
+
+/// What needs no connection in the kernel's table: DNS between the resolver and whoever is on this node.
+fn untracked(out: &mut String) {
+    for hook in ["prerouting", "output"] {
+        let _ = write!(
+            out,
+            "  chain untracked-{hook} {{
+    type filter hook {hook} priority raw; policy accept;
+    ip daddr {RESOLVER} meta l4proto {{ tcp, udp }} th dport 53 notrack
+    ip saddr {RESOLVER} meta l4proto {{ tcp, udp }} th sport 53 notrack
+  }}
+"
+        );
+    }
 }
 
 /// The networks of virtual addresses: those of the cluster's that hold none of this node's subnets.

@@ -2,6 +2,10 @@
 //!
 //! Run by `cargo xtask bench`, which builds everything optimised first.
 
+mod hundred;
+mod names;
+mod network;
+
 use std::{
     fs::File,
     hint::black_box,
@@ -22,13 +26,21 @@ use warren_raft::{Disconnected, Files, Freeze, Node, Options, Profile, StateMach
 use warren_tests::{DnsServer, Transport, World, ask, image_name, until};
 
 fn main() {
-    const SECTIONS: [(&str, fn()); 4] =
-        [("containers", containers), ("packets", packets), ("raft", raft), ("memory", memory)];
+    const SECTIONS: [(&str, fn()); 7] = [
+        ("containers", containers),
+        ("hundred", hundred::measure),
+        ("network", network::measure),
+        ("names", names::measure),
+        ("packets", packets),
+        ("raft", raft),
+        ("memory", memory),
+    ];
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     println!("{}", machine());
     for (name, measure) in SECTIONS {
         if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
-            measure();
+            // Of its own thread: it may go into a network of its own.
+            std::thread::spawn(measure).join().expect("it measures");
         }
     }
 }
