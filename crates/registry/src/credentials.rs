@@ -7,7 +7,7 @@ use serde::Deserialize;
 use crate::Error;
 
 /// Who asks a registry. What is secret in it is not shown.
-#[derive(Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub enum Credentials {
     /// Nobody.
     #[default]

@@ -9,12 +9,15 @@ pub use credentials::Credentials;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
+    num::NonZeroUsize,
     path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
+use lru::LruCache;
 use oci_client::{
     Client, Reference as Target, RegistryOperation,
     client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol},
@@ -161,20 +164,53 @@ pub type Blob = BoxStream<'static, Result<Bytes, io::Error>>;
 pub struct Registries {
     options: Options,
     certificates: Vec<Vec<u8>>,
+    clients: Clients,
+}
+
+/// Clients in use lately, by where and for whom. To make one takes milliseconds, in which it reads the system's certificates; it
+/// keeps connections and tokens.
+#[derive(Clone)]
+struct Clients(Arc<Mutex<LruCache<Account, Client>>>);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Account {
+    host: String,
+    plain: bool,
+    credentials: Credentials,
+}
+
+const CLIENTS: NonZeroUsize = NonZeroUsize::new(32).unwrap();
+
+impl Default for Clients {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(LruCache::new(CLIENTS))))
+    }
+}
+
+impl std::fmt::Debug for Clients {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Clients").finish_non_exhaustive()
+    }
+}
+
+impl Clients {
+    fn known(&self) -> MutexGuard<'_, LruCache<Account, Client>> {
+        // Every change is one insertion or removal: a panic leaves it whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A registry, or a mirror of it, that has an image.
 pub struct Repository {
     client: Client,
     target: Target,
-    credentials: Credentials,
+    account: Account,
     image: ImageName,
-    registry: String,
 }
 
 impl std::fmt::Debug for Repository {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Repository").field("image", &self.image).field("registry", &self.registry).finish()
+        f.debug_struct("Repository").field("image", &self.image).field("registry", &self.account.host).finish()
     }
 }
 
@@ -195,7 +231,7 @@ impl Registries {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let read = |path: &PathBuf| fs::read(path).map_err(|source| Error::Certificates { path: path.clone(), source });
         let certificates = options.ca_files.iter().map(read).collect::<Result<_, _>>()?;
-        Ok(Self { options, certificates })
+        Ok(Self { options, certificates, clients: Clients::default() })
     }
 
     fn repository(&self, image: &ImageName, address: &str, credentials: &Credentials) -> Repository {
@@ -203,22 +239,31 @@ impl Registries {
             Some((scheme, host)) => (host, scheme == "http"),
             None => (address, self.options.plain.contains(address) || is_local(address)),
         };
+        let account = Account { host: host.to_owned(), plain, credentials: credentials.clone() };
+        let client = self.client(&account);
+        let (host_name, repository) = (host.to_owned(), image.repository().to_owned());
+        let target = match image.reference() {
+            Reference::Tag(tag) => Target::with_tag(host_name, repository, tag.clone()),
+            Reference::Digest(digest) => Target::with_digest(host_name, repository, digest.clone()),
+        };
+        Repository { client, target, account, image: image.clone() }
+    }
+
+    fn client(&self, account: &Account) -> Client {
+        if let Some(client) = self.clients.known().get(account) {
+            return client.clone();
+        }
         let certificate = |data: &Vec<u8>| Certificate { encoding: CertificateEncoding::Pem, data: data.clone() };
-        // One for each pull: it keeps credentials, which are this pull's.
         let client = Client::new(ClientConfig {
-            protocol: if plain { ClientProtocol::Http } else { ClientProtocol::Https },
+            protocol: if account.plain { ClientProtocol::Http } else { ClientProtocol::Https },
             extra_root_certificates: self.certificates.iter().map(certificate).collect(),
             connect_timeout: Some(CONNECT_TIMEOUT),
             read_timeout: Some(READ_TIMEOUT),
             user_agent: concat!("warren/", env!("CARGO_PKG_VERSION")),
             ..ClientConfig::default()
         });
-        let (host_name, repository) = (host.to_owned(), image.repository().to_owned());
-        let target = match image.reference() {
-            Reference::Tag(tag) => Target::with_tag(host_name, repository, tag.clone()),
-            Reference::Digest(digest) => Target::with_digest(host_name, repository, digest.clone()),
-        };
-        Repository { client, target, credentials: credentials.clone(), image: image.clone(), registry: host.to_owned() }
+        self.clients.known().put(account.clone(), client.clone());
+        client
     }
 
     /// Finds the first mirror, or the registry itself, that has the image, and its manifest or index.
@@ -236,22 +281,27 @@ impl Registries {
             }
         }
         let repository = self.repository(image, image.registry(), credentials);
-        let manifest = repository.manifest().await?;
+        let manifest = repository.manifest().await.inspect_err(|error| {
+            // Its tokens may be the reason.
+            if matches!(error, Error::Unauthorized { .. }) {
+                self.clients.known().pop(&repository.account);
+            }
+        })?;
         Ok((repository, manifest))
     }
 }
 
 impl Repository {
     fn failed(&self, error: OciDistributionError) -> Error {
-        Error::of(error, &self.registry, &self.image.to_string())
+        Error::of(error, &self.account.host, &self.image.to_string())
     }
 
     fn unusable(&self, why: impl Into<String>) -> Error {
-        Error::Unusable { registry: self.registry.clone(), image: self.image.to_string(), why: why.into() }
+        Error::Unusable { registry: self.account.host.clone(), image: self.image.to_string(), why: why.into() }
     }
 
     async fn manifest_of(&self, target: &Target) -> Result<Manifest, Error> {
-        let auth = self.credentials.for_client();
+        let auth = self.account.credentials.for_client();
         // Now, so that a refusal is told from an image that is not there.
         let authorised = self.client.auth(target, &auth, RegistryOperation::Pull).await;
         authorised.map_err(|error| self.failed(error))?;
@@ -283,7 +333,7 @@ impl Repository {
     ///
     /// When the registry does not have it.
     pub async fn manifest_at(&self, digest: &str) -> Result<Manifest, Error> {
-        let (registry, repository) = (self.registry.clone(), self.image.repository().to_owned());
+        let (registry, repository) = (self.account.host.clone(), self.image.repository().to_owned());
         self.manifest_of(&Target::with_digest(registry, repository, digest.to_owned())).await
     }
 
