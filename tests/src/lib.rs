@@ -7,6 +7,7 @@ mod metrics;
 mod process;
 mod registry;
 mod terminal;
+mod tokens;
 mod watch;
 mod world;
 
@@ -16,6 +17,7 @@ pub use metrics::{Metrics, Prometheus};
 pub use process::{Process, find, free_port, until, until_within};
 pub use registry::{Registry, RegistryOptions};
 pub use terminal::Terminal;
+pub use tokens::TokenServer;
 pub use watch::Watch;
 /// A shell script that runs until it is told to stop, and then does.
 pub const WELL_BEHAVED: &str = "trap 'exit 0' TERM; while :; do sleep 0.05; done";

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{Process, World, find, free_port, until};
+use crate::{Process, TokenServer, World, find, free_port, until};
 
 /// A real registry (Debian's docker-registry) on loopback.
 #[derive(Debug)]
@@ -15,6 +15,8 @@ pub struct Registry {
     process: Process,
     root: PathBuf,
     authorization: Option<String>,
+    /// Who gives out tokens for it.
+    pub tokens: Option<TokenServer>,
     scheme: &'static str,
     ca: Option<PathBuf>,
     /// Host and port, as images' names have them.
@@ -26,6 +28,8 @@ pub struct Registry {
 pub struct RegistryOptions<'a> {
     /// A user and a password, without which nobody gets anything.
     pub user: Option<(&'a str, &'a str)>,
+    /// That user is known to a server of tokens, and not to the registry itself.
+    pub tokens: bool,
     /// HTTPS, with a certificate of an authority of its own.
     pub tls: bool,
 }
@@ -66,7 +70,13 @@ impl Registry {
             ca = Some(certificate);
         }
         let mut authorization = None;
-        if let Some((user, password)) = options.user {
+        let mut tokens = None;
+        if let Some(user) = options.user.filter(|_| options.tokens) {
+            let certificate = root.join("tokens.pem");
+            let server = TokenServer::start(user, &certificate);
+            config += &server.configuration(&certificate);
+            tokens = Some(server);
+        } else if let Some((user, password)) = options.user {
             let mut htpasswd = Command::new(find("htpasswd"));
             let listed = htpasswd.args(["-Bbn", user, password]).output().expect("htpasswd");
             let file = root.join("htpasswd");
@@ -80,7 +90,7 @@ impl Registry {
         command.arg("serve").arg(&file);
         let process = Process::start(name, &mut command, world.directory.path());
         let scheme = if options.tls { "https" } else { "http" };
-        let registry = Self { process, root, authorization, scheme, ca, host };
+        let registry = Self { process, root, authorization, tokens, scheme, ca, host };
         until("the registry answers", || registry.request("GET", "/v2/", &[]).map(drop));
         registry
     }
@@ -103,7 +113,10 @@ impl Registry {
         if let Some(ca) = &self.ca {
             curl.arg("--cacert").arg(ca);
         }
-        if let Some(authorization) = &self.authorization {
+        let path = target.split_once("/v2/").map_or("", |(_, path)| path);
+        let repository = path.split(['/', '?']).next().unwrap_or_default();
+        let token = self.tokens.as_ref().map(|tokens| tokens.may_push(repository));
+        if let Some(authorization) = token.as_ref().or(self.authorization.as_ref()) {
             curl.args(["--header", &format!("Authorization: {authorization}")]);
         }
         let output = curl.args(["--request", method]).args(arguments).arg(&url).output().expect("curl");

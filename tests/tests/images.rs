@@ -198,6 +198,32 @@ fn a_registry_may_want_to_know_who_asks() {
 }
 
 #[test]
+fn a_server_of_tokens_may_stand_before_a_registry() {
+    let options = RegistryOptions { user: Some(("ann", "pass:word")), tokens: true, ..RegistryOptions::default() };
+    let (world, registry) = world("tokens", options, &[]);
+    registry.push(&world.path("demo.tar"), "demo", "v1", |_| {});
+    let image = format!("{}/demo:v1", registry.host);
+    let tokens = registry.tokens.as_ref().expect("they are given out");
+    assert_eq!(tokens.asked(), 0);
+    let refused = world.warren(&["service", "create", "web", "--image", &image]).failed(2);
+    assert!(refused.contains("does not let") && refused.contains("spec.container.image"), "{refused}");
+    assert!(tokens.asked() > 0, "as somebody whom nobody knows");
+    for (name, text) in [("wrong", "ann:wrong"), ("right", "ann:pass:word")] {
+        let file = world.path(name);
+        fs::write(&file, text).expect("writable");
+        let _ = world.warren(&["secret", "create", name, &file.display().to_string()]).succeeded();
+    }
+    let refused =
+        world.warren(&["service", "create", "web", "--image", &image, "--registry-secret", "wrong"]).failed(2);
+    assert!(refused.contains("does not let"), "{refused}");
+    // The manager asks with the secret, and so does the node.
+    create(&world, "web", &image, &["--registry-secret", "right", "--wait"]);
+    let spec = world.warren(&["service", "inspect", "web", "--format", "json"]).succeeded();
+    assert!(spec.contains("sha256:"), "{spec}");
+    assert_eq!(Inside::all(&world, "web").len(), 1);
+}
+
+#[test]
 fn proxies_of_the_environment_are_used() {
     let mut world = World::empty("proxy").and_containerd();
     world.start_manager();
