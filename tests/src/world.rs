@@ -558,8 +558,14 @@ impl Drop for World {
                 let _ = Pid::from_raw(shim).map(|pid| kill_process(pid, Signal::KILL));
             }
         }
-        // Namespaces that an agent which was killed has kept.
         let entries = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten();
+        // Processes that encrypt for its nodes end with their sockets.
+        for node in
+            entries(self.directory.path()).filter_map(|entry| fs::read_to_string(entry.path().join("node-id")).ok())
+        {
+            let _ = fs::remove_file(format!("/var/run/wireguard/wg-{:.12}.sock", node.trim()));
+        }
+        // Namespaces that an agent which was killed has kept.
         let kept =
             entries(self.directory.path()).filter(|entry| entry.file_name().to_string_lossy().starts_with("netns"));
         for kept in kept.flat_map(|directory| entries(&directory.path())) {

@@ -1,8 +1,8 @@
 //! Containers' addresses, the ways between them, and what is left of it all.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
-use warren_tests::{Inside, Output, World, find, run, until};
+use warren_tests::{Inside, Output, Process, World, find, run, until};
 
 /// A web server that says where it is.
 const SERVER: &str =
@@ -175,24 +175,34 @@ fn fetch_inside(from: &Inside, url: &str) -> String {
     from.enter(&["busybox", "timeout", "2", "busybox", "wget", "-q", "-O", "-", &format!("http://{url}/")])
 }
 
-#[test]
-fn containers_of_two_nodes_reach_each_other() {
-    let world = World::empty("overlay");
+/// A world and the outside as two nodes of one cluster; the other node's agent.
+fn two_nodes(name: &str, options: &[&str]) -> (World, Outside, Process) {
+    let world = World::empty(name);
     let other = Outside::new(&world);
     let mut world = world.and_containerd();
     world.start_manager();
-    world.start_agent(&["--advertise-addr", Outside::HERE]);
-    let there = ["--advertise-addr", Outside::THERE];
-    let mut second = Some(world.start_other_agent("node-2", &other.name, &there));
+    world.start_agent(&[&["--advertise-addr", Outside::HERE], options].concat());
+    let second = start_second(&world, &other, options);
     world.wait_ready();
+    both_ready(&world);
+    (world, other, second)
+}
+
+fn start_second(world: &World, other: &Outside, options: &[&str]) -> Process {
+    world.start_other_agent("node-2", &other.name, &[&["--advertise-addr", Outside::THERE], options].concat())
+}
+
+fn both_ready(world: &World) {
     until("both nodes are ready", || {
         let nodes = world.warren(&["node", "ls"]).succeeded();
         (nodes.matches("ready").count() == 2).then_some(())
     });
-    let web = servers(&world, "web", 2, &["--endpoint-mode", "vip"]);
-    let single = servers(&world, "single", 1, &["--publish", "8080:80"]);
+}
+
+/// Containers of two nodes answer each other, under their own addresses and under their service's.
+fn reach_each_other(world: &World, web: &[Inside]) {
     assert_ne!(web[0].node, web[1].node, "one on each");
-    let virtuals = virtual_addresses(&world, "web");
+    let virtuals = virtual_addresses(world, "web");
     for (from, to) in [(&web[0], &web[1]), (&web[1], &web[0])] {
         for address in &to.addresses {
             let answer = until("the other node's container answers", || {
@@ -209,6 +219,15 @@ fn containers_of_two_nodes_reach_each_other() {
             });
         }
     }
+}
+
+#[test]
+fn containers_of_two_nodes_reach_each_other() {
+    let (world, other, second) = two_nodes("overlay", &[]);
+    let mut second = Some(second);
+    let web = servers(&world, "web", 2, &["--endpoint-mode", "vip"]);
+    let single = servers(&world, "single", 1, &["--publish", "8080:80"]);
+    reach_each_other(&world, &web);
     // Either node answers for a container that only one of them has, seen from the node itself and from the other one.
     for address in [Outside::HERE, Outside::THERE] {
         let port = format!("{address}:8080");
@@ -218,11 +237,8 @@ fn containers_of_two_nodes_reach_each_other() {
     // It still does while the other node's agent is away, and after it is back.
     second.take().expect("it runs").kill();
     assert_eq!(fetch_inside(&web[0], &web[1].addresses[0]), hostname(&web[1]));
-    let second = world.start_other_agent("node-2", &other.name, &there);
-    until("the nodes are ready again", || {
-        let nodes = world.warren(&["node", "ls"]).succeeded();
-        (nodes.matches("ready").count() == 2).then_some(())
-    });
+    let second = start_second(&world, &other, &[]);
+    both_ready(&world);
     until("the other node's container answers", || {
         (fetch_inside(&web[1], &web[0].addresses[0]) == hostname(&web[0])).then_some(())
     });
@@ -238,6 +254,66 @@ fn containers_of_two_nodes_reach_each_other() {
     until("its route is gone", || routes().is_empty().then_some(()));
     assert_eq!(run("bridge", &["fdb", "show", "dev", "warren-vxlan"]).succeeded(), "");
     assert_eq!(run("ip", &["neighbour", "show", "dev", "warren-vxlan"]).succeeded(), "");
+}
+
+/// Packets that came over the wire since this was loaded: encrypted ones, VXLAN's, and containers' own as they are.
+const WATCH: &str = "table inet watch {
+  chain wire {
+    type filter hook prerouting priority -400; policy accept;
+    iifname wire udp dport 51820 counter comment \"encrypted\"
+    iifname wire udp dport 4789 counter comment \"vxlan\"
+    iifname wire ip saddr 10.0.0.0/8 counter comment \"plain\"
+    iifname wire ip6 saddr fd00::/8 counter comment \"plain 6\"
+  }
+}";
+
+fn counted(what: &str) -> u64 {
+    let listed = run("nft", &["list", "table", "inet", "watch"]).succeeded();
+    let line = listed.lines().find(|line| line.contains(&format!("comment \"{what}\""))).expect("a counter").to_owned();
+    let packets = line.split("packets ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
+    packets.unwrap_or_else(|| panic!("no count: {line}"))
+}
+
+#[test]
+fn what_goes_between_nodes_may_be_encrypted() {
+    let encrypted = ["--overlay", "wireguard"];
+    let (world, other, second) = two_nodes("encrypted", &encrypted);
+    let rules = world.path("watch.nft");
+    fs::write(&rules, WATCH).expect("writable");
+    let _ = run("nft", &["-f", &rules.to_string_lossy()]).succeeded();
+    let web = servers(&world, "web", 2, &["--endpoint-mode", "vip"]);
+    let single = servers(&world, "single", 1, &["--publish", "8080:80"]);
+    reach_each_other(&world, &web);
+    for address in [Outside::HERE, Outside::THERE] {
+        let port = format!("{address}:8080");
+        until("the port answers", || (fetch_here(&port).stdout == hostname(&single[0])).then_some(()));
+    }
+    assert!(counted("encrypted") > 10);
+    assert_eq!([counted("vxlan"), counted("plain"), counted("plain 6")], [0, 0, 0]);
+    // Nobody but the agent reads the key, and a restart keeps it: the other node knows it still.
+    let key = world.path("agent/network/wireguard.key");
+    let before = fs::read_to_string(&key).expect("a key");
+    assert_eq!(fs::metadata(&key).expect("a file").permissions().mode() & 0o777, 0o600);
+    second.kill();
+    assert_eq!(fetch_inside(&web[0], &web[1].addresses[0]), hostname(&web[1]), "also while the agent is away");
+    let second = start_second(&world, &other, &encrypted);
+    both_ready(&world);
+    reach_each_other(&world, &web);
+    // A link that somebody removes comes again.
+    let link = run("ip", &["-o", "link", "show", "type", "tun"]).succeeded();
+    let link = link.split(": ").nth(1).unwrap_or_else(|| panic!("no link: {link}")).to_owned();
+    let _ = run("ip", &["link", "delete", &link]).succeeded();
+    reach_each_other(&world, &web);
+    assert_eq!(fs::read_to_string(&key).expect("a key"), before);
+    // A node that does not encrypt is not spoken to in plain words instead.
+    let _ = second.terminate();
+    let _third = start_second(&world, &other, &[]);
+    until("it has another way", || {
+        let node = world.warren(&["node", "inspect", "node-2", "--format", "json"]).succeeded();
+        (!node.contains("wireguardPublicKey")).then_some(())
+    });
+    until("there is no way to it", || fetch_inside(&web[0], &web[1].addresses[0]).is_empty().then_some(()));
+    assert_eq!([counted("plain"), counted("plain 6")], [0, 0]);
 }
 
 #[test]

@@ -292,7 +292,13 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let session = session::Options {
         manager: options.manager.clone(),
         node_id,
-        description: node::describe(&options.hostname, options.labels.clone(), probing.report(), network.address()),
+        description: node::describe(
+            &options.hostname,
+            options.labels.clone(),
+            probing.report(),
+            network.address(),
+            network.public_key(),
+        ),
         telemetry_interval: options.telemetry_interval,
         sources,
         epoch: probing.epoch(),

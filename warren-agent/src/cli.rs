@@ -117,6 +117,9 @@ pub struct NodeArguments {
     /// Where other nodes reach this one; the address that its default route leaves from unless given.
     #[arg(long, env = "WARREN_ADVERTISE_ADDR")]
     pub advertise_addr: Option<IpAddr>,
+    /// How packets travel to other nodes' containers. Nodes reach each other only if they do it the same way.
+    #[arg(long, env = "WARREN_OVERLAY", value_enum, default_value_t)]
+    pub overlay: network::OverlayKind,
     /// The domain of services' names.
     #[arg(long, env = "WARREN_DNS_DOMAIN", default_value = "warren")]
     pub dns_domain: String,
@@ -201,6 +204,7 @@ impl AgentArguments {
                 run_dir: node.run_dir.clone(),
                 data_dir: self.data_dir.join("network"),
                 address: node.advertise_addr,
+                overlay: node.overlay,
                 domain: node.dns_domain.clone(),
             },
             dns: dns::Options {
@@ -248,11 +252,17 @@ struct ObserveArguments {
     telemetry: TelemetryArguments,
 }
 
-/// Takes what a container writes, if the runtime has started this program for that.
+/// Does what this program was started for beside an agent, if it was: takes what a container writes, or encrypts what goes to
+/// other nodes.
 #[must_use]
-pub fn beside_a_container() -> Option<ExitCode> {
+pub fn beside_an_agent() -> Option<ExitCode> {
     let mut arguments = std::env::args().skip(1);
-    (arguments.next()? == logs::COMMAND).then(|| logs::write(&arguments.next().unwrap_or_default()))
+    let run: fn(&str) -> ExitCode = match arguments.next()?.as_str() {
+        logs::COMMAND => logs::write,
+        network::wireguard::COMMAND => network::wireguard::device,
+        _ => return None,
+    };
+    Some(run(&arguments.next().unwrap_or_default()))
 }
 
 /// Runs a command; what goes wrong is one line on stderr. Exit codes are those of [`agent::Error::exit_code`].

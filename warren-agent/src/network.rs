@@ -13,6 +13,7 @@ mod overlay;
 mod pool;
 mod ruleset;
 mod tables;
+pub(crate) mod wireguard;
 
 pub(crate) use namespace::tcp_socket;
 pub use tables::{Place, Tables};
@@ -26,6 +27,7 @@ use std::{
     time::Duration,
 };
 
+use defguard_wireguard_rs::key::Key;
 use ipnet::IpNet;
 use rtnetlink::packet_route::address::AddressScope;
 use tokio::sync::watch;
@@ -34,8 +36,9 @@ use warren_proto::v1;
 
 pub(crate) use files::{Files, Mounted};
 use netlink::{Netlink, Veth};
-use overlay::{Peer, VXLAN_LINK, VXLAN_OVERHEAD, Vxlan};
+use overlay::{Overlay, Peer, VXLAN_OVERHEAD, Vxlan};
 use pool::Pool;
+use wireguard::WireGuard;
 
 /// Where every node's resolver answers, and containers' way out: the same on all nodes, so that every container's
 /// configuration is the same.
@@ -54,6 +57,8 @@ const INTERFACE: &str = "eth0";
 const DEFAULT_MTU: u32 = 1500;
 /// Changes of the tables that come within this time are one change of the rules.
 const QUIET: Duration = Duration::from_millis(50);
+/// Between looks whether the link to other nodes is still there.
+const REPAIR: Duration = Duration::from_secs(5);
 /// Before trying again what could not be done.
 const RETRY: Duration = Duration::from_secs(2);
 
@@ -91,6 +96,9 @@ pub enum Error {
     /// As many containers as there are addresses.
     #[error("this node has no container address left")]
     Exhausted,
+    /// The encrypted overlay.
+    #[error("WireGuard: {0}")]
+    WireGuard(String),
 }
 
 /// How a node's containers are connected.
@@ -102,8 +110,29 @@ pub struct Options {
     pub data_dir: PathBuf,
     /// Where other nodes reach this one; `None` is found out.
     pub address: Option<IpAddr>,
+    /// How packets travel to other nodes' containers.
+    pub overlay: OverlayKind,
     /// The domain of services' names.
     pub domain: String,
+}
+
+/// How packets travel between nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum OverlayKind {
+    /// As they are, in VXLAN's packets.
+    #[default]
+    Vxlan,
+    /// Encrypted, by WireGuard: the kernel's, or, where it has none, the agent's own.
+    Wireguard,
+}
+
+impl OverlayKind {
+    fn overhead(self) -> u32 {
+        match self {
+            Self::Vxlan => VXLAN_OVERHEAD,
+            Self::Wireguard => wireguard::OVERHEAD,
+        }
+    }
 }
 
 /// A container's place in the network.
@@ -120,7 +149,7 @@ struct Changing {
     pool: Option<Pool>,
     /// Addresses of containers that are there, whichever subnet they are of.
     owners: HashMap<String, Vec<IpAddr>>,
-    overlay: Option<Vxlan>,
+    overlay: Option<Overlay>,
     mtu: u32,
     /// What is wrong with it as a whole.
     problem: Option<String>,
@@ -132,6 +161,8 @@ struct Inner {
     netlink: Netlink,
     /// Where other nodes reach this one, if they do.
     address: Option<IpAddr>,
+    /// Of WireGuard, where it is used.
+    key: Option<Key>,
     changing: Mutex<Changing>,
     tables: watch::Sender<Tables>,
     files: Files,
@@ -172,11 +203,18 @@ impl Network {
             fs::create_dir_all(directory).map_err(io(action))?;
         }
         let address = options.address.or_else(own_address);
+        let key = match options.overlay {
+            OverlayKind::Vxlan => None,
+            OverlayKind::Wireguard => {
+                Some(wireguard::key(&options.data_dir).map_err(io("reading WireGuard's key".to_owned()))?)
+            }
+        };
         let tables = Tables::load(&options.data_dir.join("tables.json"));
         let place = tables.place.clone();
         let network = Self(Arc::new(Inner {
             netlink: Netlink::here()?,
             address,
+            key,
             changing: Mutex::default(),
             tables: watch::channel(tables).0,
             files: Files::new(options.data_dir.join("files"), &options.domain),
@@ -200,6 +238,12 @@ impl Network {
     #[must_use]
     pub fn address(&self) -> Option<IpAddr> {
         self.0.address
+    }
+
+    /// What other nodes encrypt with, if they are to.
+    #[must_use]
+    pub fn public_key(&self) -> Option<String> {
+        self.0.key.as_ref().map(|key| key.public_key().to_string())
     }
 
     /// Follows the tables of services and nodes.
@@ -261,6 +305,10 @@ impl Network {
             let current = tables.borrow_and_update().clone();
             let mut pause = None;
             if let Some(place) = current.place.clone() {
+                if !self.has_overlay().await {
+                    tracing::warn!("the link to other nodes is gone: it is made anew");
+                    prepared = None;
+                }
                 let outcome = async {
                     if prepared.as_ref() != Some(&place) {
                         self.prepare_node(&place).await?;
@@ -277,16 +325,27 @@ impl Network {
                 current.store(&self.0.options.data_dir.join("tables.json"));
             }
             let changed = async {
-                match pause {
-                    // Whatever comes first.
-                    Some(pause) => drop(tokio::time::timeout(pause, tables.changed()).await),
-                    None => drop(tables.changed().await),
+                // Whatever comes first.
+                while tokio::time::timeout(pause.unwrap_or(REPAIR), tables.changed()).await.is_err() {
+                    if pause.is_some() || !self.has_overlay().await {
+                        break;
+                    }
                 }
                 tokio::time::sleep(QUIET).await;
             };
             if shutdown.run_until_cancelled(changed).await.is_none() {
                 return;
             }
+        }
+    }
+
+    /// Whether the link to other nodes is there, where there was one.
+    async fn has_overlay(&self) -> bool {
+        let link = self.changing().overlay.as_ref().map(|overlay| (overlay.link().to_owned(), overlay.index()));
+        match link {
+            // Who cannot say does not make it anew.
+            Some((name, index)) => self.0.netlink.index(&name).await.map_or(true, |found| found == Some(index)),
+            None => true,
         }
     }
 
@@ -308,18 +367,26 @@ impl Network {
             let source = own.iter().copied().find(|own| own.is_ipv4() == network.addr().is_ipv4());
             netlink.add_route(*network, loopback, None, source).await?;
         }
+        let overhead = self.0.options.overlay.overhead();
         let mtu = match self.0.address {
             Some(address) => {
                 let link = netlink.link_with(address).await?;
                 let links = netlink.links().await?;
                 let mtu = links.iter().find(|(index, ..)| Some(*index) == link).map(|(_, _, mtu)| *mtu);
-                mtu.unwrap_or(DEFAULT_MTU).min(u32::from(u16::MAX)) - VXLAN_OVERHEAD
+                mtu.unwrap_or(DEFAULT_MTU).min(u32::from(u16::MAX)) - overhead
             }
-            None => DEFAULT_MTU - VXLAN_OVERHEAD,
+            None => DEFAULT_MTU - overhead,
         };
-        let overlay = match self.0.address {
-            Some(address) => Some(Vxlan::create(netlink, address, mtu, own).await?),
-            None => None,
+        let overlay = match (self.0.address, &self.0.key) {
+            (Some(_), Some(key)) => {
+                Some(Overlay::WireGuard(WireGuard::create(netlink, &place.node_id, key, mtu, own).await?))
+            }
+            (Some(address), None) => {
+                // Of an agent that was told otherwise.
+                WireGuard::remove(netlink, &place.node_id).await?;
+                Some(Overlay::Vxlan(Vxlan::create(netlink, address, mtu, own).await?))
+            }
+            (None, _) => None,
         };
         let mut changing = self.changing();
         (changing.mtu, changing.overlay) = (mtu, overlay);
@@ -333,10 +400,13 @@ impl Network {
         };
         if let Some(mut overlay) = overlay {
             let others = tables.nodes.values().filter(|node| node.id != place.node_id);
+            // Others do it the other way: to send them what is to be encrypted as it is would be worse than nothing.
+            let others = others.filter(|node| node.wireguard_public_key.is_empty() == self.0.key.is_none());
             // A machine that was installed anew may be there twice: what leads to its address leads to both.
-            let mut peers = BTreeMap::<IpAddr, Peer>::new();
+            let mut peers = BTreeMap::<(IpAddr, Option<String>), Peer>::new();
             for found in others.filter_map(peer).filter(|peer| Some(peer.address) != self.0.address) {
-                let peer = peers.entry(found.address).or_insert(Peer { subnets: Vec::new(), ..found });
+                let end = (found.address, found.public_key.clone());
+                let peer = peers.entry(end).or_insert(Peer { subnets: Vec::new(), ..found });
                 peer.subnets.extend(found.subnets);
             }
             let peers: Vec<_> = peers.into_values().collect();
@@ -344,8 +414,8 @@ impl Network {
             self.changing().overlay = Some(overlay);
             outcome?;
         }
-        let link = self.0.address.map(|_| VXLAN_LINK);
-        host::load_rules(&ruleset::render(place, &own, tables, link)).await
+        let link = self.changing().overlay.as_ref().map(|overlay| overlay.link().to_owned());
+        host::load_rules(&ruleset::render(place, &own, tables, link.as_deref())).await
     }
 
     fn namespace(&self, container: &str) -> PathBuf {
@@ -360,7 +430,8 @@ impl Network {
     pub async fn attach(&self, container: &str) -> Result<Attachment, Error> {
         let (addresses, mtu) = {
             let mut changing = self.changing();
-            let mtu = if changing.mtu == 0 { DEFAULT_MTU - VXLAN_OVERHEAD } else { changing.mtu };
+            let usual = DEFAULT_MTU - self.0.options.overlay.overhead();
+            let mtu = if changing.mtu == 0 { usual } else { changing.mtu };
             let pool = changing.pool.as_mut().ok_or(Error::NoSubnet)?;
             let addresses = pool.take(container).ok_or(Error::Exhausted)?;
             changing.owners.insert(container.to_owned(), addresses.clone());
@@ -454,5 +525,6 @@ impl Network {
 
 fn peer(node: &v1::NodeEntry) -> Option<Peer> {
     let subnets = node.subnets.iter().filter_map(|subnet| subnet.parse().ok()).collect();
-    Some(Peer { address: node.address.parse().ok()?, subnets })
+    let public_key = Some(node.wireguard_public_key.clone()).filter(|key| !key.is_empty());
+    Some(Peer { address: node.address.parse().ok()?, subnets, public_key })
 }

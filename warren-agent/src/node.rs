@@ -11,13 +11,14 @@ pub fn hostname() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
-/// Describes this machine, which others reach at `address`; memory is what the kernel manages, cores are those this process may use.
+/// Describes this machine, which others reach at `address`, encrypted if there is a key; memory is what the kernel manages, cores are those this process may use.
 #[must_use]
 pub fn describe(
     hostname: &str,
     labels: BTreeMap<String, String>,
     probes: v1::ProbeReport,
     address: Option<IpAddr>,
+    wireguard_public_key: Option<String>,
 ) -> v1::NodeDescription {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let uname = rustix::system::uname();
@@ -30,6 +31,7 @@ pub fn describe(
         kernel: uname.release().to_string_lossy().into_owned(),
         probes: Some(probes),
         address: address.map(|address| address.to_string()).unwrap_or_default(),
+        wireguard_public_key: wireguard_public_key.unwrap_or_default(),
     }
 }
 

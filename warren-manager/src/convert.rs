@@ -253,6 +253,7 @@ pub(crate) fn description(wire: v1::NodeDescription) -> Description {
         kernel: wire.kernel,
         probes: Probes { lifecycle: probes.lifecycle, dns: probes.dns, message: probes.message },
         address: wire.address.parse().ok(),
+        wireguard_public_key: wire.wireguard_public_key,
     }
 }
 
@@ -288,6 +289,7 @@ pub(crate) fn node(node: &Node, state: &State, health: Health) -> v1::Node {
                 message: description.probes.message.clone(),
             }),
             address: description.address.map(|address| address.to_string()).unwrap_or_default(),
+            wireguard_public_key: description.wireguard_public_key.clone(),
         }),
         status: status.into(),
         status_message: status_message.to_owned(),

@@ -93,8 +93,6 @@ impl Vault {
     ///
     /// When the key's file cannot be read or written, or holds no key.
     pub fn open(directory: &Path) -> Result<Self, Error> {
-        use std::os::unix::fs::OpenOptionsExt as _;
-
         let path = directory.join(FILE);
         let failed = |source| Error::KeyFile { path: path.display().to_string(), source };
         match fs::read(&path) {
@@ -104,10 +102,6 @@ impl Vault {
             Err(error) => return Err(failed(error)),
         }
         let bytes = random::<KEY_LEN>()?;
-        // Nobody else may read it, not even before it is written.
-        let made =
-            fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(path.with_extension("new"));
-        made.map_err(failed)?;
         warren_durable::replace(&path, &bytes).map_err(failed)?;
         Ok(Self(Arc::new(key(&bytes)?)))
     }

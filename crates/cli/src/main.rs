@@ -89,7 +89,7 @@ const FILE: &str = "warren.toml";
 
 fn main() -> ExitCode {
     // `warren up` is an agent too: the runtime starts this very program beside its containers.
-    if let Some(code) = warren_agent::cli::beside_a_container() {
+    if let Some(code) = warren_agent::cli::beside_an_agent() {
         return code;
     }
     let arguments = warren_config::parse(FILE);

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 use ipnet::IpNet;
 use rtnetlink::LinkVxlan;
 
-use super::{Error, netlink::Netlink};
+use super::{Error, netlink::Netlink, wireguard::WireGuard};
 
 /// Another node, as the overlay needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +14,41 @@ pub(super) struct Peer {
     pub(super) address: IpAddr,
     /// Its containers' addresses.
     pub(super) subnets: Vec<IpNet>,
+    /// Of WireGuard, if that is how it is reached.
+    pub(super) public_key: Option<String>,
+}
+
+/// Either way to other nodes.
+#[derive(Debug)]
+pub(super) enum Overlay {
+    Vxlan(Vxlan),
+    WireGuard(WireGuard),
+}
+
+impl Overlay {
+    /// Its link's name.
+    pub(super) fn link(&self) -> &str {
+        match self {
+            Self::Vxlan(_) => VXLAN_LINK,
+            Self::WireGuard(wireguard) => &wireguard.name,
+        }
+    }
+
+    /// Its link's number.
+    pub(super) fn index(&self) -> u32 {
+        match self {
+            Self::Vxlan(vxlan) => vxlan.link,
+            Self::WireGuard(wireguard) => wireguard.link,
+        }
+    }
+
+    /// Makes the peers these and no others.
+    pub(super) async fn set_peers(&mut self, netlink: &Netlink, peers: &[Peer]) -> Result<(), Error> {
+        match self {
+            Self::Vxlan(vxlan) => vxlan.set_peers(netlink, peers).await,
+            Self::WireGuard(wireguard) => wireguard.set_peers(netlink, peers).await,
+        }
+    }
 }
 
 /// IANA's port for VXLAN.

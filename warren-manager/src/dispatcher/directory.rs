@@ -184,6 +184,7 @@ fn node_entry(state: &State, node: &Node) -> v1::NodeEntry {
         hostname: node.description.hostname.clone(),
         address: node.description.address.map(|address| address.to_string()).unwrap_or_default(),
         subnets: text(state.subnets_of(node)),
+        wireguard_public_key: node.description.wireguard_public_key.clone(),
     }
 }
 

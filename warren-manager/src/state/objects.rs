@@ -208,6 +208,9 @@ pub struct Description {
     pub probes: Probes,
     /// Where other nodes reach it.
     pub address: Option<IpAddr>,
+    /// Of WireGuard; empty when it does not encrypt.
+    #[serde(default)]
+    pub wireguard_public_key: String,
 }
 
 /// Whether a node's kernel probes work.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use tokio_util::sync::CancellationToken;
-use warren_agent::network::{Network, Options, Place};
+use warren_agent::network::{Network, Options, OverlayKind, Place};
 use warren_tests::{World, run};
 
 use crate::{median, ms};
@@ -49,6 +49,7 @@ pub(crate) fn measure() {
         run_dir: world.path("netns"),
         data_dir: world.path("network"),
         address: None,
+        overlay: OverlayKind::Vxlan,
         domain: "warren".to_owned(),
     };
     let network = runtime.block_on(Network::start(options, &HashMap::new())).expect("a network");
