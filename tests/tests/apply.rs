@@ -64,6 +64,7 @@ spec: {{driver: local, driverOpts: {{}}}}
         image = image_name()
     );
     let first = apply(&world, &text).succeeded();
+    assert_eq!(apply(&world, &text).succeeded(), first.replace("created", "unchanged"));
     assert_eq!(first, "secret db-password created\nvolume pg-data created\nservice web created\n");
     let spec = service(&world, "web")["spec"].clone();
     for (path, expected) in [

@@ -89,6 +89,7 @@ fn what_cannot_be_run_is_said_in_one_sentence() {
     assert!(refused.contains("ermission denied") || refused.contains("is a directory"), "{refused}");
     let refused = failed(3, &["nobody", "true"]);
     assert!(refused.contains("there is no container \"nobody\""), "{refused}");
+    assert!(failed(126, &["-w", "/none", "web-1", "true"]).contains("/none"));
     assert!(failed(2, &["-w", "etc", "web-1", "true"]).contains("start.working_dir: \"etc\" is not an absolute path"));
     assert!(failed(2, &["-u", "a b", "web-1", "true"]).contains("start.user: "));
     assert!(failed(126, &["-u", "nobody-here", "web-1", "true"]).contains("no user \"nobody-here\""));

@@ -3,7 +3,7 @@
 use std::{net::TcpListener, sync::Arc, time::Duration};
 
 use serde_json::Value;
-use warren_tests::{Inside, WELL_BEHAVED, World, run, until};
+use warren_tests::{Inside, WELL_BEHAVED, World, image_name, run, until};
 
 /// A web server whose `/ok` is there while the file is.
 const SERVER: &str = "mkdir /tmp/www; httpd -p 80 -h /tmp/www; sleep 0.7; touch /tmp/www/ok; trap 'exit 0' TERM; while :; do sleep 0.05; done";
@@ -46,6 +46,12 @@ fn a_container_that_does_not_answer_is_not_named_and_is_replaced() {
     );
     let first = Inside::only(&world, "web");
     assert_eq!(health(&world.containers("web")[0]), "HEALTH_HEALTHY", "--wait waits for it");
+    assert!(world.warren(&["service", "ps", "web"]).succeeded().contains("  running (healthy)  "));
+    let never =
+        ["service", "create", "never", "--image", image_name(), "--health", "tcp://:81", "--wait", "--timeout", "2"];
+    let never = world.warren(&[&never[..], &["--", "sleep", "1000"]].concat());
+    assert!(never.stderr.contains("after 2 s: connecting to port 81: Connection refused"), "{}", never.stderr);
+    let _ = world.warren(&["service", "rm", "never", "--wait"]).succeeded();
     until("it has a name", || (names("web") == first.addresses[..1]).then_some(()));
     let published =
         || run("busybox", &["timeout", "2", "busybox", "wget", "-q", "-O", "-", "http://127.0.0.1:8080/ok"]).code;

@@ -1,6 +1,6 @@
 //! Containers' addresses, the ways between them, and what is left of it all.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command, time::Duration};
 
 use warren_tests::{Inside, Output, Process, World, find, run, until};
 
@@ -345,6 +345,9 @@ fn ports_are_published_on_the_node() {
     let web = servers(&world, "web", 2, &["--publish", "8080:80"]);
     let host = servers(&world, "host", 1, &["--publish", "published=8081,target=80,mode=host"]);
     servers(&world, "quiet", 1, &["--publish", "name=http,target=80"]);
+    let refused =
+        std::net::TcpStream::connect_timeout(&"[::1]:8080".parse().expect("an address"), Duration::from_secs(5));
+    assert_eq!(refused.map_err(|error| error.kind()).err(), Some(std::io::ErrorKind::ConnectionRefused), "at once");
     for address in ["127.0.0.1:8080", "192.0.2.1:8080"] {
         let answer = until("the port answers", || {
             let answer = fetch_here(address);

@@ -148,6 +148,7 @@ fn another_value_reaches_containers_as_their_services_want() {
     world.start_manager();
     world.start_agent(&[]);
     world.wait_ready();
+    assert_eq!(secret(&world, "secret", "update", "key", "one").succeeded(), "key 1\n", "no news");
     assert_eq!(secret(&world, "secret", "update", "key", "two").succeeded(), "key 2\n");
     until("the container is told", || (read(&before[1], "/tmp/news") == "1\n").then_some(()));
     assert_eq!(read(&before[1], "/run/secrets/key"), "two");
@@ -168,8 +169,8 @@ fn another_value_reaches_containers_as_their_services_want() {
     let larger = secret(&world, "secret", "create", "larger", &format!("{largest}x")).failed(2);
     assert!(larger.contains("data: is 512001 bytes long, not 1 to 512000"), "{larger}");
     // What the service names must be there when it is created.
-    let missing = world.warren(&["service", "create", "x", "--image", image_name(), "--secret", "nobody"]).failed(3);
-    assert!(missing.contains("there is no secret \"nobody\""), "{missing}");
+    let missing = world.warren(&["service", "create", "x", "--image", image_name(), "--secret", "nobody"]).failed(2);
+    assert!(missing.contains("spec.container.secrets: there is no secret \"nobody\""), "{missing}");
     let escape = world.warren(&["service", "create", "x", "--image", "x", "--secret", "../../etc/shadow"]).failed(2);
     assert!(escape.contains("spec.container.secrets[0].source"), "{escape}");
 }

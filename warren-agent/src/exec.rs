@@ -91,7 +91,8 @@ impl Execs {
                     let message = crate::probes::describe(&error);
                     // What the runtimes say of a program that is not there.
                     let not_found = ["not found", "no such file or directory"];
-                    let not_found = not_found.iter().any(|text| message.contains(text));
+                    let is_directory = message.contains("chdir to cwd");
+                    let not_found = !is_directory && not_found.iter().any(|text| message.contains(text));
                     let _ = caller.send(Response::Failed(v1::ExecFailed { message, not_found })).await;
                 }
                 let _ = fs::remove_dir_all(&directory);

@@ -55,8 +55,8 @@ pub struct Context {
     pub vault: Vault,
 }
 
-/// A secret, and what is around it.
-const MAX_SECRET_REQUEST: usize = 1 << 20;
+/// A secret that is far too large is refused in words, too.
+const MAX_SECRET_REQUEST: usize = 16 << 20;
 
 /// Why a call was refused.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +119,7 @@ impl From<Error> for Status {
             Error::Store(store::Error::Rejected(Rejection::InUse { .. })) => Self::failed_precondition(message),
             Error::Store(store::Error::Rejected(Rejection::Conflict(_))) => Self::aborted(message),
             Error::Store(store::Error::Rejected(Rejection::NotFound(_))) => Self::not_found(message),
+            Error::Store(store::Error::Rejected(Rejection::Unknown { .. })) => Self::invalid_argument(message),
             Error::Store(store::Error::Rejected(Rejection::PortTaken { .. })) => {
                 Self::already_exists(format!("spec.ports: {message}"))
             }

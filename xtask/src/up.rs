@@ -257,10 +257,11 @@ impl Up {
              try            {warren} service ps {SERVICE}\n                 \
              {warren} service scale {SERVICE} 5\n                 \
              {warren} node ls\n                 \
-             {warren} image import FILE.tar --containerd-socket {containerd}\n\n\
+             {warren} image import FILE.tar --containerd-socket {containerd} --containerd-namespace {name}\n\n\
              Timed in the kernel, until Ctrl-C:\n",
             self.directory.display(),
             containerd = self.containerd_socket().display(),
+            name = self.arguments.name,
         );
         let mut shown = Vec::new();
         loop {

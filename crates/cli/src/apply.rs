@@ -59,6 +59,21 @@ enum Object {
     Volume(v1::CreateVolumeRequest),
 }
 
+impl Object {
+    /// What people call it.
+    fn name(&self) -> String {
+        match self {
+            Self::Service(spec) => format!("service {}", spec.name),
+            Self::Secret(request) => format!("{} {}", kind_word(request.kind), request.name),
+            Self::Volume(request) => format!("volume {}", request.name),
+        }
+    }
+}
+
+fn kind_word(kind: i32) -> &'static str {
+    if kind == i32::from(SecretKind::Config) { "config" } else { "secret" }
+}
+
 /// The files, in order; of a directory those that look like manifests.
 fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
     let mut files = Vec::new();
@@ -155,11 +170,16 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
     objects.sort_by_key(order);
     let mut services = Vec::new();
     for object in objects {
-        match object {
-            Object::Secret(request) => apply_secret(client, request).await?,
-            Object::Volume(request) => apply_volume(client, request).await?,
-            Object::Service(spec) => services.push(apply_service(client, *spec).await?),
-        }
+        let which = object.name();
+        let applied = match object {
+            Object::Secret(request) => apply_secret(client, request).await,
+            Object::Volume(request) => apply_volume(client, request).await,
+            Object::Service(spec) => apply_service(client, *spec).await.map(|service| services.push(service)),
+        };
+        applied.map_err(|error| match error {
+            Error::Refused(status) => Error::Object { which, status },
+            other => other,
+        })?;
     }
     for service in services {
         wait::running(client, service, arguments.wait).await?;
@@ -178,13 +198,16 @@ fn is_there(outcome: Result<(), tonic::Status>) -> Result<bool, Error> {
 async fn apply_secret(client: &ClientArguments, request: v1::CreateSecretRequest) -> Result<(), Error> {
     let mut api = client.secrets().await?;
     let (kind, name) = (request.kind, request.name.clone());
-    let word = if kind == i32::from(SecretKind::Config) { "config" } else { "secret" };
+    let word = kind_word(kind);
     let known = api.get_secret_by_name(v1::GetSecretByNameRequest { kind, secret: name.clone() }).await;
-    if is_there(known.map(drop))? {
+    let known = known.map(|known| known.into_inner().secret);
+    if is_there(known.as_ref().map(drop).map_err(Clone::clone))? {
+        let known = known.ok().flatten();
         let update =
             v1::UpdateSecretRequest { kind, secret: name.clone(), data: request.data, request_id: request_id() };
-        api.update_secret(update).await?;
-        say!("{word} {name} updated");
+        let before = known.map(|known| known.sequence).unwrap_or_default();
+        let after = api.update_secret(update).await?.into_inner().secret.unwrap_or_default().sequence;
+        say!("{word} {name} {}", if after == before { "unchanged" } else { "updated" });
     } else {
         api.create_secret(request).await?;
         say!("{word} {name} created");

@@ -39,12 +39,25 @@ pub(crate) async fn all_pages<T>(
     }
 }
 
+/// Whether the reason is that the file belongs to somebody else.
+fn is_refused_to_user(error: &(dyn std::error::Error + 'static)) -> bool {
+    let io = error.downcast_ref::<std::io::Error>();
+    io.is_some_and(|io| io.kind() == std::io::ErrorKind::PermissionDenied)
+        || error.source().is_some_and(is_refused_to_user)
+}
+
 impl ClientArguments {
     async fn channel(&self) -> Result<Channel, Error> {
         let endpoint = Endpoint::from_shared(self.manager.clone());
         let endpoint = endpoint.map_err(|_| Error::BadAddress(self.manager.clone()))?;
+        if !["unix:", "http://", "https://"].iter().any(|scheme| self.manager.starts_with(scheme)) {
+            return Err(Error::BadAddress(self.manager.clone()));
+        }
         let connected = endpoint.connect_timeout(CONNECT_TIMEOUT).connect().await;
-        connected.map_err(|_| Error::NoManager { address: self.manager.clone() })
+        connected.map_err(|error| {
+            let address = self.manager.clone();
+            if is_refused_to_user(&error) { Error::NotPermitted { address } } else { Error::NoManager { address } }
+        })
     }
 
     pub(crate) async fn services(&self) -> Result<ServicesClient<Channel>, Error> {

@@ -107,6 +107,16 @@ pub(crate) fn state_name(state: v1::ContainerState) -> String {
     state.as_str_name().trim_start_matches("CONTAINER_STATE_").to_ascii_lowercase()
 }
 
+/// How a container is; nothing where nobody asks.
+fn health_name(health: v1::Health) -> &'static str {
+    match health {
+        v1::Health::Unspecified => "",
+        v1::Health::Starting => "starting",
+        v1::Health::Healthy => "healthy",
+        v1::Health::Unhealthy => "unhealthy",
+    }
+}
+
 /// A container's name: its service and slot.
 pub(crate) fn name(container: &v1::Container) -> String {
     name_of(&container.service_name, container.slot)
@@ -130,8 +140,14 @@ pub(crate) async fn show(client: &ClientArguments, containers: &[v1::Container],
         let status = status(container);
         let kernel = status.kernel.unwrap_or_default();
         let mut state = state_name(status.state());
+        let (mut message, health) = (status.message.clone(), health_name(status.health()));
         if container.desired_state() == v1::ContainerState::Removed && !has_ended(container) {
             state.push_str(" (stopping)");
+        } else if status.state() == v1::ContainerState::Running && !health.is_empty() {
+            state.push_str(&format!(" ({health})"));
+        }
+        if message.is_empty() && status.health() == v1::Health::Unhealthy {
+            message.clone_from(&status.health_message);
         }
         [
             output::short(&container.id),
@@ -142,7 +158,7 @@ pub(crate) async fn show(client: &ClientArguments, containers: &[v1::Container],
             output::ms(kernel.create_nanos),
             output::ms(kernel.start_nanos),
             output::ms(kernel.stop_nanos),
-            status.message,
+            message,
         ]
     };
     let header = ["ID", "NAME", "NODE", "STATE", "SINCE", "CREATE", "START", "STOP", "MESSAGE"];
@@ -170,7 +186,9 @@ fn inspect(container: &v1::Container) {
         ("image", spec.image),
         ("state", state_name(status.state.try_into().unwrap_or_default())),
         ("wanted", state_name(container.desired_state())),
-        ("message", status.message),
+        ("message", status.message.clone()),
+        ("addresses", status.addresses.join(", ")),
+        ("health", [health_name(status.health()), status.health_message.as_str()].join(" ").trim().to_owned()),
         ("created", output::ago(container.created_at.as_ref())),
         ("exit code", status.exit_code.map_or_else(|| "-".to_owned(), |code| code.to_string())),
         ("pid", status.pid.to_string()),

@@ -25,10 +25,16 @@ use warren_proto::v1;
 pub(crate) enum Error {
     #[error("no manager answers on {address}; is `warren up` or `warren-manager` running?")]
     NoManager { address: String },
+    #[error(
+        "the manager's socket {address} is not for this user; run as root, or give --manager http://127.0.0.1:7443"
+    )]
+    NotPermitted { address: String },
     #[error("{0:?} is not an address of a manager: use unix:///path or http://host:port")]
     BadAddress(String),
     #[error("{}", .0.message())]
     Refused(#[from] Box<Status>),
+    #[error("{which}: {}", status.message())]
+    Object { which: String, status: Box<Status> },
     #[error("{0}")]
     Usage(String),
     #[error("service {service} has {running} of {desired} containers running after {} s{why}", after.as_secs())]
@@ -67,8 +73,9 @@ impl Error {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::NoManager { .. } => 4,
+            Self::NotPermitted { .. } => 6,
             Self::BadAddress(_) | Self::Usage(_) => 2,
-            Self::Refused(status) => match status.code() {
+            Self::Refused(status) | Self::Object { status, .. } => match status.code() {
                 Code::InvalidArgument => 2,
                 Code::NotFound => 3,
                 Code::Unavailable => 4,

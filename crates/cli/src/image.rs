@@ -129,7 +129,12 @@ pub(crate) async fn run(command: Command) -> Result<(), Error> {
             let here = daemon.images(&RegistryArguments::default()).await?;
             let mut outcome = Ok(());
             for image in images {
-                let removed = here.remove(&image).await;
+                // By the name that was given; else by the whole name that it stands for.
+                let mut removed = here.remove(&image).await;
+                if let (Err(runtime::Error::NoSuchImage(_)), Ok(name)) = (&removed, parse(&image)) {
+                    let whole = here.remove(&name.to_string()).await;
+                    removed = whole.map_err(|_| runtime::Error::NoSuchImage(image.clone()));
+                }
                 if removed.is_ok() {
                     say!("{image}");
                 }

@@ -162,7 +162,7 @@ pub(crate) fn secret(text: &str) -> Result<v1::SecretMount, String> {
 pub(crate) fn health(text: &str) -> Result<v1::health_check::Check, String> {
     use v1::health_check::Check;
 
-    if let Some(command) = text.strip_prefix("exec:") {
+    if let Some(command) = text.strip_prefix("exec:").filter(|command| !command.trim().is_empty()) {
         let command = ["/bin/sh", "-c", command].map(str::to_owned).into();
         return Ok(Check::Exec(v1::ExecCheck { command }));
     }

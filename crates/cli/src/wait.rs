@@ -109,8 +109,14 @@ pub(crate) async fn running(
             Progress::Underway | Progress::Stuck => {
                 let mut containers: Vec<_> = follower.containers.values().collect();
                 containers.sort_by_key(|c| c.created_at.as_ref().map(|at| (at.seconds, at.nanos)));
-                let mut messages = containers.iter().rev().map(|container| container::status(container).message);
+                let mut messages = containers.iter().rev().map(|container| {
+                    let status = container::status(container);
+                    if status.message.is_empty() { status.health_message } else { status.message }
+                });
                 let why = messages.find(|message| !message.is_empty());
+                let unhealthy =
+                    containers.iter().any(|container| container::status(container).health() == Health::Starting);
+                let why = why.or_else(|| unhealthy.then(|| "not all of them have answered a health check".to_owned()));
                 let service = service::get(client, &id).await?;
                 let status = service.status.unwrap_or_default();
                 return Err(Error::NotReady {

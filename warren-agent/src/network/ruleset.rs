@@ -107,6 +107,7 @@ pub(super) fn render(place: &Place, node: &[IpAddr], tables: &Tables, overlay: O
         out,
         "  chain services {{
     ip daddr {RESOLVER} return
+    ip6 daddr ::1 return comment \"an answer would not find its way back: refused at once instead\"
     ip daddr vmap @virtual4
     ip6 daddr vmap @virtual6
     fib daddr type local meta l4proto . th dport vmap @published

@@ -90,7 +90,10 @@ impl Secrets {
         checked(&request.data)?;
         let state = self.0.store.read().await?;
         let known = lookup::secret(&state, kind_of(request.kind)?, &request.secret)?;
-        if !state.has_done(&request.request_id) {
+        // The same value again is no news for anybody.
+        let same =
+            || Ok::<_, Error>(self.0.vault.open_sealed(&known.id, known.sequence, &known.sealed)? == request.data);
+        if !state.has_done(&request.request_id) && !same()? {
             let sequence = known.sequence + 1;
             let secret = Secret {
                 updated_at: self.0.environment.now(),

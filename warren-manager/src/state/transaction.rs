@@ -134,6 +134,13 @@ pub enum Rejection {
     Conflict(String),
     /// There is no such object.
     NotFound(String),
+    /// A service names something that there is not.
+    Unknown {
+        /// Where it does.
+        field: String,
+        /// What.
+        what: String,
+    },
     /// Services use it.
     InUse {
         /// What.
@@ -159,6 +166,7 @@ impl fmt::Display for Rejection {
             Self::Exists(what) => write!(f, "{what} exists already"),
             Self::Conflict(what) => write!(f, "{what} was changed by someone else; look again and repeat"),
             Self::NotFound(what) => write!(f, "there is no {what}"),
+            Self::Unknown { field, what } => write!(f, "{field}: there is no {what}"),
             Self::InUse { what, users } => write!(f, "{what} is in use by {}", users.join(", ")),
             Self::PortTaken { port, service } => write!(f, "port {port} is published by service {service:?}"),
             Self::Exhausted(what) => write!(f, "the cluster has no {what} left"),
@@ -313,14 +321,25 @@ impl State {
         if self.names.get(name).is_some_and(|owner| *owner != service.id) {
             return Err(Rejection::NameTaken(name.clone()));
         }
+        // What it needed before and has lost since does not keep anything else of it from being changed.
+        let before = known.map(|known| &known.spec.container);
         for (kind, name) in needed_secrets(&service.spec.container) {
-            if self.secret_named(kind, name).is_none() {
-                return Err(Rejection::NotFound(format!("{} {name:?}", kind_name(kind))));
+            let had = before.is_some_and(|before| needed_secrets(before).any(|needed| needed == (kind, name)));
+            if !had && self.secret_named(kind, name).is_none() {
+                let kind = kind_name(kind);
+                return Err(Rejection::Unknown {
+                    field: format!("spec.container.{kind}s"),
+                    what: format!("{kind} {name:?}"),
+                });
             }
         }
         for name in needed_volumes(&service.spec.container) {
-            if self.volume_named(name).is_none() {
-                return Err(Rejection::NotFound(format!("volume {name:?}")));
+            let had = before.is_some_and(|before| needed_volumes(before).any(|needed| needed == name));
+            if !had && self.volume_named(name).is_none() {
+                return Err(Rejection::Unknown {
+                    field: "spec.container.mounts".to_owned(),
+                    what: format!("volume {name:?}"),
+                });
             }
         }
         if let Some((port, service)) = self.published_elsewhere(service) {

@@ -183,6 +183,7 @@ fn rlimit(name: &str, soft: u64, hard: u64) -> Result<PosixRlimit, Error> {
         && hard > own
         && not_own(&BTreeSet::from(["SYS_RESOURCE"])).is_some()
     {
+        let hard = if hard == u64::MAX { "no limit".to_owned() } else { hard.to_string() };
         let why = format!("ulimit {name}: {hard} cannot be given: this node's agent is itself limited to {own}");
         return Err(Error::BadSpec(why));
     }
