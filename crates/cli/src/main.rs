@@ -65,6 +65,8 @@ enum Command {
     #[command(subcommand)]
     Volume(volume::Command),
     /// Shows what nodes and containers use, and what the kernel's probes time, as it changes.
+    ///
+    /// Of starts, stops and DNS queries it shows how many there were, and the median and 99th percentile of how long they took.
     Top(top::Arguments),
     /// Works with nodes.
     #[command(subcommand)]

@@ -58,7 +58,7 @@ pub(crate) fn device(text: &str) -> Result<v1::Device, String> {
     if parts.next().is_some() { Err(format!("{text:?} is not SOURCE[:TARGET[:rwm]]")) } else { Ok(device) }
 }
 
-/// `type=bind,source=/srv,target=/data,readonly`, with Docker's names for the options.
+/// `type=bind,source=/srv,target=/data,readonly`, with Docker's names for the options; a volume unless the type says otherwise.
 pub(crate) fn mount(text: &str) -> Result<v1::Mount, String> {
     let mut mount = v1::Mount::default();
     for option in text.split(',') {
@@ -90,7 +90,14 @@ pub(crate) fn mount(text: &str) -> Result<v1::Mount, String> {
             _ => return Err(format!("{option:?} is no option of a mount")),
         }
     }
-    if mount.target.is_empty() { Err("a mount needs a target".to_owned()) } else { Ok(mount) }
+    if mount.target.is_empty() {
+        return Err("a mount needs a target".to_owned());
+    }
+    // As Docker has it.
+    if mount.r#type() == v1::MountType::Unspecified {
+        mount.r#type = v1::MountType::Volume.into();
+    }
+    Ok(mount)
 }
 
 /// `8080:80`, `8080:80/udp`, or Docker's long form.
@@ -118,6 +125,7 @@ pub(crate) fn port(text: &str) -> Result<v1::Port, String> {
             ("protocol", value) => port.protocol = protocol(value)?,
             ("mode", "host") => port.publish_mode = v1::PublishMode::Host.into(),
             ("mode", "ingress") => port.publish_mode = v1::PublishMode::Ingress.into(),
+            ("mode", _) => return Err(format!("{option:?}: a port's mode is ingress or host")),
             _ => return Err(format!("{option:?} is no option of a port")),
         }
     }
@@ -274,6 +282,17 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(mount("type=bind,src=/a,dst=/b,ro"), Ok(bind));
+        let kept = v1::Mount {
+            r#type: v1::MountType::Volume.into(),
+            source: "keep".to_owned(),
+            target: "/data".to_owned(),
+            ..Default::default()
+        };
+        assert_eq!(mount("source=keep,target=/data"), Ok(kept));
+        assert_eq!(
+            port("published=80,target=80,mode=foo"),
+            Err("\"mode=foo\": a port's mode is ingress or host".to_owned())
+        );
         for wrong in ["", "type=nfs,target=/a", "type=bind", "target", "target=/a,mode=9", "target=/a,colour=red"] {
             assert!(mount(wrong).is_err(), "{wrong:?}");
         }
