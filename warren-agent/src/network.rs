@@ -36,7 +36,7 @@ use warren_proto::v1;
 
 pub(crate) use files::{Files, Mounted};
 use netlink::{Netlink, Veth};
-use overlay::{Overlay, Peer, VXLAN_OVERHEAD, Vxlan};
+use overlay::{Overlay, Peer, VXLAN_OVERHEAD, Vxlan, Way};
 use pool::Pool;
 use wireguard::WireGuard;
 
@@ -379,17 +379,17 @@ impl Network {
         };
         let overlay = match (self.0.address, &self.0.key) {
             (Some(_), Some(key)) => {
-                Some(Overlay::WireGuard(WireGuard::create(netlink, &place.node_id, key, mtu, own).await?))
+                Some(Way::WireGuard(WireGuard::create(netlink, &place.node_id, key, mtu, own).await?))
             }
             (Some(address), None) => {
                 // Of an agent that was told otherwise.
                 WireGuard::remove(netlink, &place.node_id).await?;
-                Some(Overlay::Vxlan(Vxlan::create(netlink, address, mtu, own).await?))
+                Some(Way::Vxlan(Vxlan::create(netlink, address, mtu, own).await?))
             }
             (None, _) => None,
         };
         let mut changing = self.changing();
-        (changing.mtu, changing.overlay) = (mtu, overlay);
+        (changing.mtu, changing.overlay) = (mtu, overlay.map(Overlay::new));
         Ok(())
     }
 
@@ -403,10 +403,9 @@ impl Network {
             // Others do it the other way: to send them what is to be encrypted as it is would be worse than nothing.
             let others = others.filter(|node| node.wireguard_public_key.is_empty() == self.0.key.is_none());
             // A machine that was installed anew may be there twice: what leads to its address leads to both.
-            let mut peers = BTreeMap::<(IpAddr, Option<String>), Peer>::new();
+            let mut peers = BTreeMap::<_, Peer>::new();
             for found in others.filter_map(peer).filter(|peer| Some(peer.address) != self.0.address) {
-                let end = (found.address, found.public_key.clone());
-                let peer = peers.entry(end).or_insert(Peer { subnets: Vec::new(), ..found });
+                let peer = peers.entry(found.end()).or_insert(Peer { subnets: Vec::new(), ..found });
                 peer.subnets.extend(found.subnets);
             }
             let peers: Vec<_> = peers.into_values().collect();

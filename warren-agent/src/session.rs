@@ -5,7 +5,7 @@ mod wishes;
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use tokio::sync::{mpsc, watch};
@@ -22,7 +22,7 @@ use crate::{
     logs::Logs,
     network::{Network, Place},
     runtime::{self, Containerd},
-    tasks::{Board, Supervisor},
+    tasks::{self, Board, Supervisor},
 };
 use wishes::Wishes;
 
@@ -244,9 +244,7 @@ impl Session<'_> {
         // Reading maps takes system calls: not on a thread that serves others.
         let read = move || sources.iter().flat_map(|source| source.collect()).map(|series| series.to_proto()).collect();
         let series = tokio::task::spawn_blocking(read).await.unwrap_or_default();
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let taken_at = pbjson_types::Timestamp { seconds: now.as_secs() as i64, nanos: now.subsec_nanos() as i32 };
-        v1::TelemetrySnapshot { epoch: self.options.epoch.clone(), taken_at: Some(taken_at), series }
+        v1::TelemetrySnapshot { epoch: self.options.epoch.clone(), taken_at: Some(tasks::now()), series }
     }
 }
 

@@ -2,16 +2,12 @@
 
 mod cgroup;
 
-use std::{
-    fs,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{fs, sync::Arc, time::Duration};
 
 use warren_proto::v1;
 use warren_telemetry::Source;
 
-use crate::tasks::Running;
+use crate::tasks::{Running, now};
 use cgroup::Hierarchies;
 
 /// Of what the probes count, what people look at.
@@ -34,11 +30,6 @@ pub(crate) fn read(running: &[Running], sources: &[Arc<dyn Source>]) -> v1::Stre
     v1::StreamStatsResponse { node: Some(v1::NodeStats { series, ..of_node() }), containers }
 }
 
-fn now() -> Option<pbjson_types::Timestamp> {
-    let now = prost_types::Timestamp::from(SystemTime::now());
-    Some(pbjson_types::Timestamp { seconds: now.seconds, nanos: now.nanos })
-}
-
 fn of_node() -> v1::NodeStats {
     let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
     let (cpus, cpu_usage_nanos) = processors(&stat);
@@ -49,7 +40,7 @@ fn of_node() -> v1::NodeStats {
     };
     let memory_total_bytes = kib("MemTotal") * 1024;
     v1::NodeStats {
-        taken_at: now(),
+        taken_at: Some(now()),
         cpus,
         cpu_usage_nanos,
         memory_bytes: memory_total_bytes.saturating_sub(kib("MemAvailable") * 1024),
@@ -82,7 +73,7 @@ fn of_container(container: &Running, hierarchies: &Hierarchies) -> Option<v1::Co
         if own_network { traffic(&fs::read_to_string(format!("{proc}/net/dev")).unwrap_or_default()) } else { (0, 0) };
     Some(v1::ContainerStats {
         container_id: container.id.clone(),
-        taken_at: now(),
+        taken_at: Some(now()),
         network_receive_bytes: received,
         network_transmit_bytes: sent,
         ..hierarchies.usage(&cgroups)

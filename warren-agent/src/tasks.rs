@@ -15,3 +15,4 @@ pub(crate) use supervisor::seed;
 pub use supervisor::{Options, OutOfSequence, Supervisor, handle_kernel_event};
 pub use timings::{RuntimePhase, Timings};
 pub use worker::NodeSettings;
+pub(crate) use worker::now;

@@ -114,9 +114,9 @@ pub(crate) async fn running(
                     if status.message.is_empty() { status.health_message } else { status.message }
                 });
                 let why = messages.find(|message| !message.is_empty());
-                let unhealthy =
+                let starting =
                     containers.iter().any(|container| container::status(container).health() == Health::Starting);
-                let why = why.or_else(|| unhealthy.then(|| "not all of them have answered a health check".to_owned()));
+                let why = why.or_else(|| starting.then(|| "not all of them have answered a health check".to_owned()));
                 let service = service::get(client, &id).await?;
                 let status = service.status.unwrap_or_default();
                 return Err(Error::NotReady {

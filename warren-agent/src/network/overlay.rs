@@ -20,34 +20,69 @@ pub(super) struct Peer {
 
 /// Either way to other nodes.
 #[derive(Debug)]
-pub(super) enum Overlay {
+pub(super) enum Way {
     Vxlan(Vxlan),
     WireGuard(WireGuard),
 }
 
+/// The way to other nodes, and those that it leads to.
+#[derive(Debug)]
+pub(super) struct Overlay {
+    way: Way,
+    /// By what tells them apart.
+    peers: BTreeMap<(IpAddr, Option<String>), Peer>,
+}
+
 impl Overlay {
+    /// A way that leads to nobody yet.
+    pub(super) fn new(way: Way) -> Self {
+        Self { way, peers: BTreeMap::new() }
+    }
+
     /// Its link's name.
     pub(super) fn link(&self) -> &str {
-        match self {
-            Self::Vxlan(_) => VXLAN_LINK,
-            Self::WireGuard(wireguard) => &wireguard.name,
+        match &self.way {
+            Way::Vxlan(_) => VXLAN_LINK,
+            Way::WireGuard(wireguard) => &wireguard.name,
         }
     }
 
     /// Its link's number.
     pub(super) fn index(&self) -> u32 {
-        match self {
-            Self::Vxlan(vxlan) => vxlan.link,
-            Self::WireGuard(wireguard) => wireguard.link,
+        match &self.way {
+            Way::Vxlan(vxlan) => vxlan.link,
+            Way::WireGuard(wireguard) => wireguard.link,
         }
     }
 
     /// Makes the peers these and no others.
     pub(super) async fn set_peers(&mut self, netlink: &Netlink, peers: &[Peer]) -> Result<(), Error> {
-        match self {
-            Self::Vxlan(vxlan) => vxlan.set_peers(netlink, peers).await,
-            Self::WireGuard(wireguard) => wireguard.set_peers(netlink, peers).await,
+        let wanted: BTreeMap<_, _> = peers.iter().map(|peer| (peer.end(), peer.clone())).collect();
+        let gone: Vec<_> = self.peers.values().filter(|peer| wanted.get(&peer.end()) != Some(peer)).cloned().collect();
+        for peer in gone {
+            match &self.way {
+                Way::Vxlan(vxlan) => vxlan.remove_peer(netlink, &peer).await?,
+                Way::WireGuard(wireguard) => wireguard.remove_peer(netlink, &peer).await?,
+            }
+            self.peers.remove(&peer.end());
         }
+        for (end, peer) in wanted {
+            if !self.peers.contains_key(&end) {
+                match &self.way {
+                    Way::Vxlan(vxlan) => vxlan.add(netlink, &peer).await?,
+                    Way::WireGuard(wireguard) => wireguard.add(netlink, &peer).await?,
+                }
+                self.peers.insert(end, peer);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Peer {
+    /// What tells it from others.
+    pub(super) fn end(&self) -> (IpAddr, Option<String>) {
+        (self.address, self.public_key.clone())
     }
 }
 
@@ -65,7 +100,6 @@ pub(super) const VXLAN_OVERHEAD: u32 = 70;
 pub(super) struct Vxlan {
     link: u32,
     own: Vec<IpAddr>,
-    peers: BTreeMap<IpAddr, Peer>,
 }
 
 /// A node's link-layer address in the overlay, made from its address outside: every node knows every other's.
@@ -94,29 +128,15 @@ impl Vxlan {
         let made = netlink.handle().link().add(link).execute().await;
         made.map_err(|source| Error::Netlink { action: "making the overlay's link", source: Box::new(source) })?;
         let link = netlink.index(VXLAN_LINK).await?.ok_or_else(|| Error::NoLink(VXLAN_LINK.to_owned()))?;
-        Ok(Self { link, own, peers: BTreeMap::new() })
+        Ok(Self { link, own })
     }
 
-    /// Makes the peers these and no others.
-    pub(super) async fn set_peers(&mut self, netlink: &Netlink, peers: &[Peer]) -> Result<(), Error> {
-        let wanted: BTreeMap<_, _> = peers.iter().map(|peer| (peer.address, peer.clone())).collect();
-        let gone: Vec<_> =
-            self.peers.values().filter(|peer| wanted.get(&peer.address) != Some(peer)).cloned().collect();
-        for peer in gone {
-            for subnet in &peer.subnets {
-                netlink.remove_route(*subnet, self.link).await?;
-                netlink.remove_neighbour(self.link, subnet.network()).await?;
-            }
-            netlink.remove_forwarding(self.link, mac(peer.address), peer.address).await?;
-            self.peers.remove(&peer.address);
+    async fn remove_peer(&self, netlink: &Netlink, peer: &Peer) -> Result<(), Error> {
+        for subnet in &peer.subnets {
+            netlink.remove_route(*subnet, self.link).await?;
+            netlink.remove_neighbour(self.link, subnet.network()).await?;
         }
-        for (address, peer) in wanted {
-            if !self.peers.contains_key(&address) {
-                self.add(netlink, &peer).await?;
-                self.peers.insert(address, peer);
-            }
-        }
-        Ok(())
+        netlink.remove_forwarding(self.link, mac(peer.address), peer.address).await
     }
 
     /// A peer is one forwarding entry, and for each subnet a neighbour, which is the subnet's own first address, and a

@@ -2,7 +2,6 @@
 //! which goes on when the agent ends.
 
 use std::{
-    collections::BTreeMap,
     fs, io,
     net::{IpAddr, SocketAddr},
     os::unix::{net::UnixStream, process::CommandExt as _},
@@ -137,13 +136,11 @@ pub(super) struct WireGuard {
     pub(super) name: String,
     pub(super) link: u32,
     own: Vec<IpAddr>,
-    /// By their public keys.
-    peers: BTreeMap<String, Peer>,
 }
 
 impl std::fmt::Debug for WireGuard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("WireGuard").field("name", &self.name).field("peers", &self.peers).finish_non_exhaustive()
+        f.debug_struct("WireGuard").field("name", &self.name).finish_non_exhaustive()
     }
 }
 
@@ -213,40 +210,12 @@ impl WireGuard {
         });
         let interface = interface.await?;
         let link = netlink.set_up(&name).await?;
-        Ok(Self { interface, name, link, own, peers: BTreeMap::new() })
+        Ok(Self { interface, name, link, own })
     }
 
-    /// Makes the peers these and no others. One without a key is none.
-    pub(super) async fn set_peers(&mut self, netlink: &Netlink, peers: &[Peer]) -> Result<(), Error> {
-        let wanted: BTreeMap<_, _> =
-            peers.iter().filter_map(|peer| Some((peer.public_key.clone()?, peer.clone()))).collect();
-        let gone: Vec<_> = self
-            .peers
-            .iter()
-            .filter(|(key, peer)| wanted.get(*key) != Some(peer))
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in gone {
-            if let Some(peer) = self.peers.get(&key) {
-                for subnet in &peer.subnets {
-                    netlink.remove_route(*subnet, self.link).await?;
-                }
-                let (interface, public) = (Arc::clone(&self.interface), self::public(&key)?);
-                apart(move || interface.remove_peer(&public)).await?;
-            }
-            self.peers.remove(&key);
-        }
-        for (key, peer) in wanted {
-            if !self.peers.contains_key(&key) {
-                self.add(netlink, &key, &peer).await?;
-                self.peers.insert(key, peer);
-            }
-        }
-        Ok(())
-    }
-
-    /// A peer's packets come from its subnets only, and for each of these there is a route.
-    async fn add(&self, netlink: &Netlink, key: &str, peer: &Peer) -> Result<(), Error> {
+    /// A peer's packets come from its subnets only, and for each of these there is a route. One without a key is none.
+    pub(super) async fn add(&self, netlink: &Netlink, peer: &Peer) -> Result<(), Error> {
+        let Some(key) = &peer.public_key else { return Ok(()) };
         let mut added = WireGuardPeer::new(public(key)?);
         added.endpoint = Some(SocketAddr::new(peer.address, PORT));
         added.allowed_ips =
@@ -258,6 +227,15 @@ impl WireGuard {
             netlink.add_route(*subnet, self.link, None, source).await?;
         }
         Ok(())
+    }
+
+    pub(super) async fn remove_peer(&self, netlink: &Netlink, peer: &Peer) -> Result<(), Error> {
+        let Some(key) = &peer.public_key else { return Ok(()) };
+        for subnet in &peer.subnets {
+            netlink.remove_route(*subnet, self.link).await?;
+        }
+        let (interface, public) = (Arc::clone(&self.interface), public(key)?);
+        apart(move || interface.remove_peer(&public)).await
     }
 }
 

@@ -126,7 +126,8 @@ fn timestamp(time: SystemTime) -> pbjson_types::Timestamp {
     pbjson_types::Timestamp { seconds: since_epoch.as_secs() as i64, nanos: since_epoch.subsec_nanos() as i32 }
 }
 
-fn now() -> pbjson_types::Timestamp {
+/// The time, as it goes over the wire.
+pub(crate) fn now() -> pbjson_types::Timestamp {
     timestamp(SystemTime::now())
 }
 
