@@ -1,9 +1,9 @@
 //! Volumes: what outlives containers, where it is, and who has it.
 
-use std::fs;
+use std::{fs, path::PathBuf, process::Command};
 
 use serde_json::Value;
-use warren_tests::{Inside, WELL_BEHAVED, World, image_name, run, until};
+use warren_tests::{Inside, Process, WELL_BEHAVED, World, find, image_name, run, until};
 
 fn create(world: &World, arguments: &[&str]) {
     let _ = world.warren(&[&["volume", "create"][..], arguments].concat()).succeeded();
@@ -125,7 +125,7 @@ fn volumes_may_be_binds_and_memory() {
     let _ = world.warren(&["volume", "rm", "bound", "memory"]).succeeded();
     assert!(shared.join("file").exists(), "a bound directory is not the volume's to remove");
 
-    // A file server that is not there is said in words. (That one is mounted, no kernel here can show: it has no NFS.)
+    // A file server that is not there is said in words.
     create(&world, &["remote", "--opt", "type=nfs", "--opt", "device=:/export", "--opt", "o=addr=127.0.0.1,vers=4"]);
     let nfs = [
         "service",
@@ -158,6 +158,63 @@ fn volumes_may_be_binds_and_memory() {
     let missing = ["service", "create", "x", "--image", "x", "--mount", "type=volume,source=nobody,target=/x"];
     let missing = world.warren(&missing).failed(2);
     assert!(missing.contains("spec.container.mounts: there is no volume \"nobody\""), "{missing}");
+}
+
+/// The kernel's own file server, in this test's network, with one directory for everybody.
+struct FileServer {
+    _mountd: Process,
+    directory: PathBuf,
+}
+
+impl FileServer {
+    fn start(world: &World) -> Self {
+        let directory = world.path("exported");
+        fs::create_dir(&directory).expect("writable");
+        // What an exported tmpfs is called, which has no device to be called by.
+        let _ = run("mount", &["-t", "nfsd", "nfsd", "/proc/fs/nfsd"]).succeeded();
+        fs::create_dir_all("/var/lib/nfs").expect("writable");
+        for table in ["etab", "rmtab"] {
+            fs::write(format!("/var/lib/nfs/{table}"), "").expect("writable");
+        }
+        let exported = format!("*:{}", directory.display());
+        let options = "rw,fsid=0,no_root_squash,no_subtree_check,insecure";
+        let _ = run("exportfs", &["-o", options, &exported]).succeeded();
+        let mut mountd = Command::new(find("rpc.mountd"));
+        let mountd =
+            Process::start("mountd", mountd.args(["--foreground", "-N", "2", "-N", "3"]), world.directory.path());
+        // Nobody has to be waited for who had files open before.
+        let _ = run("rpc.nfsd", &["-N", "3", "--port", "2049", "--grace-time", "10", "2"]).succeeded();
+        Self { _mountd: mountd, directory }
+    }
+}
+
+impl Drop for FileServer {
+    fn drop(&mut self) {
+        let _ = run("rpc.nfsd", &["0"]);
+        let _ = run("exportfs", &["-ua"]);
+        let _ = run("umount", &["/proc/fs/nfsd"]);
+    }
+}
+
+#[test]
+#[ignore = "a kernel with NFS is needed: `cargo xtask kernels` has some"]
+fn a_file_servers_directory_is_a_volume() {
+    let world = World::with_warren("nfs");
+    let server = FileServer::start(&world);
+    fs::write(server.directory.join("file"), "the server's").expect("writable");
+    let options = "o=addr=localhost,vers=4.2,soft,timeo=50,nosuid";
+    create(&world, &["remote", "--opt", "type=nfs", "--opt", "device=:/", "--opt", options]);
+    let inside = Inside::of(&world, "user", &["--mount", "type=volume,source=remote,target=/remote"]);
+    assert_eq!(inside.shell(&world, "cat /remote/file").1, "the server's");
+    assert_eq!(inside.shell(&world, "echo the container > /remote/answer").0, 0);
+    assert_eq!(fs::read_to_string(server.directory.join("answer")).expect("readable"), "the container\n");
+    let mount = inside.mount("/remote");
+    assert!(mount.contains(" nfs4 ") && mount.contains("nosuid"), "{mount}");
+    let _ = world.warren(&["service", "rm", "user", "--wait"]).succeeded();
+    until("it is unmounted", || {
+        (!fs::read_to_string("/proc/self/mounts").expect("readable").contains(" nfs4 ")).then_some(())
+    });
+    assert!(server.directory.join("answer").exists(), "what the server has is not the volume's to remove");
 }
 
 #[test]

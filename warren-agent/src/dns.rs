@@ -126,6 +126,9 @@ impl Resolver {
                     let observer = Arc::clone(&self.counts) as Arc<dyn Observer>;
                     let zone = Arc::clone(&self.zone);
                     serve(sockets, zone, &upstreams, limits, observer, shutdown.clone()).await;
+                    if shutdown.is_cancelled() {
+                        return;
+                    }
                     "the server ended".to_owned()
                 }
                 Err(error) => error.to_string(),

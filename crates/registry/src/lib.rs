@@ -97,6 +97,15 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Nothing here can be trusted, so no registry can be asked, nor one without TLS: the client of the OCI library must have
+    /// certificates to be made.
+    #[error(
+        "no certificates of authorities are installed (Debian's package is ca-certificates), so {registry} cannot be asked"
+    )]
+    NoAuthorities {
+        /// Who was to be asked.
+        registry: String,
+    },
     /// Credentials that are none.
     #[error("the registry's credentials cannot be read: {0}")]
     Credentials(String),
@@ -106,7 +115,7 @@ impl Error {
     /// Whether asking again later may help.
     #[must_use]
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Unavailable { .. })
+        matches!(self, Self::Unavailable { .. } | Self::NoAuthorities { .. })
     }
 
     fn of(error: OciDistributionError, registry: &str, image: &str) -> Self {
@@ -234,27 +243,31 @@ impl Registries {
         Ok(Self { options, certificates, clients: Clients::default() })
     }
 
-    fn repository(&self, image: &ImageName, address: &str, credentials: &Credentials) -> Repository {
+    fn repository(&self, image: &ImageName, address: &str, credentials: &Credentials) -> Result<Repository, Error> {
         let (host, plain) = match address.split_once("://") {
             Some((scheme, host)) => (host, scheme == "http"),
             None => (address, self.options.plain.contains(address) || is_local(address)),
         };
         let account = Account { host: host.to_owned(), plain, credentials: credentials.clone() };
-        let client = self.client(&account);
+        let client = self.client(&account, image)?;
         let (host_name, repository) = (host.to_owned(), image.repository().to_owned());
         let target = match image.reference() {
             Reference::Tag(tag) => Target::with_tag(host_name, repository, tag.clone()),
             Reference::Digest(digest) => Target::with_digest(host_name, repository, digest.clone()),
         };
-        Repository { client, target, account, image: image.clone() }
+        Ok(Repository { client, target, account, image: image.clone() })
     }
 
-    fn client(&self, account: &Account) -> Client {
+    fn client(&self, account: &Account, image: &ImageName) -> Result<Client, Error> {
         if let Some(client) = self.clients.known().get(account) {
-            return client.clone();
+            return Ok(client.clone());
+        }
+        // The library panics without them, whatever it is told to trust.
+        if rustls_native_certs::load_native_certs().certs.is_empty() {
+            return Err(Error::NoAuthorities { registry: account.host.clone() });
         }
         let certificate = |data: &Vec<u8>| Certificate { encoding: CertificateEncoding::Pem, data: data.clone() };
-        let client = Client::new(ClientConfig {
+        let client = Client::try_from(ClientConfig {
             protocol: if account.plain { ClientProtocol::Http } else { ClientProtocol::Https },
             extra_root_certificates: self.certificates.iter().map(certificate).collect(),
             connect_timeout: Some(CONNECT_TIMEOUT),
@@ -262,8 +275,9 @@ impl Registries {
             user_agent: concat!("warren/", env!("CARGO_PKG_VERSION")),
             ..ClientConfig::default()
         });
+        let client = client.map_err(|error| Error::of(error, &account.host, &image.to_string()))?;
         self.clients.known().put(account.clone(), client.clone());
-        client
+        Ok(client)
     }
 
     /// Finds the first mirror, or the registry itself, that has the image, and its manifest or index.
@@ -274,13 +288,13 @@ impl Registries {
     pub async fn find(&self, image: &ImageName, credentials: &Credentials) -> Result<(Repository, Manifest), Error> {
         for mirror in self.options.mirrors.get(image.registry()).into_iter().flatten() {
             // Credentials are the registry's own.
-            let repository = self.repository(image, mirror, &Credentials::Anonymous);
+            let repository = self.repository(image, mirror, &Credentials::Anonymous)?;
             match repository.manifest().await {
                 Ok(manifest) => return Ok((repository, manifest)),
                 Err(error) => tracing::warn!(mirror, %error, "a mirror is of no help"),
             }
         }
-        let repository = self.repository(image, image.registry(), credentials);
+        let repository = self.repository(image, image.registry(), credentials)?;
         let manifest = repository.manifest().await.inspect_err(|error| {
             // Its tokens may be the reason.
             if matches!(error, Error::Unauthorized { .. }) {
