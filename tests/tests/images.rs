@@ -3,7 +3,7 @@
 use std::fs;
 
 use serde_json::json;
-use warren_tests::{Inside, Registry, RegistryOptions, World, image_name, until};
+use warren_tests::{Inside, Process, Registry, RegistryOptions, World, image_name, until};
 
 /// A machine with all of Warren, its demo image only in a registry.
 fn world(name: &str, options: RegistryOptions<'_>, agent: &[&str]) -> (World, Registry) {
@@ -242,4 +242,22 @@ fn proxies_of_the_environment_are_used() {
     let _ = World::run(command.arg("--containerd-socket").arg(world.containerd_socket())).failed(4);
     let request = proxied.join().expect("a request");
     assert!(request.starts_with("CONNECT registry.example:443"), "{request}");
+}
+
+#[test]
+fn without_certificates_of_authorities_what_is_there_still_runs() {
+    let mut world = World::empty("distrust").and_containerd();
+    let distrusting = |mut command: std::process::Command| {
+        command.env("SSL_CERT_FILE", "/dev/null").env_remove("SSL_CERT_DIR");
+        command
+    };
+    let manager = distrusting(world.manager_command());
+    world.start_manager_as(manager);
+    let mut agent = distrusting(world.agent_command());
+    world.agent = Some(Process::start("agent", &mut agent, world.directory.path()));
+    world.wait_ready();
+    create(&world, "here", image_name(), &["--wait"]);
+    create(&world, "elsewhere", "localhost:1/demo", &[]);
+    let said = refusal(&world, "elsewhere");
+    assert!(said.contains("no certificates of authorities are installed"), "{said}");
 }
