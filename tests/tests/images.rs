@@ -1,6 +1,6 @@
 //! Images from registries, and what is said when there is nothing to be had.
 
-use std::fs;
+use std::{fs, io::Read as _};
 
 use serde_json::json;
 use warren_tests::{Inside, Process, Registry, RegistryOptions, World, image_name, until};
@@ -229,18 +229,18 @@ fn proxies_of_the_environment_are_used() {
     world.start_manager();
     let asked = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let proxy = format!("http://{}", asked.local_addr().expect("an address"));
-    let proxied = std::thread::spawn(move || {
-        use std::io::Read as _;
-
-        let (mut stream, _) = asked.accept().expect("a request");
-        let mut request = [0; 512];
-        let read = stream.read(&mut request).expect("readable");
-        String::from_utf8_lossy(&request[..read]).into_owned()
-    });
     let mut command = World::binary("warren");
     command.args(["image", "pull", "registry.example/demo"]).env("HTTPS_PROXY", &proxy);
-    let _ = World::run(command.arg("--containerd-socket").arg(world.containerd_socket())).failed(4);
-    let request = proxied.join().expect("a request");
+    command.arg("--containerd-socket").arg(world.containerd_socket());
+    let pulled = std::thread::spawn(move || World::run(&mut command));
+    asked.set_nonblocking(true).expect("a socket");
+    let (mut stream, _) = until("the proxy is asked", || asked.accept().ok());
+    let mut request = [0; 512];
+    stream.set_nonblocking(false).expect("a socket");
+    let read = stream.read(&mut request).expect("readable");
+    let request = String::from_utf8_lossy(&request[..read]).into_owned();
+    drop(stream);
+    let _ = pulled.join().expect("it ends").failed(4);
     assert!(request.starts_with("CONNECT registry.example:443"), "{request}");
 }
 
