@@ -1,0 +1,153 @@
+//! What somebody shows to prove who they are.
+
+use std::{
+    fmt, fs,
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use arc_swap::ArcSwap;
+use rustls::{
+    ClientConfig, ServerConfig,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+};
+
+use crate::{Error, Identity, Role, tls};
+
+/// A key, its certificate, and the authorities to believe: one file, so that they are always of each other.
+const FILE: &str = "identity.pem";
+
+struct Material {
+    identity: Identity,
+    not_before: SystemTime,
+    not_after: SystemTime,
+    authorities: String,
+    client: Arc<ClientConfig>,
+    /// A manager's.
+    server: Option<Arc<ServerConfig>>,
+}
+
+/// Somebody's key and certificate. Cheap to clone; replaced while in use, and then by all clones. Does not show the key.
+#[derive(Clone)]
+pub struct Credentials(Arc<ArcSwap<Material>>);
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Credentials").field(&self.identity()).finish()
+    }
+}
+
+fn time(seconds: i64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+}
+
+fn read(text: &str) -> Result<Material, Error> {
+    let key = PrivateKeyDer::from_pem_slice(text.as_bytes()).map_err(|error| Error::unusable("the key", error))?;
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
+    let chain = certificates.map_err(|error| Error::unusable("the certificate", error))?;
+    let [own, authorities @ ..] = chain.as_slice() else {
+        return Err(Error::unusable("the certificate", "there is none"));
+    };
+    if authorities.is_empty() {
+        return Err(Error::unusable("the authority's certificate", "there is none"));
+    }
+    let (identity, not_before, not_after) = tls::read(own)?;
+    let authorities_at = text.match_indices("-----BEGIN CERTIFICATE-----").nth(1).map_or(text.len(), |(at, _)| at);
+    let server = match identity.role {
+        // Newcomers believe the authority by its digest: it is shown beside the certificate.
+        Role::Manager => Some(Arc::new(tls::server(chain.clone(), key.clone_key(), authorities)?)),
+        Role::Worker | Role::Admin => None,
+    };
+    Ok(Material {
+        client: Arc::new(tls::client(vec![own.clone()], key, authorities)?),
+        server,
+        not_before: time(not_before),
+        not_after: time(not_after),
+        authorities: text[authorities_at..].to_owned(),
+        identity,
+    })
+}
+
+impl Credentials {
+    /// Those of a key, its certificate, and the certificates of authorities, all in PEM.
+    ///
+    /// # Errors
+    ///
+    /// When they are none, or not of each other.
+    pub fn new(key: &str, certificate: &str, authorities: &str) -> Result<Self, Error> {
+        let material = read(&[key, certificate, authorities].join("\n"))?;
+        Ok(Self(Arc::new(ArcSwap::from_pointee(material))))
+    }
+
+    /// Makes new ones, keeps them in `directory`, and uses them from now on.
+    ///
+    /// # Errors
+    ///
+    /// When they are none or not of each other, or cannot be kept. The old ones are then still used.
+    pub fn replace(&self, directory: &Path, key: &str, certificate: &str, authorities: &str) -> Result<(), Error> {
+        self.0.store(Arc::new(keep(directory, key, certificate, authorities)?));
+        Ok(())
+    }
+
+    /// Keeps new ones in `directory`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::replace`].
+    pub fn create(directory: &Path, key: &str, certificate: &str, authorities: &str) -> Result<Self, Error> {
+        Ok(Self(Arc::new(ArcSwap::from_pointee(keep(directory, key, certificate, authorities)?))))
+    }
+
+    /// Those that are kept in `directory`, if there are any.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be read or used.
+    pub fn load(directory: &Path) -> Result<Option<Self>, Error> {
+        let path = directory.join(FILE);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(Error::File { path: path.display().to_string(), source }),
+        };
+        Ok(Some(Self(Arc::new(ArcSwap::from_pointee(read(&text)?)))))
+    }
+
+    /// Whose they are.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        self.0.load().identity.clone()
+    }
+
+    /// The authorities that they believe, in PEM.
+    #[must_use]
+    pub fn authorities(&self) -> String {
+        self.0.load().authorities.clone()
+    }
+
+    /// When they begin and end to be valid.
+    #[must_use]
+    pub fn validity(&self) -> (SystemTime, SystemTime) {
+        let material = self.0.load();
+        (material.not_before, material.not_after)
+    }
+
+    pub(crate) fn client(&self) -> Arc<ClientConfig> {
+        Arc::clone(&self.0.load().client)
+    }
+
+    pub(crate) fn server(&self) -> Option<Arc<ServerConfig>> {
+        self.0.load().server.clone()
+    }
+}
+
+fn keep(directory: &Path, key: &str, certificate: &str, authorities: &str) -> Result<Material, Error> {
+    let text = [key.trim(), certificate.trim(), authorities.trim(), ""].join("\n");
+    let material = read(&text)?;
+    let path = directory.join(FILE);
+    let failed = |source| Error::File { path: path.display().to_string(), source };
+    fs::create_dir_all(directory).map_err(failed)?;
+    warren_durable::replace(&path, text.as_bytes()).map_err(failed)?;
+    Ok(material)
+}

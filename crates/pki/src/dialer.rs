@@ -1,0 +1,137 @@
+//! Calling managers.
+
+use std::{fmt, io, path::PathBuf, sync::Arc, time::Duration};
+
+use hyper_util::rt::TokioIo;
+use rustls::{ClientConfig, pki_types::ServerName};
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::{Credentials, Error, Token, tls};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// A peer that says nothing for this long is asked whether it is still there, and given up after as long again.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+
+#[derive(Clone)]
+enum As {
+    Known(Credentials),
+    Newcomer(Arc<ClientConfig>),
+}
+
+#[derive(Clone)]
+enum To {
+    Tls(String, As),
+    Socket(PathBuf),
+}
+
+/// The way to one manager. Cheap to clone.
+#[derive(Clone)]
+pub struct Dialer {
+    endpoint: Endpoint,
+    to: To,
+}
+
+impl fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Dialer").field(&self.to_string()).finish()
+    }
+}
+
+impl fmt::Display for Dialer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.to {
+            To::Tls(address, _) => f.write_str(address),
+            To::Socket(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
+
+fn endpoint(authority: &str) -> Result<Endpoint, Error> {
+    // What runs below it is the connector's business.
+    let endpoint =
+        Endpoint::from_shared(format!("http://{authority}")).map_err(|_| Error::Address(authority.to_owned()))?;
+    Ok(endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_while_idle(true))
+}
+
+impl Dialer {
+    /// To the manager at `HOST:PORT`, as whom the credentials say.
+    ///
+    /// # Errors
+    ///
+    /// When that is no address.
+    pub fn new(address: &str, credentials: &Credentials) -> Result<Self, Error> {
+        Ok(Self { endpoint: endpoint(address)?, to: To::Tls(address.to_owned(), As::Known(credentials.clone())) })
+    }
+
+    /// To the manager at `HOST:PORT`, if it is of the cluster that the token is for.
+    ///
+    /// # Errors
+    ///
+    /// When that is no address.
+    pub fn newcomer(address: &str, token: &Token) -> Result<Self, Error> {
+        let config = Arc::new(tls::newcomer(token)?);
+        Ok(Self { endpoint: endpoint(address)?, to: To::Tls(address.to_owned(), As::Newcomer(config)) })
+    }
+
+    /// To the manager behind a Unix socket of this machine.
+    ///
+    /// # Errors
+    ///
+    /// Never.
+    pub fn socket(path: impl Into<PathBuf>) -> Result<Self, Error> {
+        Ok(Self { endpoint: endpoint("localhost")?, to: To::Socket(path.into()) })
+    }
+
+    /// Connects.
+    ///
+    /// # Errors
+    ///
+    /// When nobody answers, or not who should.
+    pub async fn connect(&self) -> Result<Channel, tonic::transport::Error> {
+        self.endpoint.connect_with_connector(self.connector()).await
+    }
+
+    /// Connects when it is used, and again when the connection is lost.
+    #[must_use]
+    pub fn lazy(&self) -> Channel {
+        self.endpoint.connect_with_connector_lazy(self.connector())
+    }
+
+    fn connector(
+        &self,
+    ) -> impl tower::Service<tonic::transport::Uri, Response = TokioIo<Box<dyn Io>>, Error = io::Error, Future: Send>
+    + Send
+    + 'static {
+        let to = self.to.clone();
+        tower::service_fn(move |_| {
+            let to = to.clone();
+            async move { open(to).await.map(TokioIo::new) }
+        })
+    }
+}
+
+/// Bytes both ways.
+trait Io: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
+impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> Io for T {}
+
+async fn open(to: To) -> io::Result<Box<dyn Io>> {
+    let (address, caller) = match to {
+        To::Socket(path) => return Ok(Box::new(UnixStream::connect(path).await?)),
+        To::Tls(address, caller) => (address, caller),
+    };
+    let config = match caller {
+        // As they are now: they may have been replaced.
+        As::Known(credentials) => credentials.client(),
+        As::Newcomer(config) => config,
+    };
+    let stream = TcpStream::connect(&address).await?;
+    stream.set_nodelay(true)?;
+    let name = ServerName::try_from(tls::MANAGER_NAME).map_err(io::Error::other)?;
+    Ok(Box::new(TlsConnector::from(config).connect(name, stream).await?))
+}

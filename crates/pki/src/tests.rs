@@ -1,0 +1,131 @@
+use std::time::{Duration, SystemTime};
+
+use tokio::net::TcpListener;
+use tokio_stream::StreamExt as _;
+
+use super::*;
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+fn authority(cluster: &str) -> Authority {
+    Authority::generate(cluster, SystemTime::now()).expect("an authority")
+}
+
+fn identity(role: Role, id: &str) -> Identity {
+    Identity { cluster: "c".to_owned(), role, id: id.to_owned() }
+}
+
+fn credentials(authority: &Authority, identity: &Identity, at: SystemTime) -> Credentials {
+    let request = Request::new().expect("a request");
+    let certificate = authority.sign(request.pem(), identity, at, DAY).expect("a certificate");
+    Credentials::new(&request.key_pem(), &certificate, authority.certificate_pem()).expect("credentials")
+}
+
+#[test]
+fn tokens_survive_being_written_down_and_nothing_else_is_one() {
+    let authority = authority("c");
+    let secret = Secret::random().expect("random");
+    let token = Token::new(authority.certificate_pem(), secret.clone()).expect("a token");
+    let text = token.to_string();
+    assert!(text.starts_with("WRN-1-"), "{text}");
+    assert_eq!(text.parse::<Token>().expect("a token"), token);
+    assert_eq!(Token::read_secret(&token.secret()).expect("a secret").hash(), secret.hash());
+    assert_ne!(Secret::random().expect("random").hash(), secret.hash());
+    for wrong in ["", "WRN-2-a-b", "WRN-1-", "WRN-1-a-b", &text[..text.len() - 1], &text.replace("WRN-1-", "WRN-1-a")] {
+        assert!(wrong.parse::<Token>().is_err(), "{wrong}");
+    }
+    assert!(!format!("{token:?}{secret:?}").contains(&token.secret()));
+}
+
+#[test]
+fn credentials_are_kept_whole_and_are_whose_the_authority_says() {
+    let directory = tempfile::tempdir().expect("a directory");
+    assert!(Credentials::load(directory.path()).expect("readable").is_none());
+    let authority = authority("c");
+    let worker = identity(Role::Worker, "w");
+    let request = Request::new().expect("a request");
+    let certificate = authority.sign(request.pem(), &worker, SystemTime::now(), DAY).expect("a certificate");
+    let key = request.key_pem();
+    let made = Credentials::create(directory.path(), &key, &certificate, authority.certificate_pem()).expect("kept");
+    let loaded = Credentials::load(directory.path()).expect("readable").expect("there");
+    for credentials in [&made, &loaded] {
+        assert_eq!(credentials.identity(), worker);
+        assert_eq!(credentials.authorities().trim(), authority.certificate_pem().trim());
+        let (from, to) = credentials.validity();
+        assert!(from < SystemTime::now() && to > SystemTime::now() && to < SystemTime::now() + 2 * DAY);
+    }
+    assert!(!format!("{made:?}").contains("PRIVATE"));
+    // Another's key is not the certificate's.
+    let other = Request::new().expect("a request").key_pem();
+    assert!(Credentials::new(&other, &certificate, authority.certificate_pem()).is_err());
+    assert!(Credentials::new(&key, &certificate, "").is_err());
+    // What asks for a signature decides nothing but its key.
+    let mut greedy = rcgen::CertificateParams::new(vec!["warren-manager".to_owned()]).expect("names");
+    greedy.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    greedy.distinguished_name.push(rcgen::DnType::OrganizationalUnitName, "manager");
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let asked = greedy.serialize_request(&key).and_then(|request| request.pem()).expect("a request");
+    let certificate = authority.sign(&asked, &worker, SystemTime::now(), DAY).expect("a certificate");
+    let got = Credentials::new(&key.serialize_pem(), &certificate, authority.certificate_pem()).expect("credentials");
+    assert_eq!(got.identity(), worker);
+    assert!(Authority::from_pem(&certificate, &key.serialize_pem()).is_err(), "it is no authority");
+    let another = self::authority("c");
+    assert!(Authority::from_pem(authority.certificate_pem(), &another.key_pem()).is_err(), "of another key");
+    assert!(Authority::from_pem(authority.certificate_pem(), &authority.key_pem()).is_ok());
+    assert!(authority.sign("nonsense", &worker, SystemTime::now(), DAY).is_err());
+}
+
+/// What a manager learns of a caller; `None` when it is not let in.
+async fn seen(manager: &Credentials, dial: impl FnOnce(&str) -> Dialer) -> Option<Peer> {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address").to_string();
+    let mut incoming = incoming(listener, manager.clone());
+    let dialer = dial(&address);
+    let call = tokio::spawn(async move { dialer.connect().await.map(drop) });
+    let seen = tokio::time::timeout(Duration::from_millis(500), incoming.next()).await.ok().flatten();
+    call.abort();
+    seen.map(|incoming| tonic::transport::server::Connected::connect_info(&incoming.expect("a connection")))
+}
+
+#[tokio::test]
+async fn only_the_clusters_own_are_let_in_and_only_its_managers_are_called() {
+    let (ours, theirs) = (authority("c"), authority("c"));
+    let now = SystemTime::now();
+    let manager = credentials(&ours, &identity(Role::Manager, "1"), now);
+    let worker = credentials(&ours, &identity(Role::Worker, "w"), now);
+    let stranger = credentials(&theirs, &identity(Role::Worker, "w"), now);
+    let late = credentials(&ours, &identity(Role::Worker, "w"), now - 2 * DAY);
+    let dial = |credentials: &Credentials| {
+        let credentials = credentials.clone();
+        move |address: &str| Dialer::new(address, &credentials).expect("an address")
+    };
+    let known = seen(&manager, dial(&worker)).await.expect("let in");
+    assert_eq!(known.identity, Some(identity(Role::Worker, "w")));
+    assert!(seen(&manager, dial(&stranger)).await.is_none(), "of another authority");
+    assert!(seen(&manager, dial(&late)).await.is_none(), "run out");
+
+    let invite = |authority: &Authority| {
+        let token = Token::new(authority.certificate_pem(), Secret::random().expect("random")).expect("a token");
+        move |address: &str| Dialer::newcomer(address, &token).expect("an address")
+    };
+    let nobody = seen(&manager, invite(&ours)).await.expect("let in");
+    assert_eq!(nobody.identity, None);
+    assert!(seen(&manager, invite(&theirs)).await.is_none(), "the token is another cluster's");
+    // Somebody who shows the right authority without being signed by it.
+    let impostor = {
+        let request = Request::new().expect("a request");
+        let certificate = theirs.sign(request.pem(), &identity(Role::Manager, "1"), now, DAY).expect("a certificate");
+        let both = [theirs.certificate_pem(), ours.certificate_pem()].concat();
+        Credentials::new(&request.key_pem(), &certificate, &both).expect("credentials")
+    };
+    assert!(seen(&impostor, invite(&ours)).await.is_none(), "an impostor");
+    assert!(seen(&impostor, dial(&worker)).await.is_none(), "an impostor");
+    // Replaced while in use.
+    let directory = tempfile::tempdir().expect("a directory");
+    let request = Request::new().expect("a request");
+    let next = ours.sign(request.pem(), &identity(Role::Worker, "v"), now, DAY).expect("a certificate");
+    let clone = worker.clone();
+    worker.replace(directory.path(), &request.key_pem(), &next, ours.certificate_pem()).expect("kept");
+    let known = seen(&manager, dial(&clone)).await.expect("let in");
+    assert_eq!(known.identity, Some(identity(Role::Worker, "v")));
+}
