@@ -1,8 +1,10 @@
 use std::{
     collections::BTreeMap,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
+use warren_pki::Dialer;
 use warren_proto::v1::{self, containers_client::ContainersClient, watch_containers_response::Change};
 
 /// Follows the containers of a manager through its API, and remembers the last that it said of each, of those that are gone
@@ -14,14 +16,15 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Watches the manager at `address`, beginning with what there is.
+    /// Watches the manager behind `socket`, beginning with what there is.
     #[must_use]
-    pub fn start(address: &str) -> Self {
+    pub fn start(socket: &Path) -> Self {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let seen = Arc::<Mutex<BTreeMap<_, _>>>::default();
         let stream = runtime.block_on(async {
-            let mut client = ContainersClient::connect(address.to_owned()).await.expect("the API answers");
+            let channel = Dialer::socket(socket).expect("a path").connect().await.expect("the API answers");
+            let mut client = ContainersClient::new(channel);
             client.watch_containers(v1::WatchContainersRequest::default()).await.expect("a watch").into_inner()
         });
         runtime.spawn(follow(stream, Arc::clone(&seen)));

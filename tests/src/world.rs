@@ -180,12 +180,6 @@ impl World {
         format!("unix://{}", self.path("w.sock").display())
     }
 
-    /// Where the manager's API is for everyone on the machine.
-    #[must_use]
-    pub fn api_address(&self) -> String {
-        format!("http://127.0.0.1:{}", self.api_port)
-    }
-
     /// Starts containerd.
     pub fn start_containerd(&mut self) {
         let config = self.path("containerd.toml");
@@ -240,7 +234,8 @@ impl World {
             .arg(self.path("w.sock"))
             .args(["--listen-addr", &format!("127.0.0.1:{}", self.api_port)])
             .args(["--metrics-addr", &format!("127.0.0.1:{}", self.manager_port)])
-            .args(["--snapshot-after", "100"]);
+            .args(["--snapshot-after", "100"])
+            .arg("--bootstrap");
         command
     }
 
@@ -264,7 +259,8 @@ impl World {
             .arg("run")
             .arg("--data-dir")
             .arg(self.path("agent"))
-            .args(["--manager", &self.manager_address()])
+            .arg("--socket")
+            .arg(self.path("w.sock"))
             .args(["--hostname", "node-1"])
             .args(["--metrics-addr", &format!("127.0.0.1:{}", self.agent_port)])
             .arg("--containerd-socket")
@@ -307,7 +303,8 @@ impl World {
         }
         command
             .args(["run", "--hostname", name, "--no-probes", "--containerd-namespace", name])
-            .args(["--manager", &self.manager_address()])
+            .arg("--socket")
+            .arg(self.path("w.sock"))
             .arg("--data-dir")
             .arg(self.path(name))
             .arg("--run-dir")

@@ -64,8 +64,8 @@ fn a_manager_that_cannot_start_says_why_and_changes_nothing() {
     let refused = World::run(world.manager_command().args(["--listen-addr", &address])).failed(7);
     assert!(refused.contains(&address) && refused.contains("another process"), "{refused}");
 
-    let open = World::run(world.manager_command().args(["--listen-addr", "0.0.0.0:0"])).failed(2);
-    assert!(open.contains("0.0.0.0 is not a loopback address"), "{open}");
+    let wrong = World::run(world.manager_command().args(["--advertise-addr", "here"])).failed(2);
+    assert!(wrong.contains("advertise_addr: \"here\" is not HOST:PORT"), "{wrong}");
 
     // A file that is no socket is nobody's to replace.
     let precious = world.path("precious");
@@ -90,9 +90,9 @@ fn a_manager_that_cannot_start_says_why_and_changes_nothing() {
     // A data directory that a later version wrote.
     let identity = world.path("manager/manager.json");
     let kept = fs::read_to_string(&identity).expect("readable");
-    fs::write(&identity, kept.replace("\"format\": 2", "\"format\": 9")).expect("writable");
+    fs::write(&identity, kept.replace("\"format\": 3", "\"format\": 9")).expect("writable");
     let version = World::run(&mut world.manager_command()).failed(8);
-    assert!(version.contains("has format 9, this version reads format 2"), "{version}");
+    assert!(version.contains("has format 9, this version reads format 3"), "{version}");
     fs::write(&identity, kept).expect("writable");
 
     // A snapshot that is damaged is named, not guessed at.

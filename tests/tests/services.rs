@@ -33,7 +33,7 @@ fn excess(timings: &[(u64, u64)]) -> [f64; 3] {
 fn ten_containers_are_timed_in_the_kernel_and_counted_by_prometheus() {
     let world = World::with_warren("ten");
     // Watched to their end: a container's record is deleted with its service.
-    let watch = Watch::start(&world.api_address());
+    let watch = Watch::start(&world.path("w.sock"));
     let names: Vec<String> = (0..10).map(|i| format!("web-{i}")).collect();
     // One after the other, so that a duration is not the others' doing.
     for name in &names {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs, io,
+    io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -27,6 +27,7 @@ use crate::{
     exec::Execs,
     health,
     logs::{self, Logs},
+    membership::{self, Managers},
     network::{self, Network},
     node,
     observe::{Labelled, log_dns, sweep},
@@ -43,8 +44,8 @@ use crate::{
 pub struct Options {
     /// Holds the node's id and what it was told to run.
     pub data_dir: PathBuf,
-    /// Where the manager is: `unix:///run/warren/warren.sock` or `http://127.0.0.1:7443`.
-    pub manager: String,
+    /// The socket of the manager on this machine, for a node that has not joined a cluster.
+    pub socket: PathBuf,
     /// The node's name; unique in the cluster.
     pub hostname: String,
     /// The operator's own labels.
@@ -198,7 +199,7 @@ pub(crate) fn own_identity(instance: &str) -> Identity {
 /// What the agent of a data directory is, in OpenTelemetry's terms. What is wrong with the directory, [`run`] says.
 #[must_use]
 pub fn identity(data_dir: &Path) -> Identity {
-    own_identity(&node_id(data_dir).unwrap_or_default())
+    own_identity(&membership::node_id(data_dir).unwrap_or_default())
 }
 
 /// Runs an agent until `shutdown` is cancelled; `started` is called once it serves. Containers and probes stay.
@@ -213,7 +214,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     options.probes.as_ref().map_or(Ok(()), check_ports)?;
     let listener = endpoint::bind(options.metrics_addr).await?;
     let data_dir_error = |source| Error::DataDir { path: options.data_dir.clone(), source };
-    let node_id = node_id(&options.data_dir).map_err(data_dir_error)?;
+    let node_id = membership::node_id(&options.data_dir).map_err(data_dir_error)?;
     let cache = Cache::open(&options.data_dir.join("containers")).map_err(data_dir_error)?;
     let containerd = runtime::connect(&options.containerd_socket, &options.containerd_namespace).await?;
     let connected = connected(&cache, &containerd).await?;
@@ -290,7 +291,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         ready: ready(&probing, &pulse, &link, &network, &resolver),
     };
     let session = session::Options {
-        manager: options.manager.clone(),
+        managers: Managers::new(options.data_dir.clone(), node_id.clone(), options.socket.clone()),
         node_id,
         description: node::describe(
             &options.hostname,
@@ -370,24 +371,6 @@ fn follow_kernel(maps: &Arc<Maps>, board: &Board, tasks: &TaskTracker, shutdown:
             }
         }
     });
-}
-
-/// The node's id: random, made once and kept.
-fn node_id(data_dir: &Path) -> io::Result<String> {
-    use std::os::unix::fs::DirBuilderExt as _;
-
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(data_dir)?;
-    let path = data_dir.join("node-id");
-    match fs::read_to_string(&path) {
-        Ok(id) if !id.trim().is_empty() => Ok(id.trim().to_owned()),
-        Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} is empty", path.display()))),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let id = format!("{:032x}", rand::random::<u128>());
-            warren_durable::replace(&path, id.as_bytes())?;
-            Ok(id)
-        }
-        Err(error) => Err(error),
-    }
 }
 
 /// Whether containerd answers; asked from time to time. Cheap to clone.

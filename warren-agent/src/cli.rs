@@ -78,9 +78,9 @@ pub struct AgentArguments {
     /// Holds the node's id and what it was told to run.
     #[arg(long, env = "WARREN_AGENT_DATA_DIR", default_value = "/var/lib/warren/agent")]
     pub data_dir: PathBuf,
-    /// Where the manager is.
-    #[arg(long, env = "WARREN_MANAGER", default_value = "unix:///run/warren/warren.sock")]
-    pub manager: String,
+    /// The socket of the manager on this machine, for a node that has not joined a cluster.
+    #[arg(long, env = "WARREN_SOCKET", default_value = "/run/warren/warren.sock")]
+    pub socket: PathBuf,
     /// The node's name; the machine's unless given.
     #[arg(long, env = "WARREN_HOSTNAME")]
     pub hostname: Option<String>,
@@ -190,7 +190,7 @@ impl AgentArguments {
         let probes = node.probes.options(node.cgroup_parent.clone(), true);
         agent::Options {
             data_dir: self.data_dir.clone(),
-            manager: self.manager.clone(),
+            socket: self.socket.clone(),
             hostname: self.hostname.clone().unwrap_or_else(node::hostname),
             labels: self.labels.iter().cloned().collect(),
             metrics_addr: self.metrics_addr,

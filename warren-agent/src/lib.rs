@@ -9,6 +9,7 @@ pub mod dns;
 mod exec;
 mod health;
 pub mod logs;
+pub mod membership;
 pub mod network;
 pub mod node;
 pub mod observe;

@@ -21,7 +21,7 @@ pub use tables::{Place, Tables};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -172,18 +172,6 @@ struct Inner {
 #[derive(Clone, Debug)]
 pub struct Network(Arc<Inner>);
 
-/// The source address of what leaves this machine, if anything can.
-fn own_address() -> Option<IpAddr> {
-    // Connecting a UDP socket sends nothing; the addresses are for documentation (RFC 5737, RFC 3849).
-    let towards = |from: IpAddr, to: IpAddr| {
-        let socket = UdpSocket::bind((from, 0)).ok()?;
-        socket.connect((to, 9)).ok()?;
-        Some(socket.local_addr().ok()?.ip()).filter(|address| !address.is_loopback())
-    };
-    towards(Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(192, 0, 2, 1).into())
-        .or_else(|| towards(Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()))
-}
-
 fn link_name(container: &str) -> String {
     let id: String = container.chars().take(LINK_ID).collect();
     format!("{CONTAINER_LINKS}{id}")
@@ -202,7 +190,7 @@ impl Network {
             let action = format!("making {}", directory.display());
             fs::create_dir_all(directory).map_err(io(action))?;
         }
-        let address = options.address.or_else(own_address);
+        let address = options.address.or_else(warren_pki::own_address);
         let key = match options.overlay {
             OverlayKind::Vxlan => None,
             OverlayKind::Wireguard => {

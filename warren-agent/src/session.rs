@@ -11,15 +11,18 @@ use std::{
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming, transport::Endpoint};
+use tonic::{Status, Streaming};
+use warren_pki::Dialer;
 use warren_proto::v1::{
-    self, agent_message, dispatcher_client::DispatcherClient, manager_message, nodes_client::NodesClient,
+    self, agent_message, cluster_client::ClusterClient, dispatcher_client::DispatcherClient, manager_message,
+    nodes_client::NodesClient,
 };
 use warren_telemetry::Source;
 
 use crate::{
     exec::Execs,
     logs::Logs,
+    membership::Managers,
     network::{Network, Place},
     runtime::{self, Containerd},
     tasks::{self, Board, Supervisor},
@@ -28,8 +31,8 @@ use wishes::Wishes;
 
 /// How to reach the manager, and what to tell it.
 pub struct Options {
-    /// `unix:///run/warren/warren.sock` or `http://127.0.0.1:7443`.
-    pub manager: String,
+    /// The ways to them.
+    pub(crate) managers: Managers,
     /// The node's id.
     pub node_id: String,
     /// The node.
@@ -51,7 +54,7 @@ pub struct Options {
 impl std::fmt::Debug for Options {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Options")
-            .field("manager", &self.manager)
+            .field("managers", &self.managers)
             .field("node_id", &self.node_id)
             .finish_non_exhaustive()
     }
@@ -96,7 +99,6 @@ impl Link {
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Containers are listed this often even if no event says so.
 const REPAIR: Duration = Duration::from_secs(30);
 /// Longest that listing them may hold up the session.
@@ -111,8 +113,8 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
 enum Ended {
-    #[error("the manager's address: {0}")]
-    Address(tonic::transport::Error),
+    #[error(transparent)]
+    Unreachable(#[from] crate::membership::Error),
     #[error("the manager does not answer")]
     Connect(#[source] tonic::transport::Error),
     #[error("{}", .0.message())]
@@ -132,19 +134,32 @@ impl From<Status> for Ended {
 }
 
 /// Keeps a session until `shutdown`.
-pub async fn run(options: Options, mut supervisor: Supervisor, board: Board, link: Link, shutdown: CancellationToken) {
+pub async fn run(
+    mut options: Options,
+    mut supervisor: Supervisor,
+    board: Board,
+    link: Link,
+    shutdown: CancellationToken,
+) {
     let mut backoff = FIRST_BACKOFF;
     loop {
-        let session = Session { options: &options, board: &board, link: &link };
-        let Some(ended) = shutdown.run_until_cancelled(session.run(&mut supervisor, &mut backoff)).await else {
-            return;
+        // Another than last time, perhaps: any of them will do.
+        let ended = match options.managers.any() {
+            Ok(manager) => {
+                let session = Session { options: &options, manager: &manager, board: &board, link: &link };
+                let ran = shutdown.run_until_cancelled(session.run(&mut supervisor, &mut backoff)).await;
+                let Some(ended) = ran else { return };
+                ended
+            }
+            Err(error) => error.into(),
         };
         supervisor.disconnected();
         let why = crate::probes::describe(&ended);
-        if link.check().is_ok() {
-            tracing::warn!(why, "the session with the manager ended; containers go on");
-        } else {
-            tracing::debug!(why, "no session with the manager");
+        match link.check() {
+            Ok(()) => tracing::warn!(why, "the session with the manager ended; containers go on"),
+            // Each reason once: it tries again for as long as it takes.
+            Err(known) if known == why => tracing::debug!(why, "no session with a manager"),
+            Err(_) => tracing::warn!(why, "no session with a manager; trying again"),
         }
         link.down(&why);
         // Jitter keeps a cluster's agents from coming back all at once.
@@ -158,6 +173,7 @@ pub async fn run(options: Options, mut supervisor: Supervisor, board: Board, lin
 
 struct Session<'a> {
     options: &'a Options,
+    manager: &'a Dialer,
     board: &'a Board,
     link: &'a Link,
 }
@@ -175,9 +191,7 @@ impl Session<'_> {
         supervisor: &mut Supervisor,
         backoff: &mut Duration,
     ) -> Result<std::convert::Infallible, Ended> {
-        let endpoint = Endpoint::from_shared(self.options.manager.clone()).map_err(Ended::Address)?;
-        let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT);
-        let channel = endpoint.connect().await.map_err(Ended::Connect)?;
+        let channel = self.manager.connect().await.map_err(Ended::Connect)?;
         let registered = NodesClient::new(channel.clone())
             .register_node(v1::RegisterNodeRequest {
                 node_id: self.options.node_id.clone(),
@@ -189,6 +203,7 @@ impl Session<'_> {
         let (sender, outgoing) = mpsc::channel(16);
         let hello = v1::Hello { node_id: self.options.node_id.clone(), boot_id: self.options.epoch.clone() };
         send(&sender, agent_message::Message::Hello(hello)).await?;
+        let mut cluster = ClusterClient::new(channel.clone());
         let mut dispatcher = DispatcherClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
         let incoming = dispatcher.session(ReceiverStream::new(outgoing)).await?;
         let mut incoming = incoming.into_inner();
@@ -197,7 +212,7 @@ impl Session<'_> {
 
         self.link.up();
         *backoff = FIRST_BACKOFF;
-        tracing::info!(manager = self.options.manager, "in session with the manager");
+        tracing::info!(manager = %self.manager, "in session with the manager");
         self.board.resend();
         let (set_period, periods) = watch::channel(period);
         // Apart from everything else, so that a daemon that is slow to answer does not make the node look dead.
@@ -205,7 +220,7 @@ impl Session<'_> {
         let mut telemetry = tokio::time::interval(self.options.telemetry_interval);
         let mut reap = tokio::time::interval(Duration::from_secs(1));
         let mut repair = tokio::time::interval(REPAIR);
-        let wishes = Wishes::new(endpoint, self.options, self.board.clone());
+        let wishes = Wishes::new(self.manager.clone(), self.options, self.board.clone());
         let (hints, mut started) = mpsc::channel(1);
         let _watcher = AbortOnDrop(tokio::spawn(follow_starts(supervisor.containerd(), hints)));
         loop {
@@ -234,7 +249,13 @@ impl Session<'_> {
                 _ = telemetry.tick() => send(&sender, agent_message::Message::Telemetry(self.snapshot().await)).await?,
                 _ = reap.tick() => supervisor.reap(),
                 Some(()) = started.recv() => look(supervisor).await,
-                _ = repair.tick() => look(supervisor).await,
+                _ = repair.tick() => {
+                    look(supervisor).await;
+                    let asked = cluster.get_cluster_info(v1::GetClusterInfoRequest {});
+                    if let Ok(Ok(info)) = tokio::time::timeout(LOOK_TIMEOUT, asked).await {
+                        self.options.managers.learn(info.get_ref());
+                    }
+                }
             }
         }
     }

@@ -8,6 +8,7 @@ mod logs;
 mod lookup;
 mod nodes;
 mod pages;
+mod raft;
 mod secrets;
 mod services;
 mod stats;
@@ -18,8 +19,9 @@ use std::sync::Arc;
 use tonic::Status;
 use warren_proto::v1::{
     cluster_server::ClusterServer, containers_server::ContainersServer, dispatcher_server::DispatcherServer,
-    exec_server::ExecServer, logs_server::LogsServer, nodes_server::NodesServer, secrets_server::SecretsServer,
-    services_server::ServicesServer, stats_server::StatsServer, volumes_server::VolumesServer,
+    exec_server::ExecServer, logs_server::LogsServer, nodes_server::NodesServer, raft_server::RaftServer,
+    secrets_server::SecretsServer, services_server::ServicesServer, stats_server::StatsServer,
+    volumes_server::VolumesServer,
 };
 
 pub use layer::MetricsLayer;
@@ -29,6 +31,7 @@ use crate::{
     dispatcher::{Dispatcher, Relay},
     liveness::Liveness,
     metrics::ManagerMetrics,
+    peers::MAX_MESSAGE,
     pinning::Pinning,
     store,
     store::Store,
@@ -83,6 +86,12 @@ pub enum Error {
     /// The object is not in a state for this.
     #[error("{0}")]
     Precondition(String),
+    /// The caller may not.
+    #[error("{0}")]
+    Refused(String),
+    /// Keys and certificates.
+    #[error(transparent)]
+    Pki(#[from] warren_pki::Error),
     /// A page token that no list gave out.
     #[error("page_token: it is not one of this list's")]
     PageToken,
@@ -113,7 +122,8 @@ impl From<Error> for Status {
             Error::NotFound { .. } => Self::not_found(message),
             Error::Precondition(_) => Self::failed_precondition(message),
             Error::TooOld(_) => Self::out_of_range(message),
-            Error::Vault(_) => Self::internal(message),
+            Error::Refused(_) => Self::permission_denied(message),
+            Error::Vault(_) | Error::Pki(_) => Self::internal(message),
             Error::Store(store::Error::Rejected(Rejection::NameTaken(_))) => Self::already_exists(message),
             Error::Store(store::Error::Rejected(Rejection::Exists(_))) => Self::already_exists(message),
             Error::Store(store::Error::Rejected(Rejection::InUse { .. })) => Self::failed_precondition(message),
@@ -126,6 +136,7 @@ impl From<Error> for Status {
             Error::Store(store::Error::Rejected(Rejection::Exhausted(_))) => Self::resource_exhausted(message),
             Error::Store(store::Error::Encoding(_)) => Self::internal(message),
             Error::Store(store::Error::Raft(warren_raft::Error::TooLarge(_))) => Self::invalid_argument(message),
+            Error::Store(store::Error::Raft(warren_raft::Error::Membership(_))) => Self::failed_precondition(message),
             Error::Store(store::Error::Raft(_)) => Self::unavailable(message),
         }
     }
@@ -157,6 +168,11 @@ pub(crate) fn router(context: &Context, dispatcher: Dispatcher, relay: Relay) ->
         .add_service(StatsServer::new(stats::Stats(context.clone(), relay)))
         .add_service(VolumesServer::new(volumes::Volumes(context.clone())))
         .add_service(ClusterServer::new(cluster::Cluster(context.clone())))
+        .add_service(
+            RaftServer::new(raft::Raft(context.store.raft().clone()))
+                .max_decoding_message_size(MAX_MESSAGE)
+                .max_encoding_message_size(MAX_MESSAGE),
+        )
         .add_service(DispatcherServer::new(dispatcher))
         .add_service(health);
     // It knows its own description.

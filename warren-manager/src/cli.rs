@@ -19,9 +19,16 @@ pub struct ManagerArguments {
     /// Holds the cluster's state.
     #[arg(long, env = "WARREN_MANAGER_DATA_DIR", default_value = "/var/lib/warren/manager")]
     pub data_dir: PathBuf,
-    /// Where the API is served to this machine; loopback only.
-    #[arg(long, env = "WARREN_LISTEN_ADDR", default_value = "127.0.0.1:7443")]
+    /// Where API, agents' sessions and consensus are served, with mutual TLS.
+    #[arg(long, env = "WARREN_LISTEN_ADDR", default_value = "0.0.0.0:7443")]
     pub listen_addr: SocketAddr,
+    /// Where other managers and agents reach it, as HOST:PORT; this machine's address unless given.
+    #[arg(long, env = "WARREN_MANAGER_ADVERTISE_ADDR")]
+    pub advertise_addr: Option<String>,
+    /// Found a cluster if the data directory is nobody's yet. Otherwise the manager waits for `warren cluster init` or `warren
+    /// cluster join`.
+    #[arg(long, env = "WARREN_BOOTSTRAP")]
+    pub bootstrap: bool,
     /// Where the API is served to root.
     #[arg(long, env = "WARREN_SOCKET", default_value = "/run/warren/warren.sock")]
     pub socket: PathBuf,
@@ -58,6 +65,8 @@ impl ManagerArguments {
         Options {
             data_dir: self.data_dir.clone(),
             listen_addr: self.listen_addr,
+            advertise_addr: self.advertise_addr.clone(),
+            bootstrap: self.bootstrap,
             socket: self.socket.clone(),
             metrics_addr: self.metrics_addr,
             snapshot_after: self.snapshot_after,

@@ -52,8 +52,10 @@ impl Controller {
         let mut health = self.liveness.watch();
         let mut led = false;
         loop {
-            let leads = self.store.raft().status().is_leader;
+            let mut leads = self.store.raft().status().is_leader;
             if leads && !led {
+                // What its predecessor did may not have reached this manager's state yet: a plan without it would do it again.
+                leads = self.store.read().await.is_ok();
                 self.liveness.reset();
             }
             led = leads;

@@ -4,6 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use ipnet::Ipv4Net;
+use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use warren_raft::{Node, Profile, Storage, Transport};
@@ -19,7 +20,10 @@ use crate::{
     manager::Error,
     metrics::ManagerMetrics,
     pinning::Pinning,
-    state::{Change, Cluster, ClusterNetwork, InvalidNetwork, Machine, State, Transaction},
+    state::{
+        Change, Cluster, ClusterNetwork, InvalidNetwork, JoinToken, Machine, Manager, SealedAuthority, State,
+        TokenRole, Transaction,
+    },
     store::Store,
     telemetry::{self, Collected},
     validate::Policy,
@@ -60,8 +64,23 @@ pub struct Settings {
     pub registries: Arc<dyn Pinning>,
     /// What opens secrets.
     pub vault: Vault,
-    /// The networks of a cluster that is founded; later they stay.
+    /// The cluster that this manager is to found; `None` for a manager of one that there is.
+    pub founding: Option<Founding>,
+}
+
+/// A cluster that begins.
+#[derive(Clone, Debug, Default)]
+pub struct Founding {
+    /// Its id; random unless given.
+    pub cluster_id: Option<String>,
+    /// Its networks; later they stay.
     pub networks: Networks,
+    /// What signs its members' certificates.
+    pub authority: Option<SealedAuthority>,
+    /// The hashes of the secrets of its first join tokens, and what they are for.
+    pub tokens: Vec<(String, TokenRole)>,
+    /// The founding manager's machine.
+    pub hostname: String,
 }
 
 /// Networks that a cluster is founded with; one that is not given is the usual one.
@@ -120,10 +139,20 @@ impl Core {
         };
         let (machine, view) = Machine::new();
         let observer: Arc<dyn warren_raft::Observer> = metrics.clone();
-        let raft = Node::start(&raft_options, storage, Box::new(machine), transport, observer).await?;
+        let machine = Box::new(machine);
+        let raft = match settings.founding {
+            Some(_) => Node::start(&raft_options, storage, machine, transport, observer).await?,
+            None => Node::join(&raft_options, storage, machine, transport, observer).await?,
+        };
         let store = Store::new(raft.clone(), view, Arc::clone(&metrics));
-        raft.recovered().await?;
-        found_cluster(&store, &*environment, settings.networks).await?;
+        // With others, it takes part as soon as they are there; who calls waits for them.
+        if settings.founding.is_some() || raft.is_alone() {
+            raft.recovered().await?;
+        }
+        if let Some(founding) = settings.founding {
+            found_cluster(&store, &*environment, settings.id, founding).await?;
+        }
+        let leads = leadership(&raft, shutdown.clone());
 
         let liveness = Liveness::new(settings.liveness);
         let collected = Collected::default();
@@ -145,6 +174,7 @@ impl Core {
             Arc::clone(&metrics),
             settings.vault,
             relay.clone(),
+            leads,
         );
         let routes = api::router(&context, dispatcher, relay);
         let tasks = TaskTracker::new();
@@ -172,6 +202,18 @@ impl Core {
         self.store.view()
     }
 
+    /// Its part in consensus.
+    #[must_use]
+    pub fn raft(&self) -> &Node {
+        self.store.raft()
+    }
+
+    /// Follows the state.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<State> {
+        self.store.watch()
+    }
+
     /// Whether it does its work at all.
     #[must_use]
     pub fn health(&self) -> Checks {
@@ -194,15 +236,55 @@ impl Core {
 }
 
 /// Gives a new cluster its identity.
-async fn found_cluster(store: &Store, environment: &dyn Environment, networks: Networks) -> Result<(), Error> {
-    if store.view().cluster().is_none() {
-        let id = ids::NodeId::generate(environment).to_string();
-        let network = networks.complete(ClusterNetwork::of_random(environment.random()))?;
-        let cluster = Cluster { id, created_at: environment.now(), network };
-        let changes = vec![Change::FoundCluster(cluster)];
-        store.transact(&Transaction { changes, ..Transaction::default() }).await?;
+async fn found_cluster(
+    store: &Store,
+    environment: &dyn Environment,
+    manager: u64,
+    founding: Founding,
+) -> Result<(), Error> {
+    if store.view().cluster().is_some() {
+        return Ok(());
     }
+    let now = environment.now();
+    let id = founding.cluster_id.unwrap_or_else(|| ids::NodeId::generate(environment).to_string());
+    let network = founding.networks.complete(ClusterNetwork::of_random(environment.random()))?;
+    let cluster = Cluster { id, created_at: now, network, authority: founding.authority };
+    let mut changes = vec![Change::FoundCluster(Box::new(cluster))];
+    changes.push(Change::AdmitManager(Manager { id: manager, hostname: founding.hostname, created_at: now }));
+    changes.extend(founding.tokens.into_iter().map(|(hash, role)| {
+        Change::PutToken(JoinToken { hash, role, created_at: now, expires_at: now.after(TOKEN_LIFETIME) })
+    }));
+    store.transact(&Transaction { changes, ..Transaction::default() }).await?;
     Ok(())
+}
+
+/// How long a join token is valid unless somebody says otherwise.
+pub(crate) const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
+/// A leader that hears of no majority notices it by looking: nothing tells it.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Whether this manager leads, and a majority follows it.
+fn leadership(raft: &Node, shutdown: CancellationToken) -> watch::Receiver<bool> {
+    let (sender, leads) = watch::channel(false);
+    let raft = raft.clone();
+    tokio::spawn(async move {
+        let look = || {
+            let status = raft.status();
+            let now = status.is_leader && telemetry::quorum_ok(&status);
+            sender.send_if_modified(|known| std::mem::replace(known, now) != now);
+        };
+        let follow = async {
+            tokio::join!(raft.watch(|_| look()), async {
+                loop {
+                    tokio::time::sleep(LOOK).await;
+                    look();
+                }
+            })
+        };
+        shutdown.run_until_cancelled(follow).await;
+    });
+    leads
 }
 
 async fn count_leader_changes(raft: Node, metrics: Arc<ManagerMetrics>, shutdown: CancellationToken) {

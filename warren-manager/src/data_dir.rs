@@ -8,7 +8,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 /// The layout that this version reads and writes.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 const FILE: &str = "manager.json";
 
 /// Why the directory cannot be used.
@@ -58,12 +58,12 @@ struct Format {
     format: u32,
 }
 
-/// Reads whose directory it is, or makes it manager `new_id`'s if it is nobody's.
+/// Reads whose directory it is; `None` when it is nobody's yet.
 ///
 /// # Errors
 ///
-/// When another version wrote it, or it cannot be read or written.
-pub(crate) fn open(directory: &Path, new_id: u64) -> Result<Identity, Error> {
+/// When another version wrote it, or it cannot be read.
+pub(crate) fn open(directory: &Path) -> Result<Option<Identity>, Error> {
     let io_error = |source| Error::Io { directory: directory.to_owned(), source };
     let path = directory.join(FILE);
     match fs::read(&path) {
@@ -73,13 +73,9 @@ pub(crate) fn open(directory: &Path, new_id: u64) -> Result<Identity, Error> {
             if format != FORMAT {
                 return Err(Error::Format { directory: directory.to_owned(), found: format });
             }
-            serde_json::from_slice(&bytes).map_err(damaged)
+            serde_json::from_slice(&bytes).map(Some).map_err(damaged)
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let identity = Identity { format: FORMAT, id: new_id };
-            create(directory, &path, &identity).map_err(io_error)?;
-            Ok(identity)
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(io_error(error)),
     }
 }
@@ -90,11 +86,27 @@ pub(crate) fn known_id(directory: &Path) -> Option<u64> {
     Some(identity.id)
 }
 
-fn create(directory: &Path, path: &Path, identity: &Identity) -> io::Result<()> {
+/// Makes the directory, for nobody but root.
+///
+/// # Errors
+///
+/// When it cannot be made.
+pub(crate) fn prepare(directory: &Path) -> Result<(), Error> {
     use std::os::unix::fs::DirBuilderExt as _;
 
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    warren_durable::replace(path, &serde_json::to_vec_pretty(identity)?)
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
+    made.map_err(|source| Error::Io { directory: directory.to_owned(), source })
+}
+
+/// Makes the directory this manager's: whatever else is to be in it must be there by now.
+///
+/// # Errors
+///
+/// When it cannot be written.
+pub(crate) fn settle(directory: &Path, id: u64) -> Result<(), Error> {
+    let failed = |source| Error::Io { directory: directory.to_owned(), source };
+    let identity = serde_json::to_vec_pretty(&Identity { format: FORMAT, id }).map_err(|error| failed(error.into()))?;
+    warren_durable::replace(&directory.join(FILE), &identity).map_err(failed)
 }
 
 #[cfg(test)]
@@ -104,8 +116,9 @@ mod tests {
     #[test]
     fn a_directory_keeps_its_identity() {
         let directory = tempfile::tempdir().expect("a directory");
-        assert_eq!(open(directory.path(), 7).expect("opens").id, 7);
-        assert_eq!(open(directory.path(), 8).expect("opens again").id, 7);
+        assert_eq!(open(directory.path()).expect("opens"), None);
+        settle(directory.path(), 7).expect("writable");
+        assert_eq!(open(directory.path()).expect("opens").map(|identity| identity.id), Some(7));
         assert_eq!(known_id(directory.path()), Some(7));
     }
 
@@ -114,8 +127,8 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join(FILE);
         fs::write(&path, r#"{"format": 99, "new": {}}"#).expect("writable");
-        assert!(matches!(open(directory.path(), 1), Err(Error::Format { found: 99, .. })));
+        assert!(matches!(open(directory.path()), Err(Error::Format { found: 99, .. })));
         fs::write(&path, "{").expect("writable");
-        assert!(matches!(open(directory.path(), 1), Err(Error::Damaged { .. })));
+        assert!(matches!(open(directory.path()), Err(Error::Damaged { .. })));
     }
 }

@@ -14,8 +14,8 @@ use tonic::{Request, Response, Status, Streaming};
 use warren_proto::v1::{self, agent_message, dispatcher_server, manager_message};
 
 use crate::{
-    ids::NodeId, liveness::Liveness, metrics::ManagerMetrics, state::Secret, store::Store, telemetry::Collected,
-    vault::Vault,
+    front::Caller, ids::NodeId, liveness::Liveness, metrics::ManagerMetrics, state::Secret, store::Store,
+    telemetry::Collected, vault::Vault,
 };
 use assignments::Assigned;
 use directory::Directory;
@@ -36,6 +36,7 @@ pub(crate) struct Dispatcher {
     directory: watch::Receiver<Directory>,
     vault: Vault,
     relay: Relay,
+    leads: watch::Receiver<bool>,
     seen: Arc<Mutex<HashSet<NodeId>>>,
 }
 
@@ -49,10 +50,11 @@ impl Dispatcher {
         metrics: Arc<ManagerMetrics>,
         vault: Vault,
         relay: Relay,
+        leads: watch::Receiver<bool>,
     ) -> Self {
         let reports = Reports::start(store.clone());
         let directory = directory::keep(&store);
-        Self { store, liveness, collected, metrics, reports, directory, vault, relay, seen: Arc::default() }
+        Self { store, liveness, collected, metrics, reports, directory, vault, relay, leads, seen: Arc::default() }
     }
 
     /// A secret's value, for a node that needs it.
@@ -88,6 +90,7 @@ impl Dispatcher {
         let mut period = self.liveness.period();
         let mut directory = self.directory.clone();
         let mut position = None;
+        let mut leads = self.leads.clone();
         loop {
             let view = state.borrow_and_update().clone();
             if view.node(&node).is_none() {
@@ -117,9 +120,10 @@ impl Dispatcher {
             tokio::select! {
                 changed = state.changed() => if changed.is_err() { return },
                 changed = directory.changed() => if changed.is_err() { return },
+                changed = leads.changed() => if changed.is_err() { return },
                 () = to.closed() => return,
             }
-            if !self.store.raft().status().is_leader {
+            if !*leads.borrow_and_update() {
                 // The agent looks for the new leader.
                 let _ = to.send(Err(Status::unavailable("this manager no longer leads"))).await;
                 return;
@@ -190,12 +194,16 @@ impl dispatcher_server::Dispatcher for Dispatcher {
         &self,
         request: Request<Streaming<v1::AgentMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
+        let caller = request.extensions().get::<Caller>().cloned();
         let mut from = request.into_inner();
         let first = from.message().await?.and_then(|message| message.message);
         let Some(agent_message::Message::Hello(hello)) = first else {
             return Err(Status::invalid_argument("a session begins with a hello"));
         };
         let node = NodeId::from(hello.node_id);
+        if let Some(caller) = caller {
+            caller.check_node(&node)?;
+        }
         let state = self.store.read().await.map_err(crate::api::status)?;
         let Some(known) = state.node(&node) else {
             return Err(Status::not_found(format!("node {node} is not registered")));

@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
@@ -10,10 +10,12 @@ use std::{
 };
 
 use tokio::net::{TcpListener, UnixListener};
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::transport::{Server, server::UdsConnectInfo};
-use warren_raft::{Disconnected, Files};
+use tonic::transport::Server;
+use warren_pki::{Credentials, incoming};
+use warren_proto::v1::{self, cluster_client::ClusterClient};
+use warren_raft::{Files, Node};
 use warren_registry::Registries;
 use warren_telemetry::{
     Meters, ProcessSource,
@@ -26,7 +28,10 @@ use warren_telemetry::{
 use crate::{
     clock::System,
     core::{self, Core, Networks, Seams},
-    data_dir, liveness,
+    data_dir, formation,
+    front::Front,
+    liveness,
+    peers::Peers,
     state::InvalidNetwork,
     validate::Policy,
     vault::{self, Vault},
@@ -37,8 +42,12 @@ use crate::{
 pub struct Options {
     /// Holds the cluster's state.
     pub data_dir: PathBuf,
-    /// Where the API is served to this machine; a loopback address until there is mutual TLS.
+    /// Where API, agents' sessions and consensus are served, with mutual TLS.
     pub listen_addr: SocketAddr,
+    /// Where others reach it, as HOST:PORT; found out unless given.
+    pub advertise_addr: Option<String>,
+    /// Found a cluster if the data directory is nobody's yet, instead of waiting until it is somebody's.
+    pub bootstrap: bool,
     /// Where the API is served to root on this machine.
     pub socket: PathBuf,
     /// Where `/metrics` and the health checks are served.
@@ -57,17 +66,28 @@ pub struct Options {
     pub telemetry: warren_telemetry::Options,
 }
 
-/// The first manager of a cluster.
-const FIRST_MANAGER: u64 = 1;
+/// How often a manager whose data directory is nobody's looks whether it is somebody's now.
+const LOOK: Duration = Duration::from_millis(500);
+/// Between attempts to take part.
+const ENTER_AGAIN: Duration = Duration::from_secs(1);
 /// How long open calls may take once the manager is told to stop.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why a manager could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The API would be open to the network, unprotected.
-    #[error("{0} is not a loopback address: without mutual TLS the API is served to this machine only")]
-    NotLoopback(IpAddr),
+    /// Nobody could reach it there.
+    #[error("advertise_addr: {0:?} is not HOST:PORT")]
+    Advertised(String),
+    /// Its data directory has no certificate.
+    #[error("the data directory {} has no certificate: let the manager join again, with another directory", .0.display())]
+    NoIdentity(PathBuf),
+    /// Founding, or what became of joining.
+    #[error(transparent)]
+    Formation(#[from] formation::Error),
+    /// Keys and certificates.
+    #[error(transparent)]
+    Pki(#[from] warren_pki::Error),
     /// The cluster could not have such networks.
     #[error(transparent)]
     Network(#[from] InvalidNetwork),
@@ -108,7 +128,8 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::NotLoopback(_) | Self::Network(_) | Self::Registries(_) | Self::Otlp(_) => 2,
+            Self::Advertised(_) | Self::Network(_) | Self::Registries(_) | Self::Otlp(_) => 2,
+            Self::NoIdentity(_) | Self::Formation(_) | Self::Pki(_) => 8,
             Self::DataDir(_) | Self::Vault(_) | Self::Raft(warren_raft::Error::Storage { .. }) => 8,
             Self::Listen { .. } | Self::Metrics(_) => 7,
             Self::Raft(_) | Self::Store(_) => 1,
@@ -133,7 +154,7 @@ fn own_identity(id: u64) -> Identity {
 /// What the manager of a data directory is, in OpenTelemetry's terms.
 #[must_use]
 pub fn identity(data_dir: &Path) -> Identity {
-    own_identity(data_dir::known_id(data_dir).unwrap_or(FIRST_MANAGER))
+    own_identity(data_dir::known_id(data_dir).unwrap_or_default())
 }
 
 /// Runs a manager until `shutdown` is cancelled; `started` is called once it serves.
@@ -142,34 +163,36 @@ pub fn identity(data_dir: &Path) -> Identity {
 ///
 /// When it cannot start. What fails later is logged and shown by `/ready`.
 pub async fn run(options: Options, shutdown: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
-    if !options.listen_addr.ip().is_loopback() {
-        return Err(Error::NotLoopback(options.listen_addr.ip()));
-    }
+    let address = advertised(&options)?;
     // Addresses first: they are what a second manager on this machine would trip over, before it touches anything.
     let metrics_listener = endpoint::bind(options.metrics_addr).await?;
     let tcp = TcpListener::bind(options.listen_addr).await.map_err(listen_error(options.listen_addr))?;
     let unix = bind_socket(&options.socket).await?;
     let socket_inode = inode(&options.socket);
 
-    let id = data_dir::open(&options.data_dir, FIRST_MANAGER)?.id;
+    let Some(id) = own_id(&options, &shutdown).await? else { return Ok(()) };
+    let credentials = Credentials::load(&options.data_dir.join(formation::IDENTITY))?;
+    let credentials = credentials.ok_or_else(|| Error::NoIdentity(options.data_dir.clone()))?;
+    let peers = Peers::new(credentials.clone());
     let settings = core::Settings {
         id,
-        address: options.listen_addr.to_string(),
+        address: address.clone(),
         snapshot_after: options.snapshot_after,
         liveness: options.liveness,
         policy: options.policy,
-        networks: options.networks,
+        founding: formation::founding(&options.data_dir, options.networks)?,
         registries: Arc::new(Registries::new(options.registries.clone())?),
         vault: Vault::open(&options.data_dir)?,
     };
     let seams = Seams {
         environment: Arc::new(System),
         storage: Arc::new(Files::new(options.data_dir.join("raft"))),
-        transport: Arc::new(Disconnected),
+        transport: Arc::new(peers.clone()),
     };
     let meters = Meters::new(&own_identity(id), &[Emitter::Manager, Emitter::Agent, Emitter::Both]);
     meters.add_source(Arc::new(ProcessSource));
     let core = Core::start(settings, seams, &meters, shutdown.clone()).await?;
+    formation::founded(&options.data_dir)?;
 
     let tasks = TaskTracker::new();
     if let Some(otlp) = &options.telemetry.otlp {
@@ -184,21 +207,24 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let endpoint =
         Endpoint { meters, native_histograms: options.telemetry.native_histograms, health: core.health(), ready };
     tasks.spawn(log_failure("metrics", endpoint.serve(metrics_listener, shutdown.clone().cancelled_owned())));
-    let server = || Server::builder().layer(core.measured());
+    let front = Front::new(core.raft().clone(), core.watch(), peers.clone());
+    let server = || Server::builder().layer(core.measured()).layer(front.clone());
     tasks.spawn(log_failure(
         "the API on TCP",
         server()
             .add_routes(core.routes())
-            .serve_with_incoming_shutdown(TcpListenerStream::new(tcp), shutdown.clone().cancelled_owned()),
+            .serve_with_incoming_shutdown(incoming(tcp, credentials), shutdown.clone().cancelled_owned()),
     ));
     tasks.spawn(log_failure(
         "the API on the socket",
         server()
-            .layer(tonic::service::InterceptorLayer::new(root_only))
             .add_routes(core.routes())
             .serve_with_incoming_shutdown(UnixListenerStream::new(unix), shutdown.clone().cancelled_owned()),
     ));
-    tracing::info!(api = %options.listen_addr, metrics = %options.metrics_addr, "the manager serves");
+    let known = formation::managers(&options.data_dir)?;
+    let entering = enter(core.raft().clone(), peers, address.clone(), known);
+    tasks.spawn(shutdown.clone().run_until_cancelled_owned(entering));
+    tracing::info!(api = %options.listen_addr, reached_at = address, metrics = %options.metrics_addr, "the manager serves");
     started();
 
     shutdown.cancelled().await;
@@ -246,11 +272,75 @@ fn inode(path: &Path) -> Option<(u64, u64)> {
     fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Lets root's calls through. The socket's permissions say the same, but root may have given them away.
-fn root_only(request: tonic::Request<()>) -> Result<tonic::Request<()>, tonic::Status> {
-    let credentials = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
-    match credentials {
-        Some(credentials) if credentials.uid() == 0 => Ok(request),
-        _ => Err(tonic::Status::permission_denied("only root may use this socket")),
+/// Where others reach this manager.
+fn advertised(options: &Options) -> Result<String, Error> {
+    if let Some(address) = &options.advertise_addr {
+        warren_pki::check_address(address).map_err(|_| Error::Advertised(address.clone()))?;
+        return Ok(address.clone());
+    }
+    let mut address = options.listen_addr;
+    if address.ip().is_unspecified()
+        && let Some(own) = warren_pki::own_address()
+    {
+        address.set_ip(own);
+    }
+    Ok(address.to_string())
+}
+
+/// Who this manager is, once its data directory says so; `None` when it is told to end before.
+async fn own_id(options: &Options, shutdown: &CancellationToken) -> Result<Option<u64>, Error> {
+    let mut waits = false;
+    loop {
+        if let Some(identity) = data_dir::open(&options.data_dir)? {
+            return Ok(Some(identity.id));
+        }
+        if options.bootstrap {
+            formation::found(&options.data_dir, &hostname())?;
+            continue;
+        }
+        if !waits {
+            tracing::info!(
+                data_dir = %options.data_dir.display(),
+                "waiting for `warren cluster init` or `warren cluster join` on this machine"
+            );
+            waits = true;
+        }
+        if shutdown.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_none() {
+            return Ok(None);
+        }
+    }
+}
+
+/// The machine's name.
+#[must_use]
+pub fn hostname() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// Sees to it that the others know this manager, and where.
+async fn enter(raft: Node, peers: Peers, address: String, known: Vec<String>) {
+    loop {
+        let status = raft.status();
+        if status.members.iter().any(|member| (member.id, &member.address) == (status.id, &address) && member.voter) {
+            return;
+        }
+        if status.is_leader {
+            // Its own address is another now.
+            if let Err(error) = raft.add_voter(status.id, &address).await {
+                tracing::warn!(%error, address, "the other managers do not know yet where this one is");
+            }
+        } else {
+            let others =
+                status.members.into_iter().filter(|member| member.id != status.id).map(|member| member.address);
+            for other in others.chain(known.iter().cloned()) {
+                let Ok(channel) = peers.channel(&other) else { continue };
+                let request = v1::EnterManagerRequest { address: address.clone() };
+                match ClusterClient::new(channel).enter_manager(request).await {
+                    Ok(_) => break,
+                    Err(error) => tracing::warn!(manager = other, error = error.message(), "not taken in yet"),
+                }
+            }
+        }
+        tokio::time::sleep(ENTER_AGAIN).await;
     }
 }

@@ -16,8 +16,9 @@ pub use machine::Machine;
 use network::Numbers;
 pub use network::{ClusterNetwork, InvalidNetwork, NetworkV6};
 pub use objects::{
-    Amounts, Cluster, Container, ContainerState, Description, Desired, Mode, Node, Probes, Resources, RestartCondition,
-    RestartPolicy, Sealed, Secret, Service, ServiceSpec, Status, Timing, Volume,
+    Amounts, Cluster, Container, ContainerState, Description, Desired, JoinToken, Manager, Mode, Node, Probes,
+    Resources, RestartCondition, RestartPolicy, Sealed, SealedAuthority, Secret, Service, ServiceSpec, Status, Timing,
+    TokenRole, Volume,
 };
 pub use transaction::{Change, Expected, Rejection, Reply, Transaction};
 pub(crate) use transaction::{kind_name, protocol_name};
@@ -79,6 +80,13 @@ pub struct State {
     volumes: OrdMap<VolumeId, Arc<Volume>>,
     /// The latest that were deleted, by the revision that did it: their nodes have data to remove.
     deleted_volumes: OrdSet<(u64, VolumeId)>,
+    managers: OrdMap<u64, Arc<Manager>>,
+    /// No manager ever had this id or a higher one.
+    next_manager: u64,
+    tokens: OrdMap<String, Arc<JoinToken>>,
+    /// Nodes that were let in with a token; and those that were removed, whose ids nobody gets again.
+    admitted: OrdSet<NodeId>,
+    departed: OrdSet<NodeId>,
     /// Request ids by the revision of their reply, and their replies.
     requests: OrdMap<u64, String>,
     replies: OrdMap<String, Reply>,
@@ -109,13 +117,18 @@ struct Stored {
     secrets: Vec<Arc<Secret>>,
     volumes: Vec<Arc<Volume>>,
     deleted_volumes: OrdSet<(u64, VolumeId)>,
+    managers: Vec<Arc<Manager>>,
+    next_manager: u64,
+    tokens: Vec<Arc<JoinToken>>,
+    admitted: OrdSet<NodeId>,
+    departed: OrdSet<NodeId>,
     requests: OrdMap<u64, String>,
     replies: OrdMap<String, Reply>,
     next_subnet: u32,
     next_virtual_address: u32,
 }
 
-const SCHEMA: u32 = 2;
+const SCHEMA: u32 = 3;
 
 impl State {
     /// The revision of the last change: its place in the log.
@@ -204,6 +217,46 @@ impl State {
             container.holds_resources() && needed_volumes(&container.spec).any(|name| name == volume.name)
         };
         self.containers.values().any(|container| uses(&container))
+    }
+
+    /// All managers, by id.
+    pub fn managers(&self) -> impl Iterator<Item = &Arc<Manager>> {
+        self.managers.values()
+    }
+
+    /// A manager by id.
+    #[must_use]
+    pub fn manager(&self, id: u64) -> Option<&Arc<Manager>> {
+        self.managers.get(&id)
+    }
+
+    /// The id of the next manager.
+    #[must_use]
+    pub fn next_manager(&self) -> u64 {
+        self.next_manager.max(1)
+    }
+
+    /// All join tokens, by hash.
+    pub fn tokens(&self) -> impl Iterator<Item = &Arc<JoinToken>> {
+        self.tokens.values()
+    }
+
+    /// A join token by hash.
+    #[must_use]
+    pub fn token(&self, hash: &str) -> Option<&Arc<JoinToken>> {
+        self.tokens.get(hash)
+    }
+
+    /// Whether a node was let in with a token, and not removed since.
+    #[must_use]
+    pub fn is_admitted(&self, node: &NodeId) -> bool {
+        self.admitted.contains(node)
+    }
+
+    /// Whether nobody has had this node id.
+    #[must_use]
+    pub fn is_new_node(&self, node: &NodeId) -> bool {
+        !self.nodes.contains_key(node) && !self.admitted.contains(node) && !self.departed.contains(node)
     }
 
     /// All nodes, by id.
@@ -304,6 +357,11 @@ impl State {
             secrets: self.secrets.values().cloned().collect(),
             volumes: self.volumes.values().cloned().collect(),
             deleted_volumes: self.deleted_volumes.clone(),
+            managers: self.managers.values().cloned().collect(),
+            next_manager: self.next_manager,
+            tokens: self.tokens.values().cloned().collect(),
+            admitted: self.admitted.clone(),
+            departed: self.departed.clone(),
             requests: self.requests.clone(),
             replies: self.replies.clone(),
             next_subnet: self.subnets.next,
@@ -329,6 +387,11 @@ impl State {
             requests: stored.requests,
             replies: stored.replies,
             deleted_volumes: stored.deleted_volumes,
+            managers: stored.managers.into_iter().map(|manager| (manager.id, manager)).collect(),
+            next_manager: stored.next_manager,
+            tokens: stored.tokens.into_iter().map(|token| (token.hash.clone(), token)).collect(),
+            admitted: stored.admitted,
+            departed: stored.departed,
             subnets: Numbers { next: stored.next_subnet, ..Numbers::default() },
             virtual_addresses: Numbers { next: stored.next_virtual_address, ..Numbers::default() },
             ..Self::default()

@@ -37,7 +37,12 @@ pub enum Error {
 
 /// What seals and opens secrets. Cheap to clone; does not show its key.
 #[derive(Clone)]
-pub struct Vault(Arc<LessSafeKey>);
+pub struct Vault(Arc<Key>);
+
+struct Key {
+    cipher: LessSafeKey,
+    bytes: [u8; KEY_LEN],
+}
 
 impl fmt::Debug for Vault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -49,6 +54,12 @@ fn random<const N: usize>() -> Result<[u8; N], Error> {
     let mut bytes = [0; N];
     SystemRandom::new().fill(&mut bytes).map_err(|_| Error::Random)?;
     Ok(bytes)
+}
+
+impl Key {
+    fn new(bytes: [u8; KEY_LEN]) -> Result<Self, Error> {
+        Ok(Self { cipher: key(&bytes)?, bytes })
+    }
 }
 
 fn key(bytes: &[u8]) -> Result<LessSafeKey, Error> {
@@ -77,6 +88,10 @@ fn identity(id: &SecretId, sequence: u32) -> String {
     format!("warren secret {id} {sequence}")
 }
 
+fn authority(cluster: &str) -> String {
+    format!("warren authority {cluster}")
+}
+
 impl Vault {
     /// A vault whose key nobody else has and nobody keeps.
     ///
@@ -84,7 +99,7 @@ impl Vault {
     ///
     /// Without randomness.
     pub fn ephemeral() -> Result<Self, Error> {
-        Ok(Self(Arc::new(key(&random::<KEY_LEN>()?)?)))
+        Ok(Self(Arc::new(Key::new(random()?)?)))
     }
 
     /// The vault of a data directory; the first time its key is made.
@@ -96,14 +111,33 @@ impl Vault {
         let path = directory.join(FILE);
         let failed = |source| Error::KeyFile { path: path.display().to_string(), source };
         match fs::read(&path) {
-            Ok(bytes) if bytes.len() == KEY_LEN => return Ok(Self(Arc::new(key(&bytes)?))),
-            Ok(_) => return Err(failed(io::Error::other("it holds no key"))),
+            Ok(bytes) => {
+                let bytes = bytes.try_into().map_err(|_| failed(io::Error::other("it holds no key")))?;
+                return Ok(Self(Arc::new(Key::new(bytes)?)));
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
         }
-        let bytes = random::<KEY_LEN>()?;
-        warren_durable::replace(&path, &bytes).map_err(failed)?;
-        Ok(Self(Arc::new(key(&bytes)?)))
+        Self::create(directory, &random::<KEY_LEN>()?)
+    }
+
+    /// The vault of a data directory from now on, with another manager's key.
+    ///
+    /// # Errors
+    ///
+    /// When that is no key, or its file cannot be written.
+    pub fn create(directory: &Path, bytes: &[u8]) -> Result<Self, Error> {
+        let path = directory.join(FILE);
+        let failed = |source| Error::KeyFile { path: path.display().to_string(), source };
+        let key = bytes.try_into().map_err(|_| failed(io::Error::other("what was given is no key")))?;
+        warren_durable::replace(&path, bytes).map_err(failed)?;
+        Ok(Self(Arc::new(Key::new(key)?)))
+    }
+
+    /// The key, for a manager that joins.
+    #[must_use]
+    pub fn key(&self) -> Vec<u8> {
+        self.0.bytes.to_vec()
     }
 
     /// Seals a value.
@@ -112,10 +146,34 @@ impl Vault {
     ///
     /// Without randomness.
     pub fn seal(&self, id: &SecretId, sequence: u32, value: &[u8]) -> Result<Sealed, Error> {
-        let about = identity(id, sequence);
+        self.seal_as(&identity(id, sequence), value)
+    }
+
+    /// Seals the key of a cluster's authority.
+    ///
+    /// # Errors
+    ///
+    /// Without randomness.
+    pub fn seal_authority(&self, cluster: &str, key: &str) -> Result<Sealed, Error> {
+        self.seal_as(&authority(cluster), key.as_bytes())
+    }
+
+    /// Opens the key of a cluster's authority.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open_sealed`].
+    pub fn open_authority(&self, cluster: &str, sealed: &Sealed) -> Result<String, Error> {
+        String::from_utf8(self.open_as(&authority(cluster), sealed)?).map_err(|_| Error::Sealed)
+    }
+
+    fn seal_as(&self, about: &str, value: &[u8]) -> Result<Sealed, Error> {
         let own = random::<KEY_LEN>()?;
         let encode = |bytes: Vec<u8>| STANDARD.encode(bytes);
-        Ok(Sealed { key: encode(encrypt(&self.0, &own, &about)?), value: encode(encrypt(&key(&own)?, value, &about)?) })
+        Ok(Sealed {
+            key: encode(encrypt(&self.0.cipher, &own, about)?),
+            value: encode(encrypt(&key(&own)?, value, about)?),
+        })
     }
 
     /// Opens a value.
@@ -124,10 +182,13 @@ impl Vault {
     ///
     /// When it was sealed with another key, or as something else, or is damaged.
     pub fn open_sealed(&self, id: &SecretId, sequence: u32, sealed: &Sealed) -> Result<Vec<u8>, Error> {
-        let about = identity(id, sequence);
+        self.open_as(&identity(id, sequence), sealed)
+    }
+
+    fn open_as(&self, about: &str, sealed: &Sealed) -> Result<Vec<u8>, Error> {
         let decode = |text: &str| STANDARD.decode(text).map_err(|_| Error::Sealed);
-        let own = decrypt(&self.0, &decode(&sealed.key)?, &about)?;
-        decrypt(&key(&own)?, &decode(&sealed.value)?, &about)
+        let own = decrypt(&self.0.cipher, &decode(&sealed.key)?, about)?;
+        decrypt(&key(&own)?, &decode(&sealed.value)?, about)
     }
 }
 

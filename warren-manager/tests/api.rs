@@ -7,6 +7,7 @@ use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Streaming, transport::Channel};
 use warren_manager::{Options, Policy, core::Networks, liveness};
+use warren_pki::Dialer;
 use warren_proto::v1::{
     self, agent_message, containers_client::ContainersClient, dispatcher_client::DispatcherClient, manager_message,
     nodes_client::NodesClient, service_spec::Mode, services_client::ServicesClient, watch_containers_response::Change,
@@ -31,7 +32,9 @@ impl Manager {
         let options = Options {
             data_dir: directory.path().join("data"),
             listen_addr: address.parse().expect("an address"),
-            socket,
+            advertise_addr: None,
+            bootstrap: true,
+            socket: socket.clone(),
             metrics_addr: format!("127.0.0.1:{}", free_port()).parse().expect("an address"),
             snapshot_after: 1000,
             liveness: liveness::Timing { heartbeat: Duration::from_millis(100), tolerated: 5, max_rate: 500 },
@@ -48,8 +51,7 @@ impl Manager {
             outcome.expect("the manager starts");
         });
         serving.await.expect("the manager serves");
-        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}")).expect("an address");
-        let channel = endpoint.connect().await.expect("it answers");
+        let channel = Dialer::socket(socket).expect("a path").connect().await.expect("it answers");
         Self { channel, shutdown, task, _directory: directory }
     }
 

@@ -16,7 +16,7 @@ use tonic::service::Routes;
 use warren_manager::{
     Policy, Vault,
     clock::{Environment, Timestamp},
-    core::{Core, Networks, Seams, Settings},
+    core::{Core, Founding, Seams, Settings},
     liveness,
     pinning::Unasked,
 };
@@ -174,7 +174,7 @@ impl Manager {
             snapshot_after: 10,
             liveness: liveness::Timing::default(),
             policy: Policy::default(),
-            networks: Networks::default(),
+            founding: Some(Founding::default()),
             registries: Arc::new(Unasked),
             vault: Vault::ephemeral().expect("randomness"),
         };

@@ -1,9 +1,8 @@
 //! Reaching a manager.
 
-use std::time::Duration;
-
 use clap::Args;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
+use warren_pki::Dialer;
 use warren_proto::v1::{
     cluster_client::ClusterClient, containers_client::ContainersClient, exec_client::ExecClient,
     logs_client::LogsClient, nodes_client::NodesClient, secrets_client::SecretsClient, services_client::ServicesClient,
@@ -15,14 +14,13 @@ use crate::error::Error;
 /// Which manager.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ClientArguments {
-    /// Where the manager is: unix:///path or http://host:port.
+    /// The socket of a manager on this machine, as unix:///path. Any manager answers for the whole cluster.
     #[arg(long, env = "WARREN_MANAGER", default_value = "unix:///run/warren/warren.sock", global = true)]
     manager: String,
 }
 
 /// A page of a list, its specs included.
 const MAX_MESSAGE: usize = 256 << 20;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// All elements of a list: `page` asks for the page with a token and answers with its elements and the next page's token.
 pub(crate) async fn all_pages<T>(
@@ -48,12 +46,10 @@ fn is_refused_to_user(error: &(dyn std::error::Error + 'static)) -> bool {
 
 impl ClientArguments {
     async fn channel(&self) -> Result<Channel, Error> {
-        let endpoint = Endpoint::from_shared(self.manager.clone());
-        let endpoint = endpoint.map_err(|_| Error::BadAddress(self.manager.clone()))?;
-        if !["unix:", "http://", "https://"].iter().any(|scheme| self.manager.starts_with(scheme)) {
-            return Err(Error::BadAddress(self.manager.clone()));
-        }
-        let connected = endpoint.connect_timeout(CONNECT_TIMEOUT).connect().await;
+        let path = self.manager.strip_prefix("unix:").filter(|path| path.starts_with('/'));
+        let path = path.ok_or_else(|| Error::BadAddress(self.manager.clone()))?;
+        let path = path.strip_prefix("//").unwrap_or(path);
+        let connected = Dialer::socket(path).map_err(|_| Error::BadAddress(self.manager.clone()))?.connect().await;
         connected.map_err(|error| {
             let address = self.manager.clone();
             if is_refused_to_user(&error) { Error::NotPermitted { address } } else { Error::NoManager { address } }

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use tonic::{Code, Status};
+use warren_agent::membership;
+use warren_manager::formation;
 use warren_proto::v1;
 
 /// Why a command failed.
@@ -25,16 +27,22 @@ use warren_proto::v1;
 pub(crate) enum Error {
     #[error("no manager answers on {address}; is `warren up` or `warren-manager` running?")]
     NoManager { address: String },
-    #[error(
-        "the manager's socket {address} is not for this user; run as root, or give --manager http://127.0.0.1:7443"
-    )]
+    #[error("the manager's socket {address} is not for this user; run as root")]
     NotPermitted { address: String },
-    #[error("{0:?} is not an address of a manager: use unix:///path or http://host:port")]
+    #[error("{0:?} is not an address of a manager: use unix:///path")]
     BadAddress(String),
     #[error("{}", .0.message())]
     Refused(#[from] Box<Status>),
     #[error("{which}: {}", status.message())]
     Object { which: String, status: Box<Status> },
+    #[error("{manager} cannot be joined: {why}")]
+    NotJoined { manager: String, why: String },
+    #[error(transparent)]
+    Pki(#[from] warren_pki::Error),
+    #[error(transparent)]
+    Formation(#[from] warren_manager::formation::Error),
+    #[error(transparent)]
+    Membership(#[from] warren_agent::membership::Error),
     #[error("{0}")]
     Usage(String),
     #[error("service {service} has {running} of {desired} containers running after {} s{why}", after.as_secs())]
@@ -74,7 +82,10 @@ impl Error {
         match self {
             Self::NoManager { .. } => 4,
             Self::NotPermitted { .. } => 6,
-            Self::BadAddress(_) | Self::Usage(_) => 2,
+            Self::NotJoined { .. } => 4,
+            Self::BadAddress(_) | Self::Usage(_) | Self::Pki(_) => 2,
+            Self::Formation(formation::Error::Taken(_)) | Self::Membership(membership::Error::Taken(_)) => 5,
+            Self::Formation(_) | Self::Membership(_) => 8,
             Self::Refused(status) | Self::Object { status, .. } => match status.code() {
                 Code::InvalidArgument => 2,
                 Code::NotFound => 3,

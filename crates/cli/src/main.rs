@@ -4,6 +4,7 @@
 
 mod apply;
 mod client;
+mod cluster;
 mod container;
 mod error;
 mod exec;
@@ -68,6 +69,9 @@ enum Command {
     ///
     /// Of starts, stops and DNS queries it shows how many there were, and the median and 99th percentile of how long they took.
     Top(top::Arguments),
+    /// Works with the cluster: founds it, lets machines join, shows its managers.
+    #[command(subcommand)]
+    Cluster(cluster::Command),
     /// Works with nodes.
     #[command(subcommand)]
     Node(node::Command),
@@ -128,6 +132,7 @@ async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Config(command) => secret::run(SecretKind::Config, command, &client).await,
         Command::Volume(command) => volume::run(command, &client).await,
         Command::Top(arguments) => top::run(arguments, &client).await,
+        Command::Cluster(command) => cluster::run(command, &client).await,
         Command::Node(command) => node::run(command, &client).await,
         Command::Image(command) => image::run(command).await,
         Command::Version { format } => version(&client, format.format).await,

@@ -94,12 +94,17 @@ pub(crate) fn pairs(map: &BTreeMap<String, String>) -> String {
 pub(crate) fn ago(time: Option<&pbjson_types::Timestamp>) -> String {
     let Some(time) = time else { return "-".to_owned() };
     let then = SystemTime::UNIX_EPOCH + Duration::new(time.seconds.unsigned_abs(), time.nanos.unsigned_abs());
-    let seconds = SystemTime::now().duration_since(then).unwrap_or_default().as_secs();
+    format!("{} ago", coarse(SystemTime::now().duration_since(then).unwrap_or_default()))
+}
+
+/// A duration in its largest unit.
+pub(crate) fn coarse(duration: Duration) -> String {
+    let seconds = duration.as_secs();
     match seconds {
-        0..120 => format!("{seconds}s ago"),
-        120..7200 => format!("{}m ago", seconds / 60),
-        7200..172_800 => format!("{}h ago", seconds / 3600),
-        _ => format!("{}d ago", seconds / 86_400),
+        0..120 => format!("{seconds}s"),
+        120..7200 => format!("{}m", seconds / 60),
+        7200..172_800 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
     }
 }
 

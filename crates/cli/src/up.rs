@@ -19,10 +19,13 @@ pub(crate) struct Arguments {
     /// Holds the cluster's state and the node's.
     #[arg(long, env = "WARREN_DATA_DIR", default_value = "/var/lib/warren")]
     data_dir: PathBuf,
-    /// Where the API is served to this machine; loopback only.
-    #[arg(long, env = "WARREN_LISTEN_ADDR", default_value = "127.0.0.1:7443")]
+    /// Where API, agents' sessions and consensus are served, with mutual TLS.
+    #[arg(long, env = "WARREN_LISTEN_ADDR", default_value = "0.0.0.0:7443")]
     listen_addr: SocketAddr,
-    /// Where the API is served to root.
+    /// Where other managers and agents reach it, as HOST:PORT; this machine's address unless given.
+    #[arg(long, env = "WARREN_MANAGER_ADVERTISE_ADDR")]
+    manager_advertise_addr: Option<String>,
+    /// Where the API is served to root of this machine.
     #[arg(long, env = "WARREN_SOCKET", default_value = "/run/warren/warren.sock")]
     socket: PathBuf,
     /// Where the manager's /metrics, /health, /ready and /live are served.
@@ -47,6 +50,8 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
     let manager = ManagerArguments {
         data_dir: arguments.data_dir.join("manager"),
         listen_addr: arguments.listen_addr,
+        advertise_addr: arguments.manager_advertise_addr,
+        bootstrap: true,
         socket: arguments.socket.clone(),
         metrics_addr: arguments.metrics_addr,
         snapshot_after: 5000,
@@ -59,7 +64,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
     };
     let agent = AgentArguments {
         data_dir: arguments.data_dir.join("agent"),
-        manager: format!("unix://{}", arguments.socket.display()),
+        socket: arguments.socket,
         hostname: arguments.hostname,
         labels: Vec::new(),
         metrics_addr: arguments.agent_metrics_addr,

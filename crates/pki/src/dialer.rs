@@ -1,6 +1,12 @@
 //! Calling managers.
 
-use std::{fmt, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fmt, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, pki_types::ServerName};
@@ -134,4 +140,29 @@ async fn open(to: To) -> io::Result<Box<dyn Io>> {
     stream.set_nodelay(true)?;
     let name = ServerName::try_from(tls::MANAGER_NAME).map_err(io::Error::other)?;
     Ok(Box::new(TlsConnector::from(config).connect(name, stream).await?))
+}
+
+/// The address of this machine that others see, if it has any but loopback.
+#[must_use]
+pub fn own_address() -> Option<IpAddr> {
+    // Connecting a UDP socket sends nothing; the addresses are for documentation (RFC 5737, RFC 3849).
+    let towards = |from: IpAddr, to: IpAddr| {
+        let socket = UdpSocket::bind((from, 0)).ok()?;
+        socket.connect((to, 9)).ok()?;
+        Some(socket.local_addr().ok()?.ip()).filter(|address| !address.is_loopback())
+    };
+    towards(Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(192, 0, 2, 1).into())
+        .or_else(|| towards(Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()))
+}
+
+/// Whether that is HOST:PORT.
+///
+/// # Errors
+///
+/// When it is not.
+pub fn check_address(address: &str) -> Result<(), Error> {
+    let valid = address.rsplit_once(':').is_some_and(|(host, port)| {
+        !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0) && endpoint(address).is_ok()
+    });
+    if valid { Ok(()) } else { Err(Error::Address(address.to_owned())) }
 }

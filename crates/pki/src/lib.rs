@@ -17,7 +17,7 @@ use std::{fmt, io, str::FromStr};
 
 pub use authority::Authority;
 pub use credentials::Credentials;
-pub use dialer::Dialer;
+pub use dialer::{Dialer, check_address, own_address};
 pub use incoming::{Incoming, Peer, incoming};
 pub use request::Request;
 pub use token::{Secret, Token};

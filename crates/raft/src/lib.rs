@@ -45,6 +45,9 @@ pub enum Error {
     /// It may have been committed, or not: the leader changed meanwhile.
     #[error("the leader changed; the change may have been made or not")]
     Unknown,
+    /// The members cannot be changed like this, or not now.
+    #[error("the managers cannot be changed: {0}")]
+    Membership(String),
     /// The log or the snapshots cannot be read or written.
     #[error("the Raft storage in {place} is unusable: {source}")]
     Storage {

@@ -1,7 +1,12 @@
-use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    sync::Arc,
+    time::Duration,
+};
 
 use openraft::{
-    BasicNode, Instant as _, LogIdOptionExt as _, ReadPolicy, ServerState,
+    BasicNode, ChangeMembers, Instant as _, LogIdOptionExt as _, ReadPolicy, ServerState,
     async_runtime::WatchReceiver as _,
     errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError},
 };
@@ -90,20 +95,13 @@ impl Node {
         let node = Self::join(options, storage, machine, transport, observer).await?;
         let members = BTreeMap::from([(options.id, BasicNode::new(&options.address))]);
         match node.raft.initialize(members).await {
-            Ok(()) => {}
             // There was a log: the cluster goes on.
-            Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {
-                // A lone voter need not wait for anyone.
-                if node.status().members.iter().filter(|member| member.voter).count() == 1 {
-                    node.raft.trigger().elect(false).await.map_err(|error| Error::Stopped(error.to_string()))?;
-                }
-            }
-            Err(error) => return Err(Error::Stopped(error.to_string())),
+            Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(node),
+            Err(error) => Err(Error::Stopped(error.to_string())),
         }
-        Ok(node)
     }
 
-    /// Starts taking part as a member that others will add.
+    /// Starts taking part in a cluster that others have begun: as its log says, or else as soon as they add this manager.
     ///
     /// # Errors
     ///
@@ -125,7 +123,19 @@ impl Node {
         let machine = Machine::new(machine, snapshots, observer);
         let raft = Raft::new(options.id, config, Network { transport }, log, machine).await;
         let raft = raft.map_err(|error| storage_error(io::Error::other(error.to_string())))?;
-        Ok(Self { raft })
+        let node = Self { raft };
+        // A lone voter need not wait for anyone.
+        if node.is_alone() {
+            node.raft.trigger().elect(false).await.map_err(|error| Error::Stopped(error.to_string()))?;
+        }
+        Ok(node)
+    }
+
+    /// Whether this manager is the only one that votes.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        let status = self.status();
+        status.members.iter().filter(|member| member.voter).map(|member| member.id).eq([status.id])
     }
 
     /// Waits until everything that was committed before has been applied here.
@@ -238,18 +248,57 @@ impl Node {
         }
     }
 
-    /// Adds a member that has joined, first as a learner, and as a voter once it has caught up.
+    /// Takes a member in: first as a learner, and as a voter once it has caught up. One that is a voter already may have another
+    /// address now.
     ///
     /// # Errors
     ///
-    /// When this manager does not lead or the member cannot be reached.
+    /// When this manager does not lead, or no majority answers. The member may then follow without a vote: taking it in again
+    /// goes on from there.
     pub async fn add_voter(&self, id: u64, address: &str) -> Result<(), Error> {
-        let stopped = |error: RaftError<Config, ClientWriteError<Config>>| Error::Stopped(error.to_string());
-        self.raft.add_learner(id, BasicNode::new(address), true).await.map_err(stopped)?;
-        let mut voters: std::collections::BTreeSet<u64> = self.raft.voter_ids().collect();
-        voters.insert(id);
-        self.raft.change_membership(voters, false).await.map_err(stopped)?;
-        Ok(())
+        let node = BasicNode::new(address);
+        let known = self.status().members.into_iter().find(|member| member.id == id);
+        if let Some(known) = &known
+            && known.address != address
+        {
+            let nodes = BTreeMap::from([(id, node.clone())]);
+            self.change(ChangeMembers::SetNodes(nodes)).await?;
+        }
+        if known.is_some_and(|known| known.voter) {
+            return Ok(());
+        }
+        self.raft.add_learner(id, node, true).await.map_err(changing)?;
+        self.change(ChangeMembers::AddVoterIds(BTreeSet::from([id]))).await
+    }
+
+    /// Takes a member out. One that leads must hand over first.
+    ///
+    /// # Errors
+    ///
+    /// When this manager does not lead, or no majority answers.
+    pub async fn remove(&self, id: u64) -> Result<(), Error> {
+        let Some(known) = self.status().members.into_iter().find(|member| member.id == id) else { return Ok(()) };
+        if known.voter {
+            return self.change(ChangeMembers::RemoveVoters(BTreeSet::from([id]))).await;
+        }
+        self.change(ChangeMembers::RemoveNodes(BTreeSet::from([id]))).await
+    }
+
+    async fn change(&self, change: ChangeMembers<u64, BasicNode>) -> Result<(), Error> {
+        self.raft.change_membership(change, false).await.map(drop).map_err(changing)
+    }
+
+    /// Asks the voter that is least behind to lead instead of this manager. Whether it does shows in the status.
+    ///
+    /// # Errors
+    ///
+    /// When there is no other, or consensus has stopped here.
+    pub async fn hand_over(&self) -> Result<(), Error> {
+        let status = self.status();
+        let others = status.members.iter().filter(|member| member.voter && member.id != status.id);
+        let next = others.min_by_key(|member| status.lag.get(&member.id).copied().unwrap_or(u64::MAX));
+        let next = next.ok_or(Error::NoQuorum)?;
+        self.raft.trigger().transfer_leader(next.id).await.map_err(|error| Error::Stopped(error.to_string()))
     }
 
     /// Stops taking part.
@@ -257,5 +306,17 @@ impl Node {
         if let Err(error) = self.raft.shutdown().await {
             tracing::warn!(%error, "consensus did not stop cleanly");
         }
+    }
+}
+
+fn changing(error: RaftError<Config, ClientWriteError<Config>>) -> Error {
+    match error {
+        RaftError::APIError(ClientWriteError::ForwardToLeader(forward)) => {
+            Error::NotLeader { leader: forward.leader_id }
+        }
+        RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) => Error::Unknown,
+        RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => Error::Membership(error.to_string()),
+        RaftError::APIError(error) => Error::Membership(error.to_string()),
+        RaftError::Fatal(error) => Error::Stopped(error.to_string()),
     }
 }

@@ -11,7 +11,8 @@ use std::{
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
+use warren_pki::Dialer;
 use warren_proto::v1::{self, dispatcher_client::DispatcherClient};
 use warren_telemetry::Source;
 
@@ -25,7 +26,7 @@ use crate::{
 
 /// Fulfils wishes.
 pub(super) struct Wishes {
-    endpoint: Endpoint,
+    manager: Dialer,
     board: Board,
     logs: Logs,
     execs: Execs,
@@ -33,16 +34,16 @@ pub(super) struct Wishes {
 }
 
 impl Wishes {
-    pub(super) fn new(endpoint: Endpoint, options: &Options, board: Board) -> Self {
+    pub(super) fn new(manager: Dialer, options: &Options, board: Board) -> Self {
         let (logs, execs, sources) = (options.logs.clone(), options.execs.clone(), options.sources.clone());
-        Self { endpoint, board, logs, execs, sources }
+        Self { manager, board, logs, execs, sources }
     }
 
     /// Calls the manager. What hinders it ends the session too, and whoever waits is told by the manager.
     fn call<F: Future<Output = ()> + Send>(&self, call: impl FnOnce(DispatcherClient<Channel>) -> F + Send + 'static) {
-        let endpoint = self.endpoint.clone();
+        let manager = self.manager.clone();
         tokio::spawn(async move {
-            match endpoint.connect().await {
+            match manager.connect().await {
                 Ok(channel) => call(DispatcherClient::new(channel)).await,
                 Err(error) => tracing::debug!(%error, "no connection for an answer"),
             }

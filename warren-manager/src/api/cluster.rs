@@ -1,11 +1,190 @@
+use std::time::{Duration, SystemTime};
+
 use tonic::{Request, Response, Status};
+use warren_pki::{Authority, Identity, Role, Secret, Token};
 use warren_proto::v1::{self, cluster_server};
 use warren_telemetry::build;
 
-use super::Context;
+use super::{Context, Error};
+use crate::{
+    core::TOKEN_LIFETIME,
+    formation::CERTIFICATE_LIFETIME,
+    front::Caller,
+    ids::NodeId,
+    state::{Change, JoinToken, Manager, State, TokenRole, Transaction},
+    store,
+    validate::Invalid,
+};
 
 #[derive(Clone, Debug)]
 pub(super) struct Cluster(pub(super) Context);
+
+/// A token is for a day's work, not for good.
+const MAX_TOKEN_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
+const MAX_NAME: usize = 253;
+/// How long a leader that is to go waits for its successor.
+const HAND_OVER_PATIENCE: Duration = Duration::from_secs(5);
+/// Letting somebody in is repeated when somebody else came first.
+const ATTEMPTS: usize = 10;
+
+fn token_role(role: v1::Role) -> Result<TokenRole, Invalid> {
+    match role {
+        v1::Role::Manager => Ok(TokenRole::Manager),
+        v1::Role::Worker => Ok(TokenRole::Worker),
+        v1::Role::Unspecified => Err(Invalid::new("role", "is not given")),
+    }
+}
+
+fn wire_role(role: TokenRole) -> v1::Role {
+    match role {
+        TokenRole::Manager => v1::Role::Manager,
+        TokenRole::Worker => v1::Role::Worker,
+    }
+}
+
+fn shown(token: &JoinToken) -> v1::JoinToken {
+    v1::JoinToken {
+        id: token.hash.chars().take(12).collect(),
+        role: wire_role(token.role).into(),
+        created_at: Some(token.created_at.to_proto()),
+        expires_at: Some(token.expires_at.to_proto()),
+    }
+}
+
+fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
+    request.extensions().get().cloned().ok_or_else(|| Status::internal("who calls is not known"))
+}
+
+impl Cluster {
+    async fn change(&self, changes: Vec<Change>) -> Result<(), store::Error> {
+        self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await.map(drop)
+    }
+
+    fn authority(&self, state: &State) -> Result<(Authority, String), Error> {
+        let cluster = state.cluster().ok_or_else(|| Error::Precondition("there is no cluster yet".to_owned()))?;
+        let sealed = cluster.authority.as_ref();
+        let sealed = sealed.ok_or_else(|| Error::Precondition("this cluster has no authority".to_owned()))?;
+        let key = self.0.vault.open_authority(&cluster.id, &sealed.key)?;
+        Ok((Authority::from_pem(&sealed.certificate, &key)?, cluster.id.clone()))
+    }
+
+    fn sign(&self, state: &State, request: &str, role: Role, id: &str) -> Result<(String, String), Error> {
+        let (authority, cluster) = self.authority(state)?;
+        let now = SystemTime::UNIX_EPOCH + Duration::from_millis(self.0.environment.now().0);
+        let identity = Identity { cluster, role, id: id.to_owned() };
+        let signed = authority.sign(request, &identity, now, CERTIFICATE_LIFETIME);
+        let signed = signed.map_err(|error| Invalid::new("certificate_request", error.to_string()))?;
+        Ok((signed, authority.certificate_pem().to_owned()))
+    }
+
+    async fn generate(&self, request: v1::GenerateJoinTokenRequest) -> Result<v1::GenerateJoinTokenResponse, Error> {
+        let role = token_role(request.role())?;
+        let lifetime = match request.lifetime {
+            None => TOKEN_LIFETIME,
+            Some(lifetime) => Duration::try_from(lifetime).unwrap_or_default(),
+        };
+        if lifetime.is_zero() || lifetime > MAX_TOKEN_LIFETIME {
+            return Err(Invalid::new("lifetime", "is not 1 s to 30 days").into());
+        }
+        let state = self.0.store.read().await?;
+        let (authority, _) = self.authority(&state)?;
+        let secret = Secret::random()?;
+        let now = self.0.environment.now();
+        let about = JoinToken { hash: secret.hash(), role, created_at: now, expires_at: now.after(lifetime) };
+        let token = Token::new(authority.certificate_pem(), secret)?.to_string();
+        self.change(vec![Change::PutToken(about.clone())]).await?;
+        Ok(v1::GenerateJoinTokenResponse { token, about: Some(shown(&about)) })
+    }
+
+    /// Lets somebody in whose token is good: their role, and the id that they have from now on.
+    async fn admit(&self, request: &v1::JoinClusterRequest) -> Result<(Role, String), Error> {
+        let refused = || Error::Refused("the token is not valid, or no longer".to_owned());
+        let secret = Token::read_secret(&request.secret).map_err(|_| refused())?;
+        for _ in 0..ATTEMPTS {
+            let state = self.0.store.read().await?;
+            let now = self.0.environment.now();
+            let token = state.token(&secret.hash()).filter(|token| token.expires_at > now).ok_or_else(refused)?;
+            let (change, admitted) = match token.role {
+                TokenRole::Manager => {
+                    let id = state.next_manager();
+                    let manager = Manager { id, hostname: request.hostname.clone(), created_at: now };
+                    (Change::AdmitManager(manager), (Role::Manager, id.to_string()))
+                }
+                TokenRole::Worker => {
+                    let own = NodeId::from(request.node_id.as_str());
+                    let keeps = super::nodes::is_id(&own) && state.is_new_node(&own);
+                    let id = if keeps { own } else { NodeId::generate(&*self.0.environment) };
+                    (Change::AdmitNode { id: id.clone() }, (Role::Worker, id.to_string()))
+                }
+            };
+            match self.change(vec![change]).await {
+                Err(store::Error::Rejected(crate::state::Rejection::Conflict(_))) => {}
+                other => return other.map(|()| admitted).map_err(Error::from),
+            }
+        }
+        Err(Error::Precondition("too many join at the same time; try again".to_owned()))
+    }
+
+    async fn join(&self, request: v1::JoinClusterRequest) -> Result<v1::JoinClusterResponse, Error> {
+        if request.hostname.len() > MAX_NAME {
+            return Err(Invalid::new("hostname", format!("is longer than {MAX_NAME} bytes")).into());
+        }
+        // What cannot be signed lets nobody in.
+        self.sign(&self.0.store.read().await?, &request.certificate_request, Role::Worker, "nobody")?;
+        let (role, id) = self.admit(&request).await?;
+        let state = self.0.store.view();
+        let (certificate, authorities) = self.sign(&state, &request.certificate_request, role, &id)?;
+        tracing::info!(%role, id, hostname = request.hostname, "a machine has joined");
+        let managers = self.0.store.raft().status().members.into_iter().map(|member| member.address);
+        Ok(v1::JoinClusterResponse {
+            role: if role == Role::Manager { v1::Role::Manager } else { v1::Role::Worker }.into(),
+            id,
+            cluster_id: state.cluster().map(|cluster| cluster.id.clone()).unwrap_or_default(),
+            certificate,
+            authorities,
+            managers: managers.collect(),
+            key_of_secrets: if role == Role::Manager { self.0.vault.key() } else { Default::default() },
+        })
+    }
+
+    async fn enter(&self, caller: &Caller, address: &str) -> Result<(), Error> {
+        let id: u64 = caller.id.parse().map_err(|_| Error::Refused("a manager's id is a number".to_owned()))?;
+        let state = self.0.store.read().await?;
+        if state.manager(id).is_none() {
+            return Err(Error::Refused(format!("manager {id} is not in this cluster")));
+        }
+        warren_pki::check_address(address).map_err(|error| Invalid::new("address", error.to_string()))?;
+        self.0.store.raft().add_voter(id, address).await.map_err(store::Error::from)?;
+        tracing::info!(manager = id, address, "a manager takes part");
+        Ok(())
+    }
+
+    async fn remove(&self, id: u64) -> Result<(), Error> {
+        let state = self.0.store.read().await?;
+        let missing = || Error::NotFound { kind: "manager", name: id.to_string() };
+        state.manager(id).ok_or_else(missing)?;
+        let raft = self.0.store.raft();
+        let status = raft.status();
+        let others = status.members.iter().filter(|member| member.voter && member.id != id).count();
+        if others == 0 {
+            return Err(Error::Precondition(format!("manager {id} is the only one")));
+        }
+        if id == status.id {
+            raft.hand_over().await.map_err(store::Error::from)?;
+            let deadline = tokio::time::Instant::now() + HAND_OVER_PATIENCE;
+            while raft.status().is_leader && tokio::time::Instant::now() < deadline {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            return Err(Error::Store(store::Error::Raft(warren_raft::Error::NotLeader {
+                leader: raft.status().leader,
+            })));
+        }
+        raft.remove(id).await.map_err(store::Error::from)?;
+        self.change(vec![Change::RemoveManager { id }]).await?;
+        tracing::info!(manager = id, "a manager was removed");
+        Ok(())
+    }
+}
 
 #[tonic::async_trait]
 impl cluster_server::Cluster for Cluster {
@@ -16,6 +195,14 @@ impl cluster_server::Cluster for Cluster {
         // Answered by any manager from what it knows: it is what one looks at when there is no quorum.
         let status = self.0.store.raft().status();
         let state = self.0.store.view();
+        let managers = status.members.iter().map(|member| v1::Manager {
+            id: member.id,
+            address: member.address.clone(),
+            voter: member.voter,
+            hostname: state.manager(member.id).map(|manager| manager.hostname.clone()).unwrap_or_default(),
+            leader: status.leader == Some(member.id),
+            lag: status.lag.get(&member.id).copied().unwrap_or(0),
+        });
         Ok(Response::new(v1::GetClusterInfoResponse {
             cluster_id: state.cluster().map(|cluster| cluster.id.clone()).unwrap_or_default(),
             manager_id: status.id,
@@ -23,12 +210,74 @@ impl cluster_server::Cluster for Cluster {
             term: status.term,
             last_log_index: status.last_log_index,
             applied_index: status.applied_index,
-            managers: status
-                .members
-                .into_iter()
-                .map(|member| v1::Manager { id: member.id, address: member.address, voter: member.voter })
-                .collect(),
+            managers: managers.collect(),
             version: build::LONG_VERSION.to_owned(),
         }))
+    }
+
+    async fn generate_join_token(
+        &self,
+        request: Request<v1::GenerateJoinTokenRequest>,
+    ) -> Result<Response<v1::GenerateJoinTokenResponse>, Status> {
+        Ok(Response::new(self.generate(request.into_inner()).await?))
+    }
+
+    async fn list_join_tokens(
+        &self,
+        _request: Request<v1::ListJoinTokensRequest>,
+    ) -> Result<Response<v1::ListJoinTokensResponse>, Status> {
+        let state = self.0.store.read().await.map_err(super::status)?;
+        let now = self.0.environment.now();
+        let mut tokens: Vec<_> = state.tokens().filter(|token| token.expires_at > now).collect();
+        tokens.sort_by_key(|token| (token.created_at, &token.hash));
+        Ok(Response::new(v1::ListJoinTokensResponse { tokens: tokens.into_iter().map(|token| shown(token)).collect() }))
+    }
+
+    async fn revoke_join_tokens(
+        &self,
+        request: Request<v1::RevokeJoinTokensRequest>,
+    ) -> Result<Response<v1::RevokeJoinTokensResponse>, Status> {
+        let role = token_role(request.into_inner().role()).map_err(Error::from)?;
+        let state = self.0.store.read().await.map_err(super::status)?;
+        let revoked = state.tokens().filter(|token| token.role == role).count();
+        self.change(vec![Change::RevokeTokens { role }]).await.map_err(super::status)?;
+        Ok(Response::new(v1::RevokeJoinTokensResponse { revoked: u32::try_from(revoked).unwrap_or(u32::MAX) }))
+    }
+
+    async fn join_cluster(
+        &self,
+        request: Request<v1::JoinClusterRequest>,
+    ) -> Result<Response<v1::JoinClusterResponse>, Status> {
+        Ok(Response::new(self.join(request.into_inner()).await?))
+    }
+
+    async fn request_certificate(
+        &self,
+        request: Request<v1::RequestCertificateRequest>,
+    ) -> Result<Response<v1::RequestCertificateResponse>, Status> {
+        let caller = caller(&request)?;
+        let role = caller.role.filter(|role| *role != Role::Admin);
+        let role = role.ok_or_else(|| Status::permission_denied("only members of the cluster have certificates"))?;
+        let state = self.0.store.read().await.map_err(super::status)?;
+        let request = request.into_inner();
+        let (certificate, authorities) = self.sign(&state, &request.certificate_request, role, &caller.id)?;
+        Ok(Response::new(v1::RequestCertificateResponse { certificate, authorities }))
+    }
+
+    async fn enter_manager(
+        &self,
+        request: Request<v1::EnterManagerRequest>,
+    ) -> Result<Response<v1::EnterManagerResponse>, Status> {
+        let caller = caller(&request)?;
+        self.enter(&caller, &request.into_inner().address).await?;
+        Ok(Response::new(v1::EnterManagerResponse {}))
+    }
+
+    async fn remove_manager(
+        &self,
+        request: Request<v1::RemoveManagerRequest>,
+    ) -> Result<Response<v1::RemoveManagerResponse>, Status> {
+        self.remove(request.into_inner().id).await?;
+        Ok(Response::new(v1::RemoveManagerResponse {}))
     }
 }

@@ -6,6 +6,7 @@ use warren_proto::v1::{self, nodes_server};
 use super::{Context, Error, lookup, pages::page};
 use crate::{
     convert,
+    front::Caller,
     ids::NodeId,
     liveness::Health,
     state::{Change, Node, State, Transaction},
@@ -18,6 +19,12 @@ pub(super) struct Nodes(pub(super) Context);
 const MAX_ID: usize = 64;
 const MAX_HOSTNAME: usize = 253;
 
+/// Whether that could be a node's id.
+pub(super) fn is_id(id: &NodeId) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    (1..=MAX_ID).contains(&id.as_str().len()) && id.as_str().bytes().all(plain)
+}
+
 impl Nodes {
     fn shown(&self, node: &Node, state: &State) -> v1::Node {
         convert::node(node, state, self.0.liveness.health(&node.id))
@@ -25,8 +32,7 @@ impl Nodes {
 
     async fn register(&self, request: v1::RegisterNodeRequest) -> Result<v1::Node, Error> {
         let id = NodeId::from(request.node_id);
-        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-        if id.as_str().is_empty() || id.as_str().len() > MAX_ID || !id.as_str().bytes().all(plain) {
+        if !is_id(&id) {
             let why = format!("is not 1 to {MAX_ID} of a-z and 0-9");
             return Err(Invalid::new("node_id", why).into());
         }
@@ -68,6 +74,9 @@ impl nodes_server::Nodes for Nodes {
         &self,
         request: Request<v1::RegisterNodeRequest>,
     ) -> Result<Response<v1::RegisterNodeResponse>, Status> {
+        if let Some(caller) = request.extensions().get::<Caller>() {
+            caller.check_node(&NodeId::from(request.get_ref().node_id.as_str()))?;
+        }
         let node = self.register(request.into_inner()).await?;
         let state = self.0.store.view();
         let networks = state.cluster().map(|cluster| cluster.network.prefixes()).unwrap_or_default();

@@ -20,6 +20,50 @@ pub struct Cluster {
     pub created_at: Timestamp,
     /// The addresses of its containers and services.
     pub network: ClusterNetwork,
+    /// What signs its members' certificates; none in a cluster that nobody can join.
+    pub authority: Option<SealedAuthority>,
+}
+
+/// The cluster's certificate authority.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SealedAuthority {
+    /// Its certificate, in PEM.
+    pub certificate: String,
+    /// Its key.
+    pub key: Sealed,
+}
+
+/// A member of consensus, or one that is to become one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manager {
+    /// Its id in consensus; never another's.
+    pub id: u64,
+    /// The machine's name.
+    pub hostname: String,
+    /// When it was let in.
+    pub created_at: Timestamp,
+}
+
+/// What a token lets its holder become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TokenRole {
+    /// A member of consensus.
+    Manager,
+    /// A node with an agent.
+    Worker,
+}
+
+/// A join token, without what is secret of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinToken {
+    /// Of its secret.
+    pub hash: String,
+    /// What it is for.
+    pub role: TokenRole,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// When it ends to be valid.
+    pub expires_at: Timestamp,
 }
 
 /// A service: what should run, and how many of it.

@@ -12,7 +12,7 @@ use crate::clock::Timestamp;
 /// A cluster in which nothing is yet.
 pub(crate) fn founded() -> State {
     let network = ClusterNetwork::of_random(7);
-    let cluster = Cluster { id: "cluster".to_owned(), created_at: Timestamp(0), network };
+    let cluster = Cluster { id: "cluster".to_owned(), created_at: Timestamp(0), network, authority: None };
     State { cluster: Some(Arc::new(cluster)), ..State::default() }
 }
 
@@ -196,12 +196,77 @@ fn watchers_miss_nothing_or_are_told_so() {
     let mut state = founded();
     let web = service("a", "web", 1);
     apply(&mut state, [put(web.clone())]);
-    for i in 0..HISTORY + 10 {
-        apply(&mut state, [Change::CreateContainer(Box::new(container(&format!("c{i}"), &web, 1, 1)))]);
+    for (i, slot) in (1..).take(HISTORY + 10).enumerate() {
+        apply(&mut state, [Change::CreateContainer(Box::new(container(&format!("c{i}"), &web, slot, 1)))]);
     }
     let last = state.revision();
     assert_eq!(state.changes_since(last - 5).expect("known").count(), 5);
     assert!(state.changes_since(2).is_none(), "forgotten");
+}
+
+#[test]
+fn a_slot_has_one_container_that_is_to_run() {
+    let mut state = founded();
+    let web = service("a", "web", 1);
+    apply(&mut state, [put(web.clone())]);
+    let mut create = |id: &str, slot| {
+        let index = state.revision() + 1;
+        let changes = vec![Change::CreateContainer(Box::new(container(id, &web, slot, 1)))];
+        let reply = state.apply(index, &Transaction { changes, ..Transaction::default() });
+        (reply.is_ok(), state.clone())
+    };
+    assert!(create("one", 1).0);
+    let (refused, _) = create("two", 1);
+    assert!(!refused, "another leader has planned the same");
+    assert!(create("three", 2).0);
+    apply(&mut state, [Change::Remove { id: "one".into() }]);
+    let changes = vec![Change::CreateContainer(Box::new(container("two", &web, 1, 1)))];
+    let index = state.revision() + 1;
+    assert!(state.apply(index, &Transaction { changes, ..Transaction::default() }).is_ok());
+}
+
+#[test]
+fn ids_of_members_are_never_used_again() {
+    let mut state = founded();
+    let admit = |id| Change::AdmitManager(Manager { id, hostname: "m".to_owned(), created_at: Timestamp(1) });
+    let mut does = |change: Change| {
+        let index = state.revision() + 1;
+        let done = state.apply(index, &Transaction { changes: vec![change], ..Transaction::default() }).is_ok();
+        (done, state.clone())
+    };
+    assert!(does(admit(1)).0 && does(admit(2)).0);
+    assert!(!does(admit(2)).0 && !does(admit(4)).0, "the next one is 3");
+    assert!(does(Change::RemoveManager { id: 2 }).0);
+    assert!(!does(Change::RemoveManager { id: 2 }).0 && !does(admit(2)).0);
+    let node_id = NodeId::from("n");
+    assert!(does(Change::AdmitNode { id: node_id.clone() }).0);
+    assert!(!does(Change::AdmitNode { id: node_id.clone() }).0);
+    assert!(does(Change::PutNode(Box::new(node("n", 1, 1)))).0);
+    let (_, before) = does(admit(3));
+    assert!(before.is_admitted(&node_id) && before.manager(2).is_none());
+    let (_, after) = does(Change::DeleteNode { id: node_id.clone() });
+    assert!(!after.is_admitted(&node_id) && !after.is_new_node(&node_id));
+    assert!(!does(Change::AdmitNode { id: node_id.clone() }).0);
+    let restored = State::from_bytes(&after.to_bytes().expect("bytes")).expect("the same");
+    assert_eq!((restored.next_manager(), restored.is_new_node(&node_id)), (4, false));
+}
+
+#[test]
+fn tokens_end_with_their_time_or_their_role() {
+    let mut state = founded();
+    let token = |hash: &str, role, at: u64| {
+        Change::PutToken(JoinToken {
+            hash: hash.to_owned(),
+            role,
+            created_at: Timestamp(at),
+            expires_at: Timestamp(at + 10),
+        })
+    };
+    apply(&mut state, [token("a", TokenRole::Worker, 0), token("b", TokenRole::Worker, 5)]);
+    apply(&mut state, [token("c", TokenRole::Manager, 12)]);
+    assert!(state.token("a").is_none() && state.token("b").is_some(), "the first has run out");
+    apply(&mut state, [Change::RevokeTokens { role: TokenRole::Worker }]);
+    assert!(state.token("b").is_none() && state.token("c").is_some());
 }
 
 fn change() -> impl Strategy<Value = Change> {

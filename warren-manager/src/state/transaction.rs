@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use warren_proto::v1;
 
 use super::{
-    Cluster, Container, ContainerState, DELETED_VOLUMES, Desired, Node, REQUESTS, Secret, Service, State, Status,
-    Volume, needed_secrets, needed_volumes, secret_key,
+    Cluster, Container, ContainerState, DELETED_VOLUMES, Desired, JoinToken, Manager, Node, REQUESTS, Secret, Service,
+    State, Status, TokenRole, Volume, needed_secrets, needed_volumes, secret_key,
 };
 use crate::{
     clock::Timestamp,
@@ -29,7 +29,26 @@ pub enum Expected {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Change {
     /// Gives the cluster its identity, unless it has one.
-    FoundCluster(Cluster),
+    FoundCluster(Box<Cluster>),
+    /// Lets a manager in, if its id is the next one.
+    AdmitManager(Manager),
+    /// Turns a manager out.
+    RemoveManager {
+        /// Which.
+        id: u64,
+    },
+    /// Lets a node in, if nobody has had its id.
+    AdmitNode {
+        /// Which.
+        id: NodeId,
+    },
+    /// Makes a join token.
+    PutToken(JoinToken),
+    /// Makes all join tokens of a role useless.
+    RevokeTokens {
+        /// Which.
+        role: TokenRole,
+    },
     /// Writes a service.
     PutService {
         /// The service; its version is set by the write.
@@ -235,8 +254,29 @@ impl State {
     fn change(&mut self, change: &Change) -> Result<(), Rejection> {
         match change {
             Change::FoundCluster(cluster) => {
-                self.cluster.get_or_insert_with(|| Arc::new(cluster.clone()));
+                self.cluster.get_or_insert_with(|| Arc::new((**cluster).clone()));
             }
+            Change::AdmitManager(manager) => {
+                if manager.id != self.next_manager() {
+                    return Err(Rejection::Conflict(format!("the id of manager {}", manager.id)));
+                }
+                self.next_manager = manager.id + 1;
+                self.managers.insert(manager.id, Arc::new(manager.clone()));
+            }
+            Change::RemoveManager { id } => {
+                self.managers.remove(id).ok_or_else(|| Rejection::NotFound(format!("manager {id}")))?;
+            }
+            Change::AdmitNode { id } => {
+                if !self.is_new_node(id) {
+                    return Err(Rejection::Conflict(format!("node id {id}")));
+                }
+                self.admitted.insert(id.clone());
+            }
+            Change::PutToken(token) => {
+                self.keep_tokens(|known| known.expires_at > token.created_at);
+                self.tokens.insert(token.hash.clone(), Arc::new(token.clone()));
+            }
+            Change::RevokeTokens { role } => self.keep_tokens(|token| token.role != *role),
             Change::PutService { service, expected } => self.put_service(service, *expected)?,
             Change::DeleteService { id, expected } => {
                 let known = self.services.get(id).ok_or_else(|| Rejection::NotFound(format!("service {id}")))?;
@@ -276,6 +316,9 @@ impl State {
             Change::DeleteNode { id } => {
                 let node = self.nodes.remove(id).ok_or_else(|| Rejection::NotFound(format!("node {id}")))?;
                 self.subnets.taken.remove(&node.subnet_index);
+                if self.admitted.remove(id).is_some() {
+                    self.departed.insert(id.clone());
+                }
                 let containers: Vec<_> = self.containers_on(id).map(|container| container.id.clone()).collect();
                 for container in containers {
                     self.delete_container(&container);
@@ -285,7 +328,13 @@ impl State {
                 // Made from a service that may be gone or changed by now: then it is not needed.
                 let current =
                     self.services.get(&container.service).is_some_and(|s| s.generation == container.generation);
-                if !current || self.containers.contains_key(&container.id) {
+                // Made by who had not seen yet that another leader did it already.
+                let taken = self.containers_of(&container.service).any(|other| {
+                    (other.slot, &other.pinned) == (container.slot, &container.pinned)
+                        && other.desired == Desired::Running
+                        && !other.status.state.is_terminal()
+                });
+                if !current || taken || self.containers.contains_key(&container.id) {
                     return Err(Rejection::Conflict(format!("service {:?}", container.service_name)));
                 }
                 let mut container = (**container).clone();
@@ -310,6 +359,11 @@ impl State {
             Change::DeleteContainer { id } => self.delete_container(id),
         }
         Ok(())
+    }
+
+    fn keep_tokens(&mut self, keep: impl Fn(&JoinToken) -> bool) {
+        self.tokens =
+            self.tokens.iter().filter(|(_, token)| keep(token)).map(|(k, v)| (k.clone(), v.clone())).collect();
     }
 
     fn put_service(&mut self, service: &Service, expected: Expected) -> Result<(), Rejection> {

@@ -1,0 +1,304 @@
+//! Several managers: how they come together, and what their cluster survives.
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use warren_tests::{Output, Process, WELL_BEHAVED, World, free_port, image_name, until, until_within};
+
+/// A manager of several.
+struct Manager {
+    name: String,
+    directory: PathBuf,
+    port: u16,
+    metrics_port: u16,
+    process: Option<Process>,
+}
+
+impl Manager {
+    fn new(world: &World, name: &str) -> Self {
+        let directory = world.path(name);
+        std::fs::create_dir(&directory).expect("writable");
+        Self { name: name.to_owned(), directory, port: free_port(), metrics_port: free_port(), process: None }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.join("w.sock")
+    }
+
+    fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    fn start(&mut self) {
+        let mut command = World::binary("warren-manager");
+        command
+            .arg("--data-dir")
+            .arg(self.directory.join("manager"))
+            .arg("--socket")
+            .arg(self.socket())
+            .args(["--listen-addr", &self.address(), "--snapshot-after", "100"])
+            .args(["--metrics-addr", &format!("127.0.0.1:{}", self.metrics_port)]);
+        self.process = Some(Process::start(&self.name, &mut command, &self.directory));
+    }
+
+    fn kill(&mut self) {
+        self.process.take().expect("it runs").kill();
+    }
+
+    fn warren(&self, arguments: &[&str]) -> Output {
+        let mut command = World::binary("warren");
+        World::run(command.args(["--manager", &format!("unix://{}", self.socket().display())]).args(arguments))
+    }
+
+    /// `warren cluster init` or `join`, for this manager's directory.
+    fn cluster(&self, arguments: &[&str]) -> Output {
+        let mut command = World::binary("warren");
+        World::run(command.arg("cluster").args(arguments).arg("--data-dir").arg(&self.directory))
+    }
+
+    fn info(&self) -> Option<Value> {
+        let shown = self.warren(&["cluster", "info", "--format", "json"]);
+        if shown.code == 0 { serde_json::from_str(&shown.stdout).ok() } else { None }
+    }
+
+    /// How many managers vote, as this one sees it.
+    fn voters(&self) -> usize {
+        let managers = self.info().and_then(|info| info["managers"].as_array().cloned()).unwrap_or_default();
+        managers.iter().filter(|manager| manager["voter"] == true).count()
+    }
+
+    fn id(&self) -> String {
+        self.info().expect("it answers")["managerId"].as_str().expect("an id").to_owned()
+    }
+}
+
+/// The tokens that founding printed: for managers, and for agents.
+fn tokens(printed: &str) -> (String, String) {
+    let mut found = printed.split_whitespace().filter(|word| word.starts_with("WRN-1-")).map(str::to_owned);
+    (found.next().expect("a manager's token"), found.next().expect("a worker's token"))
+}
+
+/// Three managers that have found each other; the worker's token.
+fn three(world: &World) -> (Vec<Manager>, String) {
+    let mut managers: Vec<_> = ["m1", "m2", "m3"].iter().map(|name| Manager::new(world, name)).collect();
+    // The first was running before there was a cluster, the second joins before it runs, the third waits too.
+    managers[0].start();
+    let (manager_token, worker_token) = tokens(&managers[0].cluster(&["init"]).succeeded());
+    until("the first leads", || managers[0].info().filter(|info| info["leaderId"] == "1"));
+    let first = managers[0].address();
+    let _ = managers[1].cluster(&["join", "--token", &manager_token, &first]).succeeded();
+    managers[1].start();
+    managers[2].start();
+    let _ = managers[2].cluster(&["join", "--token", &manager_token, &first]).succeeded();
+    for manager in &managers {
+        until("all three vote", || (manager.voters() == 3).then_some(()));
+    }
+    (managers, worker_token)
+}
+
+/// Which of them leads, as the others see it too.
+fn leader(managers: &[Manager]) -> usize {
+    until("one leads", || {
+        let running = managers.iter().enumerate().filter(|(_, manager)| manager.process.is_some());
+        let seen: Vec<_> = running.map(|(at, manager)| (at, manager.info())).collect();
+        let (at, _) =
+            seen.iter().find(|(_, info)| info.as_ref().is_some_and(|info| info["leaderId"] == info["managerId"]))?;
+        let id = managers[*at].info()?["managerId"].clone();
+        seen.iter().all(|(_, info)| info.as_ref().is_some_and(|info| info["leaderId"] == id)).then_some(*at)
+    })
+}
+
+/// An agent that joins with a token, on containerd of the world.
+fn start_agent(world: &mut World, token: &str, manager: &str) {
+    let mut join = World::binary("warren");
+    join.args(["cluster", "join", "--token", token, manager]).arg("--data-dir").arg(world.directory.path());
+    let _ = World::run(&mut join).succeeded();
+    world.start_agent(&[]);
+}
+
+fn create(manager: &Manager, name: &str, replicas: u32) -> Output {
+    let replicas = replicas.to_string();
+    let arguments = ["service", "create", name, "--image", image_name(), "--replicas", &replicas, "--wait"];
+    manager.warren(&[&arguments[..], &["--", "sh", "-c", WELL_BEHAVED]].concat())
+}
+
+fn running(manager: &Manager, service: &str) -> Vec<(String, u64)> {
+    let shown = manager.warren(&["service", "ps", service, "--format", "json"]);
+    let containers: Value = serde_json::from_str(&shown.stdout).unwrap_or_default();
+    let running = |container: &&Value| container["status"]["state"] == "CONTAINER_STATE_RUNNING";
+    let containers = containers.as_array().cloned().unwrap_or_default();
+    let mut found: Vec<_> = containers
+        .iter()
+        .filter(running)
+        .map(|c| (c["id"].as_str().unwrap_or_default().to_owned(), c["status"]["pid"].as_u64().unwrap_or(0)))
+        .collect();
+    found.sort();
+    found
+}
+
+#[test]
+fn three_managers_and_an_agent_survive_the_leader() {
+    let mut world = World::with_containerd("three");
+    let (mut managers, worker_token) = three(&world);
+    let followers: Vec<usize> = (0..3).filter(|at| *at != leader(&managers)).collect();
+    start_agent(&mut world, &worker_token, &managers[followers[0]].address());
+    // Any manager answers, a follower too.
+    let _ = create(&managers[followers[0]], "web", 2).succeeded();
+    let before = running(&managers[followers[1]], "web");
+    assert_eq!(before.len(), 2, "{before:?}");
+
+    let led = leader(&managers);
+    managers[led].kill();
+    let other = (led + 1) % 3;
+    // Writes go on with the other two, and nobody's containers notice.
+    let began = Instant::now();
+    until("a write is acknowledged", || {
+        (managers[other].warren(&["service", "scale", "web", "3"]).code == 0).then_some(())
+    });
+    eprintln!("the next write after the leader's death was acknowledged after {:?}", began.elapsed());
+    let after = until("a third runs", || Some(running(&managers[other], "web")).filter(|running| running.len() == 3));
+    assert!(before.iter().all(|container| after.contains(container)), "{before:?} became {after:?}");
+
+    // It comes back and follows.
+    managers[led].start();
+    until("it has caught up", || {
+        let info = managers[led].info()?;
+        (info["appliedIndex"] == info["lastLogIndex"] && info["leaderId"] != "0").then_some(())
+    });
+    assert_eq!(running(&managers[led], "web"), after);
+    // All at once.
+    for manager in &mut managers {
+        manager.kill();
+    }
+    for manager in &mut managers {
+        manager.start();
+    }
+    until("they answer again", || (running(&managers[0], "web") == after).then_some(()));
+    let _ = create(&managers[1], "more", 1).succeeded();
+    // Two of three are no majority of one.
+    let led = leader(&managers);
+    let (one, two) = ((led + 1) % 3, (led + 2) % 3);
+    managers[led].kill();
+    managers[one].kill();
+    let refused = managers[two].warren(&["service", "scale", "web", "1"]).failed(4);
+    assert!(refused.contains("no manager leads") || refused.contains("the leader does not answer"), "{refused}");
+    assert!(managers[two].info().is_some(), "it still says what it knows");
+    managers[one].start();
+    until("two of three decide", || (managers[two].warren(&["service", "scale", "web", "2"]).code == 0).then_some(()));
+    until("one of three went", || (running(&managers[two], "web").len() == 2).then_some(()));
+}
+
+#[test]
+fn managers_are_removed_and_replaced() {
+    let world = World::empty("replaced");
+    let (mut managers, _) = three(&world);
+    let led = leader(&managers);
+    let other = (led + 1) % 3;
+    // The one that leads: another leads first.
+    let removed = managers[led].id();
+    let _ = managers[other].warren(&["cluster", "rm", &removed]).succeeded();
+    until("two are left", || (managers[other].voters() == 2).then_some(()));
+    // It is no longer let in, and another takes its place under another number.
+    let refused = managers[led].warren(&["service", "ls"]);
+    assert_ne!(refused.code, 0, "{}", refused.stdout);
+    managers[led].kill();
+    let token = managers[other].warren(&["cluster", "token", "create", "--role", "manager"]).succeeded();
+    let mut fourth = Manager::new(&world, "m4");
+    let _ = fourth.cluster(&["join", "--token", token.trim(), &managers[other].address()]).succeeded();
+    fourth.start();
+    until("three vote again", || (fourth.voters() == 3).then_some(()));
+    assert_eq!(fourth.id(), "4");
+    let _ = fourth.warren(&["service", "create", "kept", "--image", "x", "--replicas", "0"]).succeeded();
+    assert!(managers[other].warren(&["service", "ls"]).succeeded().contains("kept"));
+    let unknown = fourth.warren(&["cluster", "rm", "9"]).failed(3);
+    assert!(unknown.contains("there is no manager \"9\""), "{unknown}");
+}
+
+#[test]
+fn tokens_let_in_whom_they_are_for_and_nobody_else() {
+    let mut world = World::with_containerd("tokens");
+    let mut manager = Manager::new(&world, "m1");
+    let (manager_token, worker_token) = tokens(&manager.cluster(&["init"]).succeeded());
+    assert!(manager.cluster(&["init"]).failed(5).contains("is a manager's already"));
+    manager.start();
+    let address = manager.address();
+    until("it leads", || manager.info().filter(|info| info["leaderId"] == "1"));
+    let newcomer = Manager::new(&world, "m2");
+    let try_to_join = |token: &str| newcomer.cluster(&["join", "--token", token, &address]);
+
+    assert!(try_to_join("WRN-1-x").failed(2).contains("the token cannot be used"));
+    // A digest of another cluster's authority: this one is not believed.
+    let other = Manager::new(&world, "elsewhere");
+    let (elsewhere, _) = tokens(&other.cluster(&["init"]).succeeded());
+    let refused = try_to_join(&elsewhere).failed(4);
+    assert!(refused.contains("not of the cluster that the token is for"), "{refused}");
+    // The right authority, and a secret that nobody was given.
+    let (front, _) = worker_token.rsplit_once('-').expect("parts");
+    let (_, secret) = elsewhere.rsplit_once('-').expect("parts");
+    let refused = try_to_join(&format!("{front}-{secret}")).failed(6);
+    assert!(refused.contains("the token is not valid"), "{refused}");
+    // One that has run out, and one that was revoked.
+    let short = ["cluster", "token", "create", "--role", "worker", "--lifetime", "1s"];
+    let short = manager.warren(&short).succeeded();
+    std::thread::sleep(Duration::from_millis(1100));
+    assert!(try_to_join(short.trim()).failed(6).contains("the token is not valid"));
+    let rotated = manager.warren(&["cluster", "token", "rotate", "--role", "manager"]).succeeded();
+    assert!(try_to_join(&manager_token).failed(6).contains("the token is not valid"));
+    let listed = manager.warren(&["cluster", "token", "ls"]).succeeded();
+    assert_eq!(listed.matches("manager").count(), 1, "{listed}");
+    for token in [&worker_token, rotated.trim()] {
+        let (_, secret) = token.rsplit_once('-').expect("parts");
+        assert!(!listed.contains(secret), "a secret is shown again: {listed}");
+        let state = String::from_utf8_lossy(&everything(&manager.directory.join("manager"))).into_owned();
+        assert!(!state.contains(secret), "a secret is kept");
+    }
+    let wrong = manager.warren(&["cluster", "token", "create", "--role", "worker", "--lifetime", "721h"]).failed(2);
+    assert!(wrong.contains("lifetime: is not 1 s to 30 days"), "{wrong}");
+
+    // The agent's own id is the node's from then on, and a node that was removed stays out.
+    start_agent(&mut world, &worker_token, &address);
+    until("its node is ready", || manager.warren(&["node", "ls"]).stdout.contains("ready").then_some(()));
+    let _ = create(&manager, "web", 1).succeeded();
+    world.agent.take().expect("it runs").terminate();
+    until_within(Duration::from_secs(60), "its node is down", || {
+        manager.warren(&["node", "ls"]).stdout.contains("down").then_some(())
+    });
+    let _ = manager.warren(&["node", "rm", "node-1"]).succeeded();
+    world.start_agent(&[]);
+    until("it is not let in", || {
+        let log = world.agent.as_ref().expect("it runs").log();
+        log.contains("is not, or no longer, in this cluster").then_some(())
+    });
+    assert!(!manager.warren(&["node", "ls"]).succeeded().contains("node-1"));
+}
+
+/// All bytes of all files below a directory.
+fn everything(directory: &std::path::Path) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for entry in std::fs::read_dir(directory).expect("readable").flatten() {
+        if entry.path().is_dir() {
+            bytes.extend(everything(&entry.path()));
+        } else {
+            bytes.extend(std::fs::read(entry.path()).unwrap_or_default());
+        }
+    }
+    bytes
+}
+
+#[test]
+fn a_containers_world_is_the_same_by_way_of_a_follower() {
+    let mut world = World::with_containerd("follower");
+    let (managers, worker_token) = three(&world);
+    let led = leader(&managers);
+    let (one, two) = ((led + 1) % 3, (led + 2) % 3);
+    start_agent(&mut world, &worker_token, &managers[one].address());
+    let _ = create(&managers[two], "web", 1).succeeded();
+    // Streams go through it both ways.
+    let shown = managers[two].warren(&["container", "exec", "web-1", "--", "echo", "through"]);
+    assert_eq!((shown.code, shown.stdout.as_str()), (0, "through\n"), "{}", shown.stderr);
+    let stats = managers[two].warren(&["container", "stats", "--once", "--format", "json"]).succeeded();
+    assert!(stats.contains("web-1"), "{stats}");
+}

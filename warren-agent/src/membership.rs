@@ -1,0 +1,160 @@
+//! The cluster that a node is in: its certificate, and the managers that it knows. Both are files, which joining writes, before
+//! the agent is started or while it waits.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use rand::seq::SliceRandom as _;
+use warren_pki::{Credentials, Dialer};
+use warren_proto::v1;
+
+/// Where a node's key and certificate are, below its data directory.
+const IDENTITY: &str = "identity";
+const MANAGERS: &str = "managers.json";
+const NODE_ID: &str = "node-id";
+
+/// Why there is no way to a manager.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Keys and certificates.
+    #[error(transparent)]
+    Pki(#[from] warren_pki::Error),
+    /// The agent was started as another.
+    #[error("this node is {0} in its cluster now: restart the agent")]
+    Renamed(String),
+    /// It is in a cluster already.
+    #[error("{} is a node's already: a machine is in one cluster at a time", .0.display())]
+    Taken(PathBuf),
+    /// A file.
+    #[error("{path}: {source}")]
+    File {
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn failed(path: &Path) -> impl Fn(io::Error) -> Error {
+    let path = path.display().to_string();
+    move |source| Error::File { path: path.clone(), source }
+}
+
+/// The id that a node has given itself, or was given; `None` when it has none yet.
+#[must_use]
+pub fn known_id(data_dir: &Path) -> Option<String> {
+    let id = fs::read_to_string(data_dir.join(NODE_ID)).ok()?.trim().to_owned();
+    Some(id).filter(|id| !id.is_empty())
+}
+
+/// The node's id: random, made once and kept.
+pub(crate) fn node_id(data_dir: &Path) -> io::Result<String> {
+    use std::os::unix::fs::DirBuilderExt as _;
+
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(data_dir)?;
+    let path = data_dir.join(NODE_ID);
+    match fs::read_to_string(&path) {
+        Ok(id) if !id.trim().is_empty() => Ok(id.trim().to_owned()),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} is empty", path.display()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let id = format!("{:032x}", rand::random::<u128>());
+            warren_durable::replace(&path, id.as_bytes())?;
+            Ok(id)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether a data directory is that of a cluster's node.
+///
+/// # Errors
+///
+/// When it is.
+pub fn check_free(data_dir: &Path) -> Result<(), Error> {
+    match Credentials::load(&data_dir.join(IDENTITY))? {
+        Some(_) => Err(Error::Taken(data_dir.to_owned())),
+        None => Ok(()),
+    }
+}
+
+/// Makes a data directory that of a node that was let into a cluster, with the key of its request.
+///
+/// # Errors
+///
+/// When it is somebody's, or cannot be written.
+pub fn settle(data_dir: &Path, joined: &v1::JoinClusterResponse, key: &str) -> Result<(), Error> {
+    check_free(data_dir)?;
+    node_id(data_dir).map_err(failed(data_dir))?;
+    let path = data_dir.join(NODE_ID);
+    warren_durable::replace(&path, joined.id.as_bytes()).map_err(failed(&path))?;
+    write_managers(data_dir, &joined.managers)?;
+    // Last: with it the directory is the node's.
+    Credentials::create(&data_dir.join(IDENTITY), key, &joined.certificate, &joined.authorities)?;
+    Ok(())
+}
+
+fn write_managers(data_dir: &Path, managers: &[String]) -> Result<(), Error> {
+    let path = data_dir.join(MANAGERS);
+    let bytes = serde_json::to_vec(managers).map_err(|error| failed(&path)(error.into()))?;
+    warren_durable::replace(&path, &bytes).map_err(failed(&path))
+}
+
+fn read_managers(data_dir: &Path) -> Result<Vec<String>, Error> {
+    let path = data_dir.join(MANAGERS);
+    let bytes = fs::read(&path).map_err(failed(&path))?;
+    serde_json::from_slice(&bytes).map_err(|error| failed(&path)(error.into()))
+}
+
+/// The ways to the managers.
+#[derive(Clone, Debug)]
+pub(crate) struct Managers {
+    data_dir: PathBuf,
+    node_id: String,
+    socket: PathBuf,
+    credentials: Option<Credentials>,
+}
+
+impl Managers {
+    /// Those of the cluster that the node of `data_dir` is in; until it is in one, the manager behind this machine's socket.
+    pub(crate) fn new(data_dir: PathBuf, node_id: String, socket: PathBuf) -> Self {
+        Self { data_dir, node_id, socket, credentials: None }
+    }
+
+    /// One of them.
+    ///
+    /// # Errors
+    ///
+    /// When the node's files cannot be used.
+    pub(crate) fn any(&mut self) -> Result<Dialer, Error> {
+        if self.credentials.is_none() {
+            self.credentials = Credentials::load(&self.data_dir.join(IDENTITY))?;
+        }
+        let Some(credentials) = &self.credentials else { return Ok(Dialer::socket(&self.socket)?) };
+        let id = credentials.identity().id;
+        if id != self.node_id {
+            return Err(Error::Renamed(id));
+        }
+        let mut addresses = read_managers(&self.data_dir)?;
+        addresses.shuffle(&mut rand::rng());
+        let address = addresses.first().map(String::as_str).unwrap_or_default();
+        Ok(Dialer::new(address, credentials)?)
+    }
+
+    /// A manager says who they are.
+    pub(crate) fn learn(&self, info: &v1::GetClusterInfoResponse) {
+        let mut addresses: Vec<String> = info.managers.iter().map(|manager| manager.address.clone()).collect();
+        addresses.sort();
+        if self.credentials.is_none() || addresses.is_empty() {
+            return;
+        }
+        let known = read_managers(&self.data_dir).unwrap_or_default();
+        if known != addresses
+            && let Err(error) = write_managers(&self.data_dir, &addresses)
+        {
+            tracing::warn!(%error, "the cluster's managers cannot be kept");
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Before the API: who calls, whether they may, and whether it is for the leader to answer.
+//!
+//! Any manager takes any call. What only the leader knows or may decide is passed on to it with the caller's identity, byte by
+//! byte as it comes, streams too: followers need not understand it.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::{HeaderMap, HeaderValue, Request, Response};
+use tokio::sync::watch;
+use tonic::{
+    Status,
+    body::Body,
+    transport::{Channel, server::UdsConnectInfo},
+};
+use tower::{Layer, Service, ServiceExt as _};
+use warren_pki::{Identity, Peer, Role};
+use warren_raft::Node;
+
+use crate::{ids::NodeId, peers::Peers, state::State};
+
+/// Says who called, when one manager passes a call on to another.
+const CALLER: &str = "warren-caller";
+/// How long a call waits for a leader: an election and a little more.
+const LEADER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Who calls.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Caller {
+    /// What they are; nothing, without a certificate.
+    pub role: Option<Role>,
+    /// Who; `root` at the socket.
+    pub id: String,
+    /// From where.
+    pub address: String,
+}
+
+impl Caller {
+    fn nobody(address: String) -> Self {
+        Self { role: None, id: String::new(), address }
+    }
+
+    fn to_header(&self) -> String {
+        format!("{}|{}|{}", self.role.map_or("", Role::name), self.id, self.address)
+    }
+
+    fn from_header(text: &str) -> Option<Self> {
+        let mut parts = text.splitn(3, '|');
+        let (role, id, address) = (parts.next()?, parts.next()?, parts.next()?);
+        let role = if role.is_empty() { None } else { Some(role.parse().ok()?) };
+        Some(Self { role, id: id.to_owned(), address: address.to_owned() })
+    }
+
+    /// Whether they may speak for a node: it is theirs, or they are an operator.
+    ///
+    /// # Errors
+    ///
+    /// When they may not.
+    pub(crate) fn check_node(&self, node: &NodeId) -> Result<(), Status> {
+        match self.role {
+            Some(Role::Worker) if self.id != node.as_str() => {
+                Err(Status::permission_denied(format!("node {} does not speak for node {node}", self.id)))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Who may call what; what is not here is for operators.
+fn may(role: Option<Role>, path: &str) -> bool {
+    let method = path.strip_prefix("/warren.v1.").unwrap_or(path);
+    match method {
+        "Cluster/JoinCluster" => true,
+        _ if method.starts_with("/grpc.health.v1.Health/") => true,
+        "Cluster/GetClusterInfo" | "Cluster/RequestCertificate" => role.is_some(),
+        _ if method.starts_with("/grpc.reflection.v1.ServerReflection/") => role.is_some(),
+        "Cluster/EnterManager" => role == Some(Role::Manager),
+        _ if method.starts_with("Raft/") => role == Some(Role::Manager),
+        // The agent of a machine that runs both goes by the socket.
+        "Nodes/RegisterNode" => matches!(role, Some(Role::Worker | Role::Admin)),
+        _ if method.starts_with("Dispatcher/") => matches!(role, Some(Role::Worker | Role::Admin)),
+        _ => role == Some(Role::Admin),
+    }
+}
+
+/// Whether every manager answers this itself.
+fn is_local(path: &str) -> bool {
+    path.starts_with("/warren.v1.Raft/") || path.starts_with("/grpc.") || path == "/warren.v1.Cluster/GetClusterInfo"
+}
+
+/// Whether a certificate's owner is still a member.
+fn is_member(state: &State, identity: &Identity) -> bool {
+    match identity.role {
+        // A manager that has just joined learns of the others from them.
+        Role::Manager if state.cluster().is_none() => true,
+        Role::Manager => identity.id.parse().is_ok_and(|id| state.manager(id).is_some()),
+        Role::Worker => state.is_admitted(&NodeId::from(identity.id.as_str())),
+        Role::Admin => false,
+    }
+}
+
+/// What stands before the API.
+#[derive(Clone, Debug)]
+pub(crate) struct Front {
+    raft: Node,
+    state: watch::Receiver<State>,
+    peers: Peers,
+}
+
+impl Front {
+    pub(crate) fn new(raft: Node, state: watch::Receiver<State>, peers: Peers) -> Self {
+        Self { raft, state, peers }
+    }
+
+    /// Who calls, and whether another manager passed it on.
+    fn caller(&self, extensions: &http::Extensions, headers: &HeaderMap) -> Result<(Caller, bool), Status> {
+        if let Some(socket) = extensions.get::<UdsConnectInfo>() {
+            // The socket's permissions say the same, but root may have given them away. Who runs the manager can do all of this
+            // without asking.
+            let own = rustix::process::geteuid().as_raw();
+            if socket.peer_cred.is_none_or(|credentials| ![0, own].contains(&credentials.uid())) {
+                return Err(Status::permission_denied("only root may use this socket"));
+            }
+            let address = "this machine".to_owned();
+            return Ok((Caller { role: Some(Role::Admin), id: "root".to_owned(), address }, false));
+        }
+        let peer = extensions.get::<Peer>().ok_or_else(|| Status::unauthenticated("who calls is not known"))?;
+        let address = peer.address.to_string();
+        let Some(identity) = &peer.identity else { return Ok((Caller::nobody(address), false)) };
+        if !is_member(&self.state.borrow(), identity) {
+            return Err(Status::permission_denied(format!("{identity} is not, or no longer, in this cluster")));
+        }
+        if identity.role == Role::Manager
+            && let Some(passed_on) = headers.get(CALLER)
+        {
+            let caller = passed_on.to_str().ok().and_then(Caller::from_header);
+            return Ok((caller.ok_or_else(|| Status::internal("a manager passed on a call of nobody"))?, true));
+        }
+        Ok((Caller { role: Some(identity.role), id: identity.id.clone(), address }, false))
+    }
+
+    /// The way to the leader; `None` when that is this manager.
+    async fn leader(&self) -> Result<Option<Channel>, Status> {
+        let deadline = tokio::time::Instant::now() + LEADER_PATIENCE;
+        loop {
+            let status = self.raft.status();
+            if status.is_leader {
+                return Ok(None);
+            }
+            let leader =
+                status.members.iter().find(|member| Some(member.id) == status.leader && member.id != status.id);
+            if let Some(leader) = leader {
+                let channel = self.peers.channel(&leader.address);
+                return channel.map(Some).map_err(|error| Status::internal(error.to_string()));
+            }
+            if tokio::time::Instant::now() >= deadline {
+                return Err(Status::unavailable("no manager leads: no majority of them can be reached"));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+impl<S> Layer<S> for Front {
+    type Service = Fronted<S>;
+
+    fn layer(&self, inner: S) -> Fronted<S> {
+        Fronted { inner, front: self.clone() }
+    }
+}
+
+/// An API with somebody before it.
+#[derive(Clone, Debug)]
+pub(crate) struct Fronted<S> {
+    inner: S,
+    front: Front,
+}
+
+impl<S> Service<Request<Body>> for Fronted<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        // The one that is ready is this one; its clone need not be.
+        let clone = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, clone);
+        let front = self.front.clone();
+        Box::pin(async move {
+            let (caller, passed_on) = match front.caller(request.extensions(), request.headers()) {
+                Ok(found) => found,
+                Err(status) => return Ok(status.into_http()),
+            };
+            let path = request.uri().path();
+            if !may(caller.role, path) {
+                let status = match caller.role {
+                    None => Status::unauthenticated("this needs a certificate of the cluster"),
+                    Some(role) => Status::permission_denied(format!("this is not for a {role}")),
+                };
+                return Ok(status.into_http());
+            }
+            if is_local(path) {
+                request.extensions_mut().insert(caller);
+                return inner.call(request).await;
+            }
+            match front.leader().await {
+                Ok(None) => {
+                    request.extensions_mut().insert(caller);
+                    inner.call(request).await
+                }
+                // Two that each take the other for the leader would pass it on for ever.
+                Ok(Some(_)) if passed_on => Ok(Status::unavailable("the leader has changed").into_http()),
+                Ok(Some(leader)) => {
+                    Ok(pass_on(leader, request, &caller).await.unwrap_or_else(|status| status.into_http()))
+                }
+                Err(status) => Ok(status.into_http()),
+            }
+        })
+    }
+}
+
+async fn pass_on(mut leader: Channel, mut request: Request<Body>, caller: &Caller) -> Result<Response<Body>, Status> {
+    let header = HeaderValue::try_from(caller.to_header()).map_err(|_| Status::internal("who calls cannot be said"))?;
+    request.headers_mut().insert(CALLER, header);
+    request.extensions_mut().clear();
+    let unavailable = |_| Status::unavailable("the leader does not answer");
+    leader.ready().await.map_err(unavailable)?.call(request).await.map_err(unavailable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_caller_survives_being_passed_on() {
+        for role in [None, Some(Role::Manager), Some(Role::Worker), Some(Role::Admin)] {
+            let caller = Caller { role, id: "x".to_owned(), address: "[::1]:1".to_owned() };
+            assert_eq!(Caller::from_header(&caller.to_header()), Some(caller));
+        }
+        assert_eq!(Caller::from_header("king|x|y"), None);
+        assert_eq!(Caller::from_header(""), None);
+    }
+}
