@@ -3,7 +3,7 @@
 //! A cluster is its own certificate authority. Whoever takes part has a certificate that says in which cluster, in which role
 //! and under which id ([`Identity`]); its key never leaves the machine that made it, only a request to be signed does. A
 //! newcomer proves itself with a [`Token`], which also tells it which authority to believe. Every connection is TLS 1.3, and
-//! both sides are who they say ([`Dialer`], [`incoming`]).
+//! both sides are who they say ([`Dialer`], [`incoming()`]).
 
 mod authority;
 mod credentials;
