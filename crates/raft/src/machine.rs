@@ -43,12 +43,29 @@ pub(crate) struct Machine {
     last_applied: Option<LogId>,
     membership: StoredMembership,
     store: SnapshotStore,
+    blocks: bool,
     observer: Arc<dyn Observer>,
 }
 
+/// Calls what may block where it may, if it does.
+pub(crate) async fn blocking<T: Send + 'static>(
+    blocks: bool,
+    call: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    if !blocks {
+        return call();
+    }
+    tokio::task::spawn_blocking(call).await.map_err(io::Error::other).flatten()
+}
+
 impl Machine {
-    pub(crate) fn new(inner: Box<dyn StateMachine>, store: SnapshotStore, observer: Arc<dyn Observer>) -> Self {
-        Self { inner, last_applied: None, membership: StoredMembership::default(), store, observer }
+    pub(crate) fn new(
+        inner: Box<dyn StateMachine>,
+        store: SnapshotStore,
+        blocks: bool,
+        observer: Arc<dyn Observer>,
+    ) -> Self {
+        Self { inner, last_applied: None, membership: StoredMembership::default(), store, blocks, observer }
     }
 
     fn restore(&mut self, bytes: &SnapshotBytes) -> io::Result<()> {
@@ -64,6 +81,7 @@ pub(crate) struct Builder {
     freeze: Option<Freeze>,
     meta: SnapshotMeta,
     store: SnapshotStore,
+    blocks: bool,
     observer: Arc<dyn Observer>,
 }
 
@@ -74,12 +92,12 @@ impl RaftSnapshotBuilder<Config> for Builder {
         let freeze = self.freeze.take().ok_or_else(|| io::Error::other("a snapshot is built once"))?;
         let (meta, store) = (self.meta.clone(), self.store.clone());
         let began = Instant::now();
-        let written = tokio::task::spawn_blocking(move || {
+        let written = blocking(self.blocks, move || {
             let bytes = snapshot::encode(&meta, &freeze()?)?;
             store.save(&bytes)?;
-            io::Result::Ok(bytes)
+            Ok(bytes)
         });
-        let written = written.await.map_err(io::Error::other).flatten();
+        let written = written.await;
         let size = written.as_ref().map_or(0, |bytes| bytes.0.len() as u64);
         self.observer.snapshot(SnapshotOperation::Build, written.is_ok(), began.elapsed(), size);
         Ok(openraft::Snapshot { meta: self.meta.clone(), snapshot: written? })
@@ -122,6 +140,7 @@ impl RaftStateMachine<Config> for Machine {
             freeze: Some(self.inner.freeze()),
             meta: SnapshotMeta { last_log_id: self.last_applied, last_membership: self.membership.clone() },
             store: self.store.clone(),
+            blocks: self.blocks,
             observer: Arc::clone(&self.observer),
         }
     }

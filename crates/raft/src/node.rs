@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::{
     Error, Observer, Options, StateMachine, Storage, Transport,
     log_store::LogStore,
-    machine::Machine,
+    machine::{self, Machine},
     network::{Message, Network},
     snapshot::SnapshotStore,
     storage::Opened,
@@ -115,12 +115,13 @@ impl Node {
     ) -> Result<Self, Error> {
         let place = storage.place();
         let storage_error = |source: io::Error| Error::Storage { place: place.clone(), source };
-        let opened = tokio::task::spawn_blocking(move || storage.open()).await;
-        let Opened { log, snapshots, sync } = opened.map_err(io::Error::other).flatten().map_err(storage_error)?;
+        let blocks = storage.blocks();
+        let opened = machine::blocking(blocks, move || storage.open()).await;
+        let Opened { log, snapshots, sync } = opened.map_err(storage_error)?;
         let (log, snapshots) = (LogStore::new(log, Arc::clone(&observer)), SnapshotStore::new(snapshots));
         tracing::debug!(sync_ms = sync.as_secs_f64() * 1e3, "the disk's time to make a write durable");
         let config = options.raft(sync).map_err(|error| Error::Stopped(error.to_string()))?;
-        let machine = Machine::new(machine, snapshots, observer);
+        let machine = Machine::new(machine, snapshots, blocks, observer);
         let raft = Raft::new(options.id, config, Network { transport }, log, machine).await;
         let raft = raft.map_err(|error| storage_error(io::Error::other(error.to_string())))?;
         let node = Self { raft };

@@ -16,6 +16,11 @@ pub trait Storage: Debug + Send + Sync + 'static {
     ///
     /// When they cannot be read, or somebody else uses them.
     fn open(&self) -> io::Result<Opened>;
+
+    /// Whether its calls take time, and so are made where they may block. One that is memory is called where it stands.
+    fn blocks(&self) -> bool {
+        true
+    }
 }
 
 /// What [`Storage::open`] found.

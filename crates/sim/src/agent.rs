@@ -1,0 +1,272 @@
+//! Agents: containers that take a while to start and to stop, and a session that comes back by itself.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
+use tokio::sync::{Notify, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use warren_proto::v1::{
+    self, ContainerState, agent_message, dispatcher_client::DispatcherClient, manager_message,
+    nodes_client::NodesClient,
+};
+
+use crate::{network, shared::Shared};
+
+/// One container of a node.
+#[derive(Clone, Debug)]
+pub(crate) struct Container {
+    /// Which service's, and which of its slots.
+    pub(crate) slot: (String, u32),
+    pub(crate) state: ContainerState,
+    stopping: bool,
+}
+
+impl Container {
+    /// Whether it has a process.
+    pub(crate) fn runs(&self) -> bool {
+        self.state == ContainerState::Running
+    }
+
+    fn has_ended(&self) -> bool {
+        self.state > ContainerState::Running
+    }
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    containers: BTreeMap<String, Container>,
+    unsent: Vec<String>,
+    /// The manager it is in a session with, and since when it has had all that it is to run.
+    settled: Option<(String, Duration)>,
+}
+
+/// A node, which goes on while its agent does not. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Agent {
+    pub(crate) id: String,
+    inner: Arc<Mutex<Inner>>,
+    news: Arc<Notify>,
+    dice: Arc<Mutex<SmallRng>>,
+}
+
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(2);
+
+impl Agent {
+    pub(crate) fn new(number: usize, seed: u64) -> Self {
+        let dice = SmallRng::seed_from_u64(seed ^ 0xa6e7 ^ ((number as u64) << 32));
+        Self {
+            id: format!("n{number:02}"),
+            inner: Arc::default(),
+            news: Arc::default(),
+            dice: Arc::new(Mutex::new(dice)),
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn roll(&self, range: std::ops::Range<u64>) -> u64 {
+        self.dice.lock().unwrap_or_else(PoisonError::into_inner).random_range(range)
+    }
+
+    /// Its containers that have a process: their ids by slot.
+    pub(crate) fn running(&self) -> Vec<((String, u32), String)> {
+        let inner = self.inner();
+        let running = inner.containers.iter().filter(|(_, container)| container.runs());
+        running.map(|(id, container)| (container.slot.clone(), id.clone())).collect()
+    }
+
+    /// The manager it is in a session with, and since when it has had all that it is to run.
+    pub(crate) fn settled(&self) -> Option<(String, Duration)> {
+        self.inner().settled.clone()
+    }
+
+    fn set(&self, id: &str, state: ContainerState) {
+        let mut inner = self.inner();
+        let Some(container) = inner.containers.get_mut(id) else { return };
+        if container.has_ended() {
+            return;
+        }
+        container.state = state;
+        inner.unsent.push(id.to_owned());
+        drop(inner);
+        self.news.notify_one();
+    }
+
+    fn assign(&self, manager: &str, message: v1::Assignments) {
+        let complete = message.kind() == v1::AssignmentKind::Complete;
+        if complete {
+            // What nobody has assigned is removed.
+            let assigned: Vec<&str> = message.changed.iter().map(|a| a.container_id.as_str()).collect();
+            let strangers: Vec<String> =
+                self.inner().containers.keys().filter(|id| !assigned.contains(&id.as_str())).cloned().collect();
+            for id in strangers {
+                self.forget(&id);
+            }
+            self.inner().settled = turmoil::sim_elapsed().map(|now| (manager.to_owned(), now));
+        }
+        for id in &message.removed {
+            self.forget(id);
+        }
+        for assignment in message.changed {
+            let id = assignment.container_id.clone();
+            let runs = assignment.desired_state() == ContainerState::Running;
+            let known = self.inner().containers.get(&id).cloned();
+            match (runs, known) {
+                (true, None) => self.start(id, (assignment.service_id, assignment.slot)),
+                (false, None) => {
+                    let slot = (assignment.service_id, assignment.slot);
+                    let container = Container { slot, state: ContainerState::Shutdown, stopping: true };
+                    let mut inner = self.inner();
+                    inner.containers.insert(id.clone(), container);
+                    inner.unsent.push(id);
+                    drop(inner);
+                    self.news.notify_one();
+                }
+                (false, Some(container)) if !container.stopping => self.stop(id),
+                _ => {}
+            }
+        }
+    }
+
+    /// Of a container that is no longer assigned nothing is left.
+    fn forget(&self, id: &str) {
+        self.inner().containers.remove(id);
+    }
+
+    fn start(&self, id: String, slot: (String, u32)) {
+        let container = Container { slot, state: ContainerState::Starting, stopping: false };
+        self.inner().containers.insert(id.clone(), container);
+        let (agent, takes) = (self.clone(), Duration::from_millis(self.roll(5..200)));
+        let fails = self.roll(0..50) == 0;
+        let lives = Duration::from_millis(self.roll(100..5000));
+        tokio::spawn(async move {
+            tokio::time::sleep(takes).await;
+            if agent.inner().containers.get(&id).is_some_and(|container| !container.stopping) {
+                agent.set(&id, ContainerState::Running);
+            }
+            if fails {
+                tokio::time::sleep(lives).await;
+                agent.set(&id, ContainerState::Failed);
+            }
+        });
+    }
+
+    fn stop(&self, id: String) {
+        if let Some(container) = self.inner().containers.get_mut(&id) {
+            container.stopping = true;
+        }
+        let (agent, takes) = (self.clone(), Duration::from_millis(self.roll(5..300)));
+        tokio::spawn(async move {
+            tokio::time::sleep(takes).await;
+            agent.set(&id, ContainerState::Shutdown);
+        });
+    }
+
+    fn reports(&self, all: bool) -> Vec<v1::ReportedStatus> {
+        let mut inner = self.inner();
+        let mut ids = std::mem::take(&mut inner.unsent);
+        if all {
+            ids = inner.containers.keys().cloned().collect();
+        }
+        let found = ids.into_iter().filter_map(|id| inner.containers.get(&id).map(|container| (id, container.state)));
+        found
+            .map(|(container_id, state)| v1::ReportedStatus {
+                container_id,
+                status: Some(v1::ContainerStatus { state: state.into(), ..Default::default() }),
+            })
+            .collect()
+    }
+
+    /// After a crash of the machine: processes are gone, and what was about to be done is not.
+    fn reboot(&self) {
+        let mut inner = self.inner();
+        let ended: Vec<String> = inner
+            .containers
+            .iter_mut()
+            .filter(|(_, container)| !container.has_ended())
+            .map(|(id, container)| {
+                container.state = ContainerState::Failed;
+                id.clone()
+            })
+            .collect();
+        inner.unsent.extend(ended);
+        inner.settled = None;
+    }
+}
+
+/// Runs some agents until their machine crashes.
+pub(crate) async fn run(agents: Vec<Agent>, shared: Shared) -> turmoil::Result {
+    let mut tasks = tokio::task::JoinSet::new();
+    for agent in agents {
+        agent.reboot();
+        tasks.spawn(keep(agent, shared.clone()));
+    }
+    while tasks.join_next().await.is_some() {}
+    Ok(())
+}
+
+async fn keep(agent: Agent, shared: Shared) {
+    let mut backoff = FIRST_BACKOFF;
+    loop {
+        let managers = shared.manager_names();
+        let manager = &managers[agent.roll(0..managers.len() as u64) as usize];
+        if session(&agent, manager).await.is_ok() {
+            backoff = FIRST_BACKOFF;
+        }
+        agent.inner().settled = None;
+        let pause = backoff.mul_f64(agent.roll(500..1000) as f64 / 1000.0);
+        backoff = (backoff * 2).min(MAX_BACKOFF);
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// How long a manager may take to answer.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+async fn session(agent: &Agent, manager: &str) -> anyhow::Result<()> {
+    let channel = network::connect(manager).await?;
+    let description = v1::NodeDescription {
+        hostname: agent.id.clone(),
+        resources: Some(v1::ResourceAmounts { cpu_millis: 64_000, memory_bytes: 1 << 36 }),
+        ..Default::default()
+    };
+    let request = v1::RegisterNodeRequest { node_id: agent.id.clone(), description: Some(description) };
+    tokio::time::timeout(PATIENCE, NodesClient::new(channel.clone()).register_node(request)).await??;
+    let (sender, outgoing) = mpsc::channel(16);
+    let send = async |message| sender.send(v1::AgentMessage { message: Some(message) }).await;
+    let hello = v1::Hello { node_id: agent.id.clone(), boot_id: "boot".to_owned() };
+    send(agent_message::Message::Hello(hello)).await?;
+    let mut dispatcher = DispatcherClient::new(channel);
+    let opened = dispatcher.session(ReceiverStream::new(outgoing));
+    let mut incoming = tokio::time::timeout(PATIENCE, opened).await??.into_inner();
+    let mut heartbeat = tokio::time::interval(Duration::from_millis(500));
+    let mut all = true;
+    let mut sequence = None;
+    loop {
+        tokio::select! {
+            message = incoming.message() => {
+                let Some(message) = message? else { return Ok(()) };
+                if let Some(manager_message::Message::Assignments(message)) = message.message {
+                    if message.kind() == v1::AssignmentKind::Incremental && sequence != Some(message.applies_to) {
+                        anyhow::bail!("out of sequence");
+                    }
+                    sequence = Some(message.results_in);
+                    agent.assign(manager, message);
+                }
+            }
+            () = agent.news.notified() => {}
+            _ = heartbeat.tick() => send(agent_message::Message::Heartbeat(v1::Heartbeat {})).await?,
+        }
+        let statuses = agent.reports(std::mem::take(&mut all));
+        if !statuses.is_empty() {
+            send(agent_message::Message::Status(v1::StatusReport { statuses })).await?;
+        }
+    }
+}

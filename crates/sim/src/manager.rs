@@ -1,0 +1,146 @@
+//! A manager's machine.
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use warren_manager::{
+    Policy, Vault,
+    clock::{Environment, Timestamp},
+    core::{Core, Founding, Seams, Settings},
+    liveness,
+    pinning::Unasked,
+    state::State,
+};
+use warren_raft::Node;
+use warren_telemetry::{Meters, signals::Identity, table::Emitter};
+
+use crate::{
+    disk::Disk,
+    network::{self, Wires},
+    shared::Shared,
+};
+
+/// A day in 2026, in milliseconds: when simulations begin.
+const EPOCH: u64 = 1_780_000_000_000;
+/// Between looks at who should be a member.
+const MEMBERS_PERIOD: Duration = Duration::from_millis(500);
+
+/// A clock that may be wrong, and dice.
+#[derive(Debug)]
+struct Machine {
+    dice: AtomicU64,
+    /// Milliseconds by which its clock is off.
+    skew: Arc<AtomicI64>,
+}
+
+impl Environment for Machine {
+    fn now(&self) -> Timestamp {
+        let elapsed = turmoil::sim_elapsed().unwrap_or_default().as_millis() as u64;
+        Timestamp((EPOCH + elapsed).saturating_add_signed(self.skew.load(Ordering::Relaxed)))
+    }
+
+    fn random(&self) -> u128 {
+        let roll = || {
+            let mut x = self.dice.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+            x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            u128::from(x ^ (x >> 31))
+        };
+        roll() << 64 | roll()
+    }
+}
+
+/// What is of a manager's machine when its manager is not running.
+#[derive(Clone)]
+pub(crate) struct Hardware {
+    pub(crate) id: u64,
+    pub(crate) disk: Disk,
+    pub(crate) skew: Arc<AtomicI64>,
+    /// How often it was started.
+    pub(crate) starts: Arc<AtomicU64>,
+}
+
+/// A manager that runs, seen from outside.
+#[derive(Clone)]
+pub(crate) struct Running {
+    pub(crate) raft: Node,
+    pub(crate) state: watch::Receiver<State>,
+}
+
+pub(crate) fn name(id: u64) -> String {
+    format!("m{id}")
+}
+
+/// Runs a manager until its machine crashes.
+pub(crate) async fn run(hardware: Hardware, seed: u64, shared: Shared) -> turmoil::Result {
+    let Hardware { id, disk, skew, starts } = hardware;
+    let start = starts.fetch_add(1, Ordering::Relaxed);
+    let identity = Identity { service: "warren-manager", instance: id.to_string() };
+    let meters = Meters::new(&identity, &[Emitter::Manager]);
+    let founds = id == 1 && disk.is_empty();
+    let settings = Settings {
+        id,
+        address: name(id),
+        snapshot_after: 100,
+        liveness: liveness::Timing { heartbeat: Duration::from_millis(500), ..liveness::Timing::default() },
+        policy: Policy::default(),
+        registries: Arc::new(Unasked),
+        vault: Vault::ephemeral()?,
+        founding: founds.then(Founding::default),
+    };
+    // Ids must differ between starts, as a machine's dice do.
+    let dice = AtomicU64::new(seed ^ (id << 48) ^ (start << 56));
+    let seams =
+        Seams { environment: Arc::new(Machine { dice, skew }), storage: Arc::new(disk), transport: Arc::new(Wires) };
+    let shutdown = CancellationToken::new();
+    let core = match Core::start(settings, seams, &meters, shutdown.clone()).await {
+        Ok(core) => core,
+        Err(error) => {
+            // As a process would: it ends, and is started again some time.
+            shared.trace(format!("{} could not start: {error}", name(id)));
+            return Ok(());
+        }
+    };
+    shared.manager_runs(id, Running { raft: core.raft().clone(), state: core.watch() });
+    let raft = core.raft().clone();
+    tokio::spawn(members(raft.clone(), shared.clone()));
+    let serve_raft = network::serve_raft(raft);
+    let incoming = network::incoming().await?;
+    let serve_api = Server::builder().add_routes(core.routes()).serve_with_incoming(incoming);
+    tokio::select! {
+        ended = serve_raft => ended?,
+        ended = serve_api => ended?,
+    }
+    Ok(())
+}
+
+/// While this manager leads, sees to it that the members are those that should be.
+async fn members(raft: Node, shared: Shared) {
+    loop {
+        tokio::time::sleep(MEMBERS_PERIOD).await;
+        let status = raft.status();
+        if !status.is_leader {
+            continue;
+        }
+        let wanted = shared.members();
+        let voters: BTreeSet<u64> = status.members.iter().filter(|m| m.voter).map(|m| m.id).collect();
+        let known: BTreeSet<u64> = status.members.iter().map(|member| member.id).collect();
+        // One change at a time, and joining before leaving: as an operator would. What fails is tried again.
+        if let Some(id) = wanted.difference(&voters).next() {
+            let outcome = tokio::time::timeout(Duration::from_secs(5), raft.add_voter(*id, &name(*id))).await;
+            shared.trace(format!("{} joins: {}", name(*id), matches!(outcome, Ok(Ok(())))));
+        } else if let Some(id) = known.difference(&wanted).next() {
+            let outcome = if *id == status.id { raft.hand_over().await } else { raft.remove(*id).await };
+            shared.trace(format!("{} leaves: {}", name(*id), outcome.is_ok()));
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! What machines and the world around them know of each other, beyond what goes over wires.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    history::Call,
+    manager::{self, Running},
+};
+
+#[derive(Default)]
+struct Inner {
+    managers: BTreeMap<u64, Running>,
+    members: BTreeSet<u64>,
+    calls: Vec<Call>,
+    calm: bool,
+    trace: Sha256,
+    says: bool,
+}
+
+/// Cheap to clone.
+#[derive(Clone, Default)]
+pub(crate) struct Shared(Arc<Mutex<Inner>>);
+
+impl Shared {
+    pub(crate) fn new(members: BTreeSet<u64>, says: bool) -> Self {
+        Self(Arc::new(Mutex::new(Inner { members, says, ..Inner::default() })))
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes what happened, in order: two runs of a seed must note the same.
+    pub(crate) fn trace(&self, what: String) {
+        let mut inner = self.inner();
+        let at = turmoil::sim_elapsed().map(|at| format!("{:>9.3} ", at.as_secs_f64())).unwrap_or_default();
+        inner.trace.update(at.as_bytes());
+        inner.trace.update(what.as_bytes());
+        if inner.says {
+            println!("{at}{what}");
+        }
+    }
+
+    /// What tells this run from another.
+    pub(crate) fn digest(&self) -> String {
+        let digest = self.inner().trace.clone().finalize();
+        digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    pub(crate) fn manager_runs(&self, id: u64, running: Running) {
+        self.inner().managers.insert(id, running);
+    }
+
+    pub(crate) fn manager_crashed(&self, id: u64) {
+        self.inner().managers.remove(&id);
+    }
+
+    /// The managers that run.
+    pub(crate) fn managers(&self) -> BTreeMap<u64, Running> {
+        self.inner().managers.clone()
+    }
+
+    /// The managers that should be members.
+    pub(crate) fn members(&self) -> BTreeSet<u64> {
+        self.inner().members.clone()
+    }
+
+    pub(crate) fn set_members(&self, members: BTreeSet<u64>) {
+        self.inner().members = members;
+    }
+
+    pub(crate) fn manager_names(&self) -> Vec<String> {
+        self.inner().members.iter().map(|id| manager::name(*id)).collect()
+    }
+
+    pub(crate) fn record(&self, call: Call) {
+        self.inner().calls.push(call);
+    }
+
+    pub(crate) fn calls(&self) -> Vec<Call> {
+        self.inner().calls.clone()
+    }
+
+    /// No more faults, and no more changes by operators.
+    pub(crate) fn calm(&self) {
+        self.inner().calm = true;
+    }
+
+    pub(crate) fn is_calm(&self) -> bool {
+        self.inner().calm
+    }
+}
