@@ -184,8 +184,8 @@ impl Agent {
             .collect()
     }
 
-    /// After a crash of the machine: processes are gone, and what was about to be done is not.
-    fn reboot(&self) {
+    /// Its machine has crashed: processes are gone, and what was about to be done is not done.
+    pub(crate) fn crash(&self) {
         let mut inner = self.inner();
         let ended: Vec<String> = inner
             .containers
@@ -205,7 +205,7 @@ impl Agent {
 pub(crate) async fn run(agents: Vec<Agent>, shared: Shared) -> turmoil::Result {
     let mut tasks = tokio::task::JoinSet::new();
     for agent in agents {
-        agent.reboot();
+        agent.crash();
         tasks.spawn(keep(agent, shared.clone()));
     }
     while tasks.join_next().await.is_some() {}

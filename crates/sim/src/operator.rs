@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
+use rand::{Rng as _, SeedableRng as _, rngs::SmallRng, seq::SliceRandom as _};
 use tonic::{Code, Status};
 use warren_proto::v1::{self, service_spec::Mode, services_client::ServicesClient};
 
@@ -38,8 +38,8 @@ pub(crate) async fn run(number: u64, seed: u64, shared: Shared) -> turmoil::Resu
     let mut dice = SmallRng::seed_from_u64(seed ^ 0x0e7a ^ (number << 40));
     while !shared.is_calm() {
         tokio::time::sleep(Duration::from_millis(dice.random_range(20..400))).await;
-        let managers = shared.manager_names();
-        let manager = &managers[dice.random_range(0..managers.len())];
+        let mut managers = shared.manager_names();
+        managers.shuffle(&mut dice);
         let key = format!("svc-{}", dice.random_range(0..SERVICES));
         let operation = match dice.random_range(0..10) {
             0..3 => Operation::Create(dice.random_range(1..6)),
@@ -48,12 +48,24 @@ pub(crate) async fn run(number: u64, seed: u64, shared: Shared) -> turmoil::Resu
             _ => Operation::Read,
         };
         let called = turmoil::sim_elapsed().unwrap_or_default();
-        let outcome = tokio::time::timeout(PATIENCE, call(manager, &key, operation)).await.unwrap_or(Outcome::Unknown);
+        let outcome = tokio::time::timeout(PATIENCE, call_any(&managers, &key, operation)).await;
+        let outcome = outcome.unwrap_or(Outcome::Unknown);
         let returned = turmoil::sim_elapsed().unwrap_or_default();
-        shared.trace(format!("operator {number} at {manager}: {key} {operation:?} {outcome:?}"));
+        shared.trace(format!("operator {number}: {key} {operation:?} {outcome:?}"));
         shared.record(Call { key, operation, outcome, called, returned });
     }
     Ok(())
+}
+
+/// Asks one after the other until one leads.
+async fn call_any(managers: &[String], key: &str, operation: Operation) -> Outcome {
+    for manager in managers {
+        let outcome = call(manager, key, operation).await;
+        if outcome != Outcome::NotDone {
+            return outcome;
+        }
+    }
+    Outcome::NotDone
 }
 
 async fn call(manager: &str, key: &str, operation: Operation) -> Outcome {
@@ -89,6 +101,7 @@ fn outcome(answer: Result<Outcome, Status>) -> Outcome {
         Code::AlreadyExists => Outcome::Exists,
         Code::NotFound => Outcome::Absent,
         Code::Aborted => Outcome::NotDone,
+        Code::Unavailable if status.message().starts_with("this manager does not lead") => Outcome::NotDone,
         _ => Outcome::Unknown,
     })
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use sha2::{Digest as _, Sha256};
@@ -18,6 +19,8 @@ struct Inner {
     members: BTreeSet<u64>,
     calls: Vec<Call>,
     calm: bool,
+    /// For who is outside the simulation.
+    now: Duration,
     trace: Sha256,
     says: bool,
 }
@@ -35,10 +38,15 @@ impl Shared {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn set_now(&self, now: Duration) {
+        self.inner().now = now;
+    }
+
     /// Notes what happened, in order: two runs of a seed must note the same.
     pub(crate) fn trace(&self, what: String) {
         let mut inner = self.inner();
-        let at = turmoil::sim_elapsed().map(|at| format!("{:>9.3} ", at.as_secs_f64())).unwrap_or_default();
+        let at = turmoil::sim_elapsed().unwrap_or(inner.now);
+        let at = format!("{:>9.3} ", at.as_secs_f64());
         inner.trace.update(at.as_bytes());
         inner.trace.update(what.as_bytes());
         if inner.says {

@@ -133,6 +133,7 @@ impl World<'_> {
         let end = self.sim.elapsed() + time;
         while self.sim.elapsed() < end {
             self.sim.step().map_err(|error| format!("a machine failed: {error}"))?;
+            self.shared.set_now(self.sim.elapsed());
             self.check().map_err(|why| format!("after {:.3} s: {why}", self.sim.elapsed().as_secs_f64()))?;
         }
         Ok(())
@@ -210,6 +211,9 @@ impl World<'_> {
             if let Some(id) = name.strip_prefix('m').and_then(|id| id.parse().ok()) {
                 self.shared.manager_crashed(id);
                 self.seen.remove(&id);
+            }
+            if let Some(number) = name.strip_prefix('a').and_then(|number| number.parse().ok()) {
+                self.agents.iter().skip(number).step_by(AGENT_MACHINES).for_each(Agent::crash);
             }
         }
     }
