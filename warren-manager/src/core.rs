@@ -112,6 +112,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Core {
     store: Store,
+    liveness: Liveness,
     routes: Routes,
     measured: MetricsLayer,
     tasks: TaskTracker,
@@ -178,10 +179,10 @@ impl Core {
         );
         let routes = api::router(&context, dispatcher, relay);
         let tasks = TaskTracker::new();
-        let controller = Controller::new(store.clone(), liveness, Arc::clone(&metrics), environment);
+        let controller = Controller::new(store.clone(), liveness.clone(), Arc::clone(&metrics), environment);
         tasks.spawn(controller.run(shutdown.clone()));
         tasks.spawn(count_leader_changes(raft, Arc::clone(&metrics), shutdown));
-        Ok(Self { store, routes, measured: MetricsLayer::new(&metrics), tasks })
+        Ok(Self { store, liveness, routes, measured: MetricsLayer::new(&metrics), tasks })
     }
 
     /// The API.
@@ -206,6 +207,12 @@ impl Core {
     #[must_use]
     pub fn raft(&self) -> &Node {
         self.store.raft()
+    }
+
+    /// Which nodes it hears, while it leads.
+    #[must_use]
+    pub fn liveness(&self) -> Liveness {
+        self.liveness.clone()
     }
 
     /// Follows the state.

@@ -7,6 +7,7 @@ mod mixin;
 mod network;
 mod run;
 mod setup;
+mod sim;
 mod test;
 mod up;
 
@@ -25,7 +26,9 @@ enum Command {
     Up(up::Arguments),
     /// Formats, lints, builds and tests everything, kernel and end to end included. What CI runs.
     Test(test::Arguments),
-    /// Tests the kernel programs on other kernels, in QEMU.
+    /// Simulates managers, agents and operators while everything fails that can, by seed.
+    Sim(sim::Arguments),
+    /// Tests on other kernels, in QEMU: the kernel programs, and what depends on cgroup v2, WireGuard and NFS.
     Kernels(kernels::Arguments),
     /// Renders dashboards and alerts from deploy/mixin.
     Mixin,
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf => build_ebpf::run(),
         Command::Up(arguments) => up::run(arguments),
         Command::Test(arguments) => test::run(arguments),
+        Command::Sim(arguments) => sim::run(arguments),
         Command::Kernels(arguments) => kernels::run(arguments),
         Command::Mixin => mixin::run(),
         Command::Bench(arguments) => bench::run(arguments),

@@ -5,8 +5,11 @@ use anyhow::Result;
 use crate::{
     build_ebpf, kernels,
     run::{cargo, find, step, workspace},
-    setup,
+    setup, sim,
 };
+
+/// Runs of the simulation.
+const SEEDS: u64 = 200;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -60,6 +63,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         let exclude = ["test", "--workspace", "--locked", "--exclude", "warren-tests"];
         step("unit and property tests", cargo().args(exclude))?;
     }
+    sim::run(sim::Arguments { seeds: SEEDS, first: 1, seed: None })?;
     // One after the other: they share the kernel and two of them time things.
     step(
         "end-to-end tests",

@@ -45,11 +45,12 @@ struct Inner {
 }
 
 /// A node, which goes on while its agent does not. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Agent {
     pub(crate) id: String,
     inner: Arc<Mutex<Inner>>,
     news: Arc<Notify>,
+    shared: Shared,
     dice: Arc<Mutex<SmallRng>>,
 }
 
@@ -57,12 +58,13 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
 impl Agent {
-    pub(crate) fn new(number: usize, seed: u64) -> Self {
+    pub(crate) fn new(number: usize, seed: u64, shared: Shared) -> Self {
         let dice = SmallRng::seed_from_u64(seed ^ 0xa6e7 ^ ((number as u64) << 32));
         Self {
             id: format!("n{number:02}"),
             inner: Arc::default(),
             news: Arc::default(),
+            shared,
             dice: Arc::new(Mutex::new(dice)),
         }
     }
@@ -94,8 +96,10 @@ impl Agent {
             return;
         }
         container.state = state;
+        let slot = container.slot.clone();
         inner.unsent.push(id.to_owned());
         drop(inner);
+        self.shared.trace(format!("{}: {id} of slot {} of {} is {state:?}", self.id, slot.1, slot.0));
         self.news.notify_one();
     }
 
@@ -202,25 +206,31 @@ impl Agent {
 }
 
 /// Runs some agents until their machine crashes.
-pub(crate) async fn run(agents: Vec<Agent>, shared: Shared) -> turmoil::Result {
+pub(crate) async fn run(agents: Vec<Agent>) -> turmoil::Result {
     let mut tasks = tokio::task::JoinSet::new();
     for agent in agents {
         agent.crash();
-        tasks.spawn(keep(agent, shared.clone()));
+        tasks.spawn(keep(agent));
     }
     while tasks.join_next().await.is_some() {}
     Ok(())
 }
 
-async fn keep(agent: Agent, shared: Shared) {
+async fn keep(agent: Agent) {
     let mut backoff = FIRST_BACKOFF;
     loop {
-        let managers = shared.manager_names();
+        let managers = agent.shared.manager_names();
         let manager = &managers[agent.roll(0..managers.len() as u64) as usize];
-        if session(&agent, manager).await.is_ok() {
+        let ended = session(&agent, manager).await;
+        if let Some((_, since)) = agent.inner().settled.take() {
             backoff = FIRST_BACKOFF;
+            let why = ended.err().map_or_else(|| "closed".to_owned(), |error| error.to_string());
+            agent.shared.trace(format!(
+                "{}: session with {manager} since {:.3} ended: {why}",
+                agent.id,
+                since.as_secs_f64()
+            ));
         }
-        agent.inner().settled = None;
         let pause = backoff.mul_f64(agent.roll(500..1000) as f64 / 1000.0);
         backoff = (backoff * 2).min(MAX_BACKOFF);
         tokio::time::sleep(pause).await;

@@ -16,7 +16,7 @@ use warren_manager::{
     Policy, Vault,
     clock::{Environment, Timestamp},
     core::{Core, Founding, Seams, Settings},
-    liveness,
+    liveness::{self, Health, Liveness},
     pinning::Unasked,
     state::State,
 };
@@ -31,6 +31,8 @@ use crate::{
 
 /// A day in 2026, in milliseconds: when simulations begin.
 const EPOCH: u64 = 1_780_000_000_000;
+/// Between looks at who is heard.
+const HEAR_PERIOD: Duration = Duration::from_millis(20);
 /// Between looks at who should be a member.
 const MEMBERS_PERIOD: Duration = Duration::from_millis(500);
 
@@ -113,6 +115,7 @@ pub(crate) async fn run(hardware: Hardware, seed: u64, shared: Shared) -> turmoi
     shared.manager_runs(id, Running { raft: core.raft().clone(), state: core.watch() });
     let raft = core.raft().clone();
     tokio::spawn(members(raft.clone(), shared.clone()));
+    tokio::spawn(hear(id, core.watch(), core.liveness(), shared));
     let serve_raft = network::serve_raft(raft);
     let incoming = network::incoming().await?;
     let serve_api = Server::builder().add_routes(core.routes()).serve_with_incoming(incoming);
@@ -121,6 +124,16 @@ pub(crate) async fn run(hardware: Hardware, seed: u64, shared: Shared) -> turmoi
         ended = serve_api => ended?,
     }
     Ok(())
+}
+
+/// Tells the world which agents this manager hears: silence is measured by the host's clock, which outside nobody has.
+async fn hear(id: u64, state: watch::Receiver<State>, liveness: Liveness, shared: Shared) {
+    loop {
+        let nodes: Vec<_> = state.borrow().nodes().map(|node| node.id.clone()).collect();
+        let heard = nodes.iter().filter(|node| liveness.health(node) == Health::Ready);
+        shared.hears(id, heard.map(ToString::to_string).collect());
+        tokio::time::sleep(HEAR_PERIOD).await;
+    }
 }
 
 /// While this manager leads, sees to it that the members are those that should be.

@@ -16,6 +16,7 @@ use crate::{
 #[derive(Default)]
 struct Inner {
     managers: BTreeMap<u64, Running>,
+    heard: BTreeMap<u64, BTreeSet<String>>,
     members: BTreeSet<u64>,
     calls: Vec<Call>,
     calm: bool,
@@ -65,12 +66,23 @@ impl Shared {
     }
 
     pub(crate) fn manager_crashed(&self, id: u64) {
-        self.inner().managers.remove(&id);
+        let mut inner = self.inner();
+        inner.managers.remove(&id);
+        inner.heard.remove(&id);
     }
 
     /// The managers that run.
     pub(crate) fn managers(&self) -> BTreeMap<u64, Running> {
         self.inner().managers.clone()
+    }
+
+    /// Which agents a manager hears.
+    pub(crate) fn hears(&self, id: u64, agents: BTreeSet<String>) {
+        self.inner().heard.insert(id, agents);
+    }
+
+    pub(crate) fn heard(&self, id: u64) -> BTreeSet<String> {
+        self.inner().heard.get(&id).cloned().unwrap_or_default()
     }
 
     /// The managers that should be members.

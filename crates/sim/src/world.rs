@@ -53,6 +53,8 @@ struct World<'a> {
     leaders: BTreeMap<u64, u64>,
     digests: BTreeMap<u64, (u64, String)>,
     seen: BTreeMap<u64, u64>,
+    /// Which manager has been hearing which agents without a break, and since when.
+    heard: BTreeMap<String, (u64, Duration)>,
 }
 
 fn machine(number: usize) -> String {
@@ -90,11 +92,10 @@ pub(crate) fn run(seed: u64, says: bool) -> Result<String, String> {
         sim.host(manager::name(id), move || manager::run(host.clone(), seed, shared.clone()));
         hardware.insert(id, own);
     }
-    let agents: Vec<Agent> = (0..AGENTS).map(|number| Agent::new(number, seed)).collect();
+    let agents: Vec<Agent> = (0..AGENTS).map(|number| Agent::new(number, seed, shared.clone())).collect();
     for number in 0..AGENT_MACHINES {
         let own: Vec<Agent> = agents.iter().skip(number).step_by(AGENT_MACHINES).cloned().collect();
-        let shared = shared.clone();
-        sim.host(machine(number), move || agent::run(own.clone(), shared.clone()));
+        sim.host(machine(number), move || agent::run(own.clone()));
     }
     for number in 0..OPERATORS {
         let shared = shared.clone();
@@ -111,6 +112,7 @@ pub(crate) fn run(seed: u64, says: bool) -> Result<String, String> {
         leaders: BTreeMap::new(),
         digests: BTreeMap::new(),
         seen: BTreeMap::new(),
+        heard: BTreeMap::new(),
     };
     world.live(SETTLE)?;
     let end = world.sim.elapsed() + FAULTS;
@@ -167,15 +169,26 @@ impl World<'_> {
         }
         // What a leader that was deposed, or has crashed, told its agents is not what the present one knows.
         let Some((_, leader)) = current else { return Ok(()) };
-        self.check_slots(&manager::name(leader))
+        let now = self.sim.elapsed();
+        let heard = self.shared.heard(leader);
+        for agent in &self.agents {
+            if !heard.contains(&agent.id) {
+                self.heard.remove(&agent.id);
+            } else if self.heard.get(&agent.id).is_none_or(|(by, _)| *by != leader) {
+                self.heard.insert(agent.id.clone(), (leader, now));
+            }
+        }
+        self.check_slots(leader)
     }
 
     /// No two containers have the same slot on nodes that the leader reaches.
-    fn check_slots(&self, leader: &str) -> Result<(), String> {
+    fn check_slots(&self, leader: u64) -> Result<(), String> {
         let mut slots = BTreeMap::new();
         for agent in &self.agents {
-            let Some((manager, since)) = agent.settled() else { continue };
-            if manager != leader || self.sim.elapsed() < since + SETTLED {
+            let (Some((manager, since)), Some((_, heard))) = (agent.settled(), self.heard.get(&agent.id)) else {
+                continue;
+            };
+            if manager != manager::name(leader) || self.sim.elapsed() < since.max(*heard) + SETTLED {
                 continue;
             }
             for (slot, id) in agent.running() {
