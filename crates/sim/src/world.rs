@@ -264,11 +264,15 @@ impl World<'_> {
             6 => {
                 let (one, other) = self.sides();
                 self.shared.trace(format!("a partition: {one:?}"));
-                self.between(&one, &other, |a, b| turmoil_partition(a, b));
+                for a in &one {
+                    for b in &other {
+                        self.sim.partition(a.as_str(), b.as_str());
+                    }
+                }
             }
             7 => {
                 let id = self.any_manager();
-                let one = vec![manager::name(id)];
+                let one = [manager::name(id)];
                 let others: Vec<String> = self.names().into_iter().filter(|name| *name != one[0]).collect();
                 let to_it = self.dice.random_bool(0.5);
                 self.shared.trace(format!("nothing goes {} {}", if to_it { "to" } else { "from" }, one[0]));
@@ -331,14 +335,6 @@ impl World<'_> {
             if !self.crashed.contains(&name) && !self.sim.is_host_running(name.as_str()) {
                 // It has ended by itself.
                 self.crashed.insert(name);
-            }
-        }
-    }
-
-    fn between(&mut self, one: &[String], other: &[String], act: impl Fn(&mut Sim<'_>, (&str, &str))) {
-        for a in one {
-            for b in other {
-                act(&mut self.sim, (a, b));
             }
         }
     }
@@ -461,8 +457,4 @@ impl World<'_> {
         }
         Ok(())
     }
-}
-
-fn turmoil_partition(sim: &mut Sim<'_>, (a, b): (&str, &str)) {
-    sim.partition(a, b);
 }
