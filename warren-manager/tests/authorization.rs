@@ -1,0 +1,287 @@
+//! Who may call what: every method that is served, by everybody that there is.
+
+use std::{
+    net::TcpListener,
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use prost::Message as _;
+use tempfile::TempDir;
+use tokio_stream::StreamExt as _;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Request, Status, client::Grpc, transport::Channel};
+use tonic_prost::ProstCodec;
+use warren_manager::{Options, Policy, Vault, core::Networks, formation, liveness, state::Sealed};
+use warren_pki::{Authority, Credentials, Dialer, Identity, Request as CertificateRequest, Role, Token};
+use warren_proto::v1::{
+    self, agent_message, cluster_client::ClusterClient, dispatcher_client::DispatcherClient, nodes_client::NodesClient,
+    services_client::ServicesClient,
+};
+
+struct Manager {
+    directory: TempDir,
+    address: String,
+    worker_token: Token,
+    authority: Authority,
+    cluster: String,
+    shutdown: CancellationToken,
+    task: tokio::task::JoinHandle<()>,
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
+}
+
+/// What signs a cluster's certificates, from the directory of a founder who has not started yet.
+fn authority(directory: &Path, cluster: &str) -> Authority {
+    let founding = std::fs::read(directory.join("founding.json")).expect("a founder's");
+    let founding: serde_json::Value = serde_json::from_slice(&founding).expect("JSON");
+    let sealed: Sealed = serde_json::from_value(founding["authority"]["key"].clone()).expect("a key");
+    let key = Vault::open(directory).expect("a vault").open_authority(cluster, &sealed).expect("its own");
+    Authority::from_pem(founding["authority"]["certificate"].as_str().expect("PEM"), &key).expect("an authority")
+}
+
+impl Manager {
+    async fn start() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let data_dir = directory.path().join("data");
+        let founded = formation::found(&data_dir, "here").expect("founded");
+        let authority = authority(&data_dir, &founded.cluster_id);
+        let address = format!("127.0.0.1:{}", free_port());
+        let options = Options {
+            data_dir,
+            listen_addr: address.parse().expect("an address"),
+            advertise_addr: None,
+            bootstrap: false,
+            socket: directory.path().join("w.sock"),
+            metrics_addr: format!("127.0.0.1:{}", free_port()).parse().expect("an address"),
+            snapshot_after: 1000,
+            liveness: liveness::Timing { heartbeat: Duration::from_millis(20), tolerated: 3, max_rate: 500 },
+            policy: Policy::default(),
+            networks: Networks::default(),
+            registries: warren_registry::Options::default(),
+            telemetry: warren_telemetry::Options::default(),
+        };
+        let shutdown = CancellationToken::new();
+        let (started, serving) = tokio::sync::oneshot::channel();
+        let token = shutdown.clone();
+        let task = tokio::spawn(async move {
+            let outcome = warren_manager::run(options, token, || started.send(()).expect("the test waits")).await;
+            outcome.expect("the manager starts");
+        });
+        serving.await.expect("the manager serves");
+        let (worker_token, cluster) = (founded.worker_token, founded.cluster_id);
+        Self { directory, address, worker_token, authority, cluster, shutdown, task }
+    }
+
+    async fn stop(self) {
+        self.shutdown.cancel();
+        self.task.await.expect("it ends");
+    }
+
+    fn identity(&self, role: Role, id: &str) -> Identity {
+        Identity { cluster: self.cluster.clone(), role, id: id.to_owned() }
+    }
+
+    fn sign(&self, authority: &Authority, identity: &Identity, at: SystemTime) -> Credentials {
+        let request = CertificateRequest::new().expect("a request");
+        let day = Duration::from_secs(24 * 3600);
+        let certificate = authority.sign(request.pem(), identity, at, day).expect("a certificate");
+        Credentials::new(&request.key_pem(), &certificate, self.authority.certificate_pem()).expect("credentials")
+    }
+
+    fn dial(&self, credentials: &Credentials) -> Channel {
+        Dialer::new(&self.address, credentials).expect("an address").lazy()
+    }
+
+    fn nobody(&self) -> Channel {
+        Dialer::newcomer(&self.address, &self.worker_token).expect("an address").lazy()
+    }
+
+    fn root(&self) -> Channel {
+        Dialer::socket(self.directory.path().join("w.sock")).expect("a path").lazy()
+    }
+
+    /// Lets a node in as `warren cluster join` does.
+    async fn join(&self) -> (String, Credentials) {
+        let request = CertificateRequest::new().expect("a request");
+        let asked = v1::JoinClusterRequest {
+            secret: self.worker_token.secret(),
+            certificate_request: request.pem().to_owned(),
+            ..Default::default()
+        };
+        let joined = ClusterClient::new(self.nobody()).join_cluster(asked).await.expect("joined").into_inner();
+        assert_eq!(joined.role(), v1::Role::Worker);
+        assert!(joined.key_of_secrets.is_empty(), "a node opens no secrets itself");
+        let credentials = Credentials::new(&request.key_pem(), &joined.certificate, &joined.authorities);
+        (joined.id, credentials.expect("credentials"))
+    }
+}
+
+/// `/package.Service/Method` of everything that is served.
+fn methods() -> Vec<String> {
+    let sets = [
+        warren_proto::FILE_DESCRIPTOR_SET,
+        tonic_health::pb::FILE_DESCRIPTOR_SET,
+        tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+    ];
+    let files = sets.into_iter().flat_map(|set| prost_types::FileDescriptorSet::decode(set).expect("descriptors").file);
+    files
+        .flat_map(|file| {
+            let package = file.package().to_owned();
+            let path = move |service: &str, method: &str| format!("/{package}.{service}/{method}");
+            let services = file.service.clone();
+            services
+                .into_iter()
+                .flat_map(|service| {
+                    let name = service.name().to_owned();
+                    service.method.into_iter().map(move |method| (name.clone(), method.name().to_owned()))
+                })
+                .map(move |(service, method)| path(&service, &method))
+                .collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+/// Calls a method with an empty message; one that goes on for ever has been let in.
+async fn call(channel: &Channel, path: &str) -> Result<(), Status> {
+    let mut grpc = Grpc::new(channel.clone());
+    grpc.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
+    let path = path.parse().expect("a path");
+    let called = grpc.unary::<(), (), _>(Request::new(()), path, ProstCodec::default());
+    match tokio::time::timeout(Duration::from_millis(300), called).await {
+        Ok(answer) => answer.map(drop),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Whether the caller was turned away before anybody looked at what they want.
+fn is_turned_away(answer: &Result<(), Status>, code: Code) -> bool {
+    let at_the_door = |message: &str| message.starts_with("this is not for a ") || message.starts_with("this needs a ");
+    answer.as_ref().is_err_and(|status| status.code() == code && at_the_door(status.message()))
+}
+
+/// Methods that are for those without a certificate, for nodes, and for managers. All others are for root.
+const EVERYBODY: [&str; 3] =
+    ["/warren.v1.Cluster/JoinCluster", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"];
+const MEMBERS: [&str; 3] = [
+    "/warren.v1.Cluster/GetClusterInfo",
+    "/warren.v1.Cluster/RequestCertificate",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+];
+const NODES: [&str; 5] = [
+    "/warren.v1.Nodes/RegisterNode",
+    "/warren.v1.Dispatcher/Session",
+    "/warren.v1.Dispatcher/UploadLogs",
+    "/warren.v1.Dispatcher/UploadStats",
+    "/warren.v1.Dispatcher/ServeExec",
+];
+const MANAGERS: [&str; 2] = ["/warren.v1.Cluster/EnterManager", "/warren.v1.Raft/Exchange"];
+
+#[tokio::test]
+async fn everybody_may_call_what_is_for_them_and_nothing_else() {
+    let manager = Manager::start().await;
+    let now = SystemTime::now();
+    let (id, worker) = manager.join().await;
+    let own = Credentials::load(&manager.directory.path().join("data/identity")).expect("readable").expect("there");
+    let callers: [(&str, Channel, Code, Vec<&str>); 3] = [
+        ("nobody", manager.nobody(), Code::Unauthenticated, EVERYBODY.to_vec()),
+        ("a node", manager.dial(&worker), Code::PermissionDenied, [&EVERYBODY[..], &MEMBERS, &NODES].concat()),
+        ("a manager", manager.dial(&own), Code::PermissionDenied, [&EVERYBODY[..], &MEMBERS, &MANAGERS].concat()),
+    ];
+    let methods = methods();
+    assert!(methods.len() >= 40, "{methods:?}");
+    for known in [&EVERYBODY[..], &MEMBERS, &NODES, &MANAGERS].concat() {
+        assert!(methods.iter().any(|method| method == known), "{known} is not served");
+    }
+    for (who, channel, code, allowed) in &callers {
+        for method in &methods {
+            let answer = call(channel, method).await;
+            let expected = !allowed.contains(&method.as_str());
+            assert_eq!(is_turned_away(&answer, *code), expected, "{who} at {method}: {answer:?}");
+        }
+    }
+    // Root may do everything but take part in consensus.
+    for method in &methods {
+        let answer = call(&manager.root(), method).await;
+        let expected = MANAGERS.contains(&method.as_str());
+        assert_eq!(is_turned_away(&answer, Code::PermissionDenied), expected, "root at {method}: {answer:?}");
+    }
+
+    // Certificates that look right: of another authority, run out, of somebody who was never let in, of an operator.
+    let another = Authority::generate(&manager.cluster, now).expect("an authority");
+    let days_ago = now - Duration::from_secs(3 * 24 * 3600);
+    let as_worker = manager.identity(Role::Worker, &id);
+    let wrong = [
+        ("of another authority", manager.sign(&another, &as_worker, now)),
+        ("run out", manager.sign(&manager.authority, &as_worker, days_ago)),
+        ("a stranger", manager.sign(&manager.authority, &manager.identity(Role::Worker, "stranger"), now)),
+        ("a manager that there is not", manager.sign(&manager.authority, &manager.identity(Role::Manager, "9"), now)),
+        ("an operator", manager.sign(&manager.authority, &manager.identity(Role::Admin, "root"), now)),
+    ];
+    for (who, credentials) in &wrong {
+        for method in &methods {
+            let answer = call(&manager.dial(credentials), method).await;
+            let refused = answer.as_ref().is_err_and(|status| {
+                matches!(status.code(), Code::PermissionDenied | Code::Unavailable | Code::Unknown | Code::Internal)
+            });
+            assert!(refused, "{who} at {method}: {answer:?}");
+        }
+    }
+    manager.stop().await;
+}
+
+#[tokio::test]
+async fn a_node_speaks_for_itself_until_it_is_removed() {
+    let manager = Manager::start().await;
+    let (id, worker) = manager.join().await;
+    let (other, _) = manager.join().await;
+    let channel = manager.dial(&worker);
+    let register = async |channel: &Channel, node_id: &str| {
+        let description = v1::NodeDescription { hostname: "host".to_owned(), ..Default::default() };
+        let request = v1::RegisterNodeRequest { node_id: node_id.to_owned(), description: Some(description) };
+        NodesClient::new(channel.clone()).register_node(request).await.map(drop)
+    };
+    let session = async |channel: &Channel, node_id: &str| {
+        let hello = v1::Hello { node_id: node_id.to_owned(), boot_id: "boot".to_owned() };
+        let hello = v1::AgentMessage { message: Some(agent_message::Message::Hello(hello)) };
+        let messages = tokio_stream::once(hello).chain(tokio_stream::pending());
+        DispatcherClient::new(channel.clone()).session(messages).await.map(drop)
+    };
+    register(&channel, &id).await.expect("its own");
+    session(&channel, &id).await.expect("its own");
+    for refused in [register(&channel, &other).await, session(&channel, &other).await] {
+        let refused = refused.expect_err("another's");
+        assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+    }
+    // Saying that somebody else is calling is for managers that pass calls on.
+    let mut forged = Request::new(v1::ListServicesRequest::default());
+    forged.metadata_mut().insert("warren-caller", "admin|root|here".parse().expect("ASCII"));
+    let refused = ServicesClient::new(channel.clone()).list_services(forged).await.expect_err("forged");
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+
+    // A certificate for another key, as the same.
+    let request = CertificateRequest::new().expect("a request");
+    let asked = v1::RequestCertificateRequest { certificate_request: request.pem().to_owned() };
+    let renewed = ClusterClient::new(channel.clone()).request_certificate(asked).await.expect("renewed").into_inner();
+    let renewed = Credentials::new(&request.key_pem(), &renewed.certificate, &renewed.authorities);
+    let renewed = renewed.expect("credentials");
+    assert_eq!(renewed.identity(), worker.identity());
+    register(&manager.dial(&renewed), &id).await.expect("the same");
+
+    let mut nodes = NodesClient::new(manager.root());
+    for attempt in 0.. {
+        match nodes.remove_node(v1::RemoveNodeRequest { node: id.clone() }).await {
+            Ok(_) => break,
+            Err(status) => assert!(attempt < 100, "{status:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    for credentials in [&worker, &renewed] {
+        let refused = register(&manager.dial(credentials), &id).await.expect_err("removed");
+        assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+        assert!(refused.message().contains("no longer"), "{refused:?}");
+    }
+    manager.stop().await;
+}
