@@ -290,8 +290,10 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         health: Checks::default(),
         ready: ready(&probing, &pulse, &link, &network, &resolver),
     };
+    let managers = Managers::new(options.data_dir.clone(), node_id.clone(), options.socket.clone());
+    tasks.spawn(shutdown.clone().run_until_cancelled_owned(managers.clone().renew()));
     let session = session::Options {
-        managers: Managers::new(options.data_dir.clone(), node_id.clone(), options.socket.clone()),
+        managers,
         node_id,
         description: node::describe(
             &options.hostname,

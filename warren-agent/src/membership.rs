@@ -4,16 +4,20 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use rand::seq::SliceRandom as _;
-use warren_pki::{Credentials, Dialer};
-use warren_proto::v1;
+use warren_pki::{Asked, Credentials, Dialer};
+use warren_proto::v1::{self, cluster_client::ClusterClient};
 
 /// Where a node's key and certificate are, below its data directory.
 const IDENTITY: &str = "identity";
 const MANAGERS: &str = "managers.json";
 const NODE_ID: &str = "node-id";
+/// How often a node that is in no cluster looks whether it is in one now.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// Why there is no way to a manager.
 #[derive(Debug, thiserror::Error)]
@@ -114,13 +118,14 @@ pub(crate) struct Managers {
     data_dir: PathBuf,
     node_id: String,
     socket: PathBuf,
-    credentials: Option<Credentials>,
+    /// Once there are some; the same for all clones, so that what renews them renews everybody's.
+    credentials: Arc<OnceLock<Credentials>>,
 }
 
 impl Managers {
     /// Those of the cluster that the node of `data_dir` is in; until it is in one, the manager behind this machine's socket.
     pub(crate) fn new(data_dir: PathBuf, node_id: String, socket: PathBuf) -> Self {
-        Self { data_dir, node_id, socket, credentials: None }
+        Self { data_dir, node_id, socket, credentials: Arc::default() }
     }
 
     /// One of them.
@@ -128,11 +133,14 @@ impl Managers {
     /// # Errors
     ///
     /// When the node's files cannot be used.
-    pub(crate) fn any(&mut self) -> Result<Dialer, Error> {
-        if self.credentials.is_none() {
-            self.credentials = Credentials::load(&self.data_dir.join(IDENTITY))?;
+    pub(crate) fn any(&self) -> Result<Dialer, Error> {
+        if self.credentials.get().is_none()
+            && let Some(loaded) = Credentials::load(&self.data_dir.join(IDENTITY))?
+        {
+            // Another clone may have been first; its are as good.
+            let _ = self.credentials.set(loaded);
         }
-        let Some(credentials) = &self.credentials else { return Ok(Dialer::socket(&self.socket)?) };
+        let Some(credentials) = self.credentials.get() else { return Ok(Dialer::socket(&self.socket)?) };
         let id = credentials.identity().id;
         if id != self.node_id {
             return Err(Error::Renamed(id));
@@ -143,11 +151,35 @@ impl Managers {
         Ok(Dialer::new(address, credentials)?)
     }
 
+    /// Keeps the node's certificate valid, from when it has one.
+    pub(crate) async fn renew(self) {
+        let credentials = loop {
+            // Whatever is wrong with it, the session says.
+            if self.any().is_ok()
+                && let Some(credentials) = self.credentials.get()
+            {
+                break credentials.clone();
+            }
+            tokio::time::sleep(LOOK).await;
+        };
+        let ask = |certificate_request: String| -> Asked {
+            let manager = self.any().map_err(|error| error.to_string());
+            Box::pin(async move {
+                let channel = manager?.connect().await.map_err(|error| error.to_string())?;
+                let request = v1::RequestCertificateRequest { certificate_request };
+                let signed = ClusterClient::new(channel).request_certificate(request).await;
+                let signed = signed.map_err(|status| status.message().to_owned())?.into_inner();
+                Ok((signed.certificate, signed.authorities))
+            })
+        };
+        warren_pki::keep_valid(credentials, &self.data_dir.join(IDENTITY), ask).await;
+    }
+
     /// A manager says who they are.
     pub(crate) fn learn(&self, info: &v1::GetClusterInfoResponse) {
         let mut addresses: Vec<String> = info.managers.iter().map(|manager| manager.address.clone()).collect();
         addresses.sort();
-        if self.credentials.is_none() || addresses.is_empty() {
+        if self.credentials.get().is_none() || addresses.is_empty() {
             return;
         }
         let known = read_managers(&self.data_dir).unwrap_or_default();

@@ -134,13 +134,7 @@ impl From<Status> for Ended {
 }
 
 /// Keeps a session until `shutdown`.
-pub async fn run(
-    mut options: Options,
-    mut supervisor: Supervisor,
-    board: Board,
-    link: Link,
-    shutdown: CancellationToken,
-) {
+pub async fn run(options: Options, mut supervisor: Supervisor, board: Board, link: Link, shutdown: CancellationToken) {
     let mut backoff = FIRST_BACKOFF;
     loop {
         // Another than last time, perhaps: any of them will do.

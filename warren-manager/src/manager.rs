@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::Server;
-use warren_pki::{Credentials, incoming};
+use warren_pki::{Asked, Credentials, incoming};
 use warren_proto::v1::{self, cluster_client::ClusterClient};
 use warren_raft::{Files, Node};
 use warren_registry::Registries;
@@ -173,7 +173,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let Some(id) = own_id(&options, &shutdown).await? else { return Ok(()) };
     let credentials = Credentials::load(&options.data_dir.join(formation::IDENTITY))?;
     let credentials = credentials.ok_or_else(|| Error::NoIdentity(options.data_dir.clone()))?;
-    let peers = Peers::new(credentials.clone());
+    let (peers, own) = (Peers::new(credentials.clone()), credentials.clone());
     let settings = core::Settings {
         id,
         address: address.clone(),
@@ -221,6 +221,8 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
             .add_routes(core.routes())
             .serve_with_incoming_shutdown(UnixListenerStream::new(unix), shutdown.clone().cancelled_owned()),
     ));
+    let renewing = renew(own, options.data_dir.join(formation::IDENTITY), peers.clone(), address.clone());
+    tasks.spawn(shutdown.clone().run_until_cancelled_owned(renewing));
     let known = formation::managers(&options.data_dir)?;
     let entering = enter(core.raft().clone(), peers, address.clone(), known);
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(entering));
@@ -315,6 +317,20 @@ async fn own_id(options: &Options, shutdown: &CancellationToken) -> Result<Optio
 #[must_use]
 pub fn hostname() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// Keeps this manager's certificate valid: by asking itself, as anybody would ask it, wherever the leader is.
+async fn renew(own: Credentials, directory: PathBuf, peers: Peers, address: String) {
+    let ask = |certificate_request: String| -> Asked {
+        let channel = peers.channel(&address).map_err(|error| error.to_string());
+        Box::pin(async move {
+            let request = v1::RequestCertificateRequest { certificate_request };
+            let signed = ClusterClient::new(channel?).request_certificate(request).await;
+            let signed = signed.map_err(|status| status.message().to_owned())?.into_inner();
+            Ok((signed.certificate, signed.authorities))
+        })
+    };
+    warren_pki::keep_valid(own, &directory, ask).await;
 }
 
 /// Sees to it that the others know this manager, and where.

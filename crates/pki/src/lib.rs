@@ -9,6 +9,7 @@ mod authority;
 mod credentials;
 mod dialer;
 mod incoming;
+mod renewal;
 mod request;
 mod tls;
 mod token;
@@ -19,6 +20,7 @@ pub use authority::Authority;
 pub use credentials::Credentials;
 pub use dialer::{Dialer, check_address, own_address};
 pub use incoming::{Incoming, Peer, incoming};
+pub use renewal::{Asked, keep_valid};
 pub use request::Request;
 pub use token::{Secret, Token};
 

@@ -75,6 +75,36 @@ fn credentials_are_kept_whole_and_are_whose_the_authority_says() {
     assert!(authority.sign("nonsense", &worker, SystemTime::now(), DAY).is_err());
 }
 
+#[tokio::test]
+async fn a_certificate_is_renewed_before_it_ends() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let authority = authority("c");
+    let worker = identity(Role::Worker, "w");
+    let request = Request::new().expect("a request");
+    // Of a life that began an hour ago, when clocks may differ, more than half is over.
+    let short = Duration::from_secs(60);
+    let certificate = authority.sign(request.pem(), &worker, SystemTime::now(), short).expect("a certificate");
+    let own = authority.certificate_pem().to_owned();
+    let made = Credentials::create(directory.path(), &request.key_pem(), &certificate, &own).expect("kept");
+    let end = made.validity().1;
+    let asked = std::sync::atomic::AtomicU32::new(0);
+    let ask = |request: String| -> Asked {
+        let signed = if asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 0 {
+            Err("not now".to_owned())
+        } else {
+            let signed = authority.sign(&request, &worker, SystemTime::now(), DAY).expect("a certificate");
+            Ok((signed, own.clone()))
+        };
+        Box::pin(async { signed })
+    };
+    let keep = keep_valid(made.clone(), directory.path(), ask);
+    assert!(tokio::time::timeout(Duration::from_secs(10), keep).await.is_err(), "it never ends");
+    assert!(made.validity().1 > end, "it was renewed");
+    let kept = Credentials::load(directory.path()).expect("readable").expect("there");
+    assert_eq!((kept.validity(), kept.identity()), (made.validity(), worker.clone()));
+    assert_eq!(asked.into_inner(), 2, "refused once, and asked once more");
+}
+
 /// What a manager learns of a caller; `None` when it is not let in.
 async fn seen(manager: &Credentials, dial: impl FnOnce(&str) -> Dialer) -> Option<Peer> {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");

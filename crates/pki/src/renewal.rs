@@ -1,0 +1,61 @@
+//! Certificates end; whoever has one gets another in time.
+
+use std::{
+    path::Path,
+    pin::Pin,
+    time::{Duration, SystemTime},
+};
+
+use ring::rand::{SecureRandom as _, SystemRandom};
+
+use crate::{Credentials, Error, Request};
+
+/// The parts of a certificate's life, in hundredths, between which it is renewed, at a point that is chosen by chance: those that
+/// were let in together do not ask together.
+const FROM: u32 = 50;
+const TO: u32 = 80;
+/// After an attempt that failed; sooner when little time is left.
+const RETRY: Duration = Duration::from_secs(600);
+const SOONEST_RETRY: Duration = Duration::from_secs(1);
+
+/// A request that is being signed: the certificate and the authorities, in PEM, or why there is none.
+pub type Asked = Pin<Box<dyn Future<Output = Result<(String, String), String>> + Send>>;
+
+/// A number below `end`, by chance.
+fn chance(end: u32) -> u32 {
+    let mut bytes = [0; 4];
+    // Without chance, all renew at the same point.
+    let _ = SystemRandom::new().fill(&mut bytes);
+    u32::from_le_bytes(bytes) % end
+}
+
+fn due(credentials: &Credentials) -> SystemTime {
+    let (from, to) = credentials.validity();
+    let life = to.duration_since(from).unwrap_or_default();
+    from + life / 100 * (FROM + chance(TO - FROM))
+}
+
+/// Keeps credentials valid, which are kept in `directory`: `ask` has a request signed. Never ends.
+pub async fn keep_valid(credentials: Credentials, directory: &Path, ask: impl Fn(String) -> Asked + Send + Sync) {
+    loop {
+        let wait = due(&credentials).duration_since(SystemTime::now()).unwrap_or_default();
+        tokio::time::sleep(wait).await;
+        while let Err(why) = renew(&credentials, directory, &ask).await {
+            let left = credentials.validity().1.duration_since(SystemTime::now()).unwrap_or_default();
+            tracing::warn!(why, left_s = left.as_secs(), "the certificate could not be renewed; trying again");
+            tokio::time::sleep(RETRY.min(left / 10).max(SOONEST_RETRY)).await;
+        }
+        tracing::info!(identity = %credentials.identity(), "the certificate was renewed");
+    }
+}
+
+async fn renew(
+    credentials: &Credentials,
+    directory: &Path,
+    ask: &(impl Fn(String) -> Asked + Send + Sync),
+) -> Result<(), String> {
+    let words = |error: Error| error.to_string();
+    let request = Request::new().map_err(words)?;
+    let (certificate, authorities) = ask(request.pem().to_owned()).await?;
+    credentials.replace(directory, &request.key_pem(), &certificate, &authorities).map_err(words)
+}
