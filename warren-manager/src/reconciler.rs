@@ -157,11 +157,14 @@ fn vacant(
     lost: &impl Fn(&Container) -> bool,
     now: Timestamp,
 ) -> bool {
-    // The one before must be gone first, unless nobody can tell.
-    if slot
-        .iter()
-        .any(|container| !container.status.state.is_terminal() && container.node.is_some() && !lost(container))
-    {
+    // The one before must be gone first, unless nobody can tell. Then its end must be decided at least: its node may be back by
+    // the time that this plan is carried out, and must be told to stop it.
+    let stays = |container: &Arc<Container>| {
+        !container.status.state.is_terminal()
+            && container.node.is_some()
+            && (!lost(container) || container.desired == Desired::Running)
+    };
+    if slot.iter().any(stays) {
         return true;
     }
     // What was removed on purpose or lost with its node did not end by itself: its slot is filled at once.

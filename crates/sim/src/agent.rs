@@ -114,6 +114,7 @@ impl Agent {
                 self.forget(&id);
             }
             self.inner().settled = turmoil::sim_elapsed().map(|now| (manager.to_owned(), now));
+            self.shared.trace(format!("{}: in session with {manager}, {} assigned", self.id, message.changed.len()));
         }
         for id in &message.removed {
             self.forget(id);

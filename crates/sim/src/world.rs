@@ -173,7 +173,9 @@ impl World<'_> {
         let heard = self.shared.heard(leader);
         for agent in &self.agents {
             if !heard.contains(&agent.id) {
-                self.heard.remove(&agent.id);
+                if self.heard.remove(&agent.id).is_some() {
+                    self.shared.trace(format!("{} is no longer heard by {}", agent.id, manager::name(leader)));
+                }
             } else if self.heard.get(&agent.id).is_none_or(|(by, _)| *by != leader) {
                 self.heard.insert(agent.id.clone(), (leader, now));
             }

@@ -195,6 +195,23 @@ fn containers_of_a_node_that_is_down_run_elsewhere_if_there_is_elsewhere() {
 }
 
 #[test]
+fn a_lost_container_is_told_to_go_before_another_takes_its_slot() {
+    let mut world = World::new(&["a", "b"]);
+    apply(&mut world.state, [put(service("s", "web", 1))]);
+    world.settle();
+    let node = world.live()[0].node.clone().expect("it is on a node");
+    world.down = vec![if node.as_str() == "a" { "a" } else { "b" }];
+    let first = world.plan();
+    assert_eq!((first.create.len(), first.changes.len()), (0, 1), "{first:?}");
+    // While that was being written, its node came back: there is nothing to replace before it is gone.
+    apply(&mut world.state, first.changes);
+    let down = std::mem::take(&mut world.down);
+    assert!(world.plan().create.is_empty());
+    world.down = down;
+    assert_eq!(world.plan().create.len(), 1);
+}
+
+#[test]
 fn a_changed_spec_replaces_one_container_at_a_time() {
     let mut world = World::new(&["a", "b"]);
     apply(&mut world.state, [put(service("s", "web", 4))]);
