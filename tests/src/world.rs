@@ -370,7 +370,9 @@ impl World {
         self.metrics(self.agent_port)
     }
 
-    fn metrics(&self, port: u16) -> Metrics {
+    /// What is served on a port of this machine now.
+    #[must_use]
+    pub fn metrics(&self, port: u16) -> Metrics {
         let (status, body) = self.get(port, "/metrics").expect("metrics");
         assert_eq!(status, 200);
         Metrics::parse(&body)

@@ -178,6 +178,12 @@ fn three_managers_and_an_agent_survive_the_leader() {
     }
     until("they answer again", || (running(&managers[0], "web") == after).then_some(()));
     let _ = create(&managers[1], "more", 1).succeeded();
+    // What is the cluster's is counted once, what is a manager's by each.
+    let scraped: Vec<_> = managers.iter().map(|manager| world.metrics(manager.metrics_port)).collect();
+    let sum = |metric: &str| scraped.iter().map(|metrics| metrics.sum(metric, &[])).sum::<f64>();
+    assert_eq!((sum("warren_services_total"), sum("warren_raft_peers_total")), (2.0, 9.0));
+    assert_eq!((sum("warren_raft_is_leader"), sum("warren_raft_quorum_ok")), (1.0, 3.0));
+    assert_eq!(sum("warren_nodes_total"), 4.0, "a node and three managers");
     // Two of three are no majority of one.
     let led = leader(&managers);
     let (one, two) = ((led + 1) % 3, (led + 2) % 3);

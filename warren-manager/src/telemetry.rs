@@ -141,11 +141,17 @@ pub(crate) fn export(
     });
 }
 
+/// The state, on the leader: what is the cluster's and not a manager's is exported once, or sums would count it thrice.
+fn led(store: &Store) -> Option<State> {
+    store.raft().status().is_leader.then(|| store.view())
+}
+
 fn cluster_gauges(meters: &Meters, store: &Store, liveness: &Liveness) {
     let (state, health) = (store.clone(), liveness.clone());
     meters.gauge("warren_nodes_total", move |gauge| {
         let mut counts = BTreeMap::<(&str, &str), u32>::new();
-        for node in state.view().nodes() {
+        let Some(view) = led(&state) else { return };
+        for node in view.nodes() {
             *counts.entry(("worker", health.health(&node.id).name())).or_default() += 1;
         }
         for member in state.raft().status().members {
@@ -156,18 +162,24 @@ fn cluster_gauges(meters: &Meters, store: &Store, liveness: &Liveness) {
         }
     });
     let state = store.clone();
-    meters.gauge("warren_services_total", move |gauge| gauge.observe(state.view().services().count() as f64, &[]));
+    meters.gauge("warren_services_total", move |gauge| {
+        led(&state).into_iter().for_each(|view| gauge.observe(view.services().count() as f64, &[]));
+    });
     let state = store.clone();
     meters.gauge("warren_secrets_total", move |gauge| {
-        let count = state.view().secrets().filter(|secret| secret.kind == v1::SecretKind::Secret).count();
+        let Some(view) = led(&state) else { return };
+        let count = view.secrets().filter(|secret| secret.kind == v1::SecretKind::Secret).count();
         gauge.observe(count as f64, &[]);
     });
     let state = store.clone();
-    meters.gauge("warren_volumes_total", move |gauge| gauge.observe(state.view().volumes().count() as f64, &[]));
+    meters.gauge("warren_volumes_total", move |gauge| {
+        led(&state).into_iter().for_each(|view| gauge.observe(view.volumes().count() as f64, &[]));
+    });
     let state = store.clone();
     meters.gauge("warren_containers_total", move |gauge| {
+        let Some(view) = led(&state) else { return };
         let mut counts = BTreeMap::<ContainerState, u32>::new();
-        for container in state.view().containers() {
+        for container in view.containers() {
             *counts.entry(container.status.state).or_default() += 1;
         }
         for state in ContainerState::ALL {
@@ -177,7 +189,8 @@ fn cluster_gauges(meters: &Meters, store: &Store, liveness: &Liveness) {
     });
     let state = store.clone();
     meters.gauge("warren_scheduling_pending", move |gauge| {
-        let waiting = state.view().containers().filter(|container| scheduler::waits(container)).count();
+        let Some(view) = led(&state) else { return };
+        let waiting = view.containers().filter(|container| scheduler::waits(container)).count();
         gauge.observe(waiting as f64, &[]);
     });
 }

@@ -49,7 +49,7 @@ impl StoreBuilder<Config, LogStore, Machine, tempfile::TempDir> for Builder {
         let log = store(&directory.path().join("log")).expect("opens");
         let snapshots = SnapshotFile::open(&directory.path().join("snapshot")).expect("opens");
         let snapshots = SnapshotStore::new(Box::new(snapshots));
-        Ok((directory, log, Machine::new(Box::new(Forgetful), snapshots, Arc::new(Unobserved))))
+        Ok((directory, log, Machine::new(Box::new(Forgetful), snapshots, true, Arc::new(Unobserved))))
     }
 }
 
