@@ -86,6 +86,11 @@ fn three(world: &World) -> (Vec<Manager>, String) {
     let mut managers: Vec<_> = ["m1", "m2", "m3"].iter().map(|name| Manager::new(world, name)).collect();
     // The first was running before there was a cluster, the second joins before it runs, the third waits too.
     managers[0].start();
+    until("it says that it waits", || {
+        let (status, body) = world.get(managers[0].metrics_port, "/ready")?;
+        (status == 503 && body.contains("in no cluster yet")).then_some(())
+    });
+    assert!(managers[0].warren(&["cluster", "info"]).failed(4).contains("no manager answers"));
     let (manager_token, worker_token) = tokens(&managers[0].cluster(&["init"]).succeeded());
     until("the first leads", || managers[0].info().filter(|info| info["leaderId"] == "1"));
     let first = managers[0].address();

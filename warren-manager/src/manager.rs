@@ -18,7 +18,7 @@ use warren_proto::v1::{self, cluster_client::ClusterClient};
 use warren_raft::{Files, Node};
 use warren_registry::Registries;
 use warren_telemetry::{
-    Meters, ProcessSource,
+    Checks, Meters, ProcessSource,
     endpoint::{self, Endpoint},
     otlp,
     signals::Identity,
@@ -164,13 +164,13 @@ pub fn identity(data_dir: &Path) -> Identity {
 /// When it cannot start. What fails later is logged and shown by `/ready`.
 pub async fn run(options: Options, shutdown: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
     let address = advertised(&options)?;
+    let Some(id) = own_id(&options, &shutdown).await? else { return Ok(()) };
     // Addresses first: they are what a second manager on this machine would trip over, before it touches anything.
     let metrics_listener = endpoint::bind(options.metrics_addr).await?;
     let tcp = TcpListener::bind(options.listen_addr).await.map_err(listen_error(options.listen_addr))?;
     let unix = bind_socket(&options.socket).await?;
     let socket_inode = inode(&options.socket);
 
-    let Some(id) = own_id(&options, &shutdown).await? else { return Ok(()) };
     let credentials = Credentials::load(&options.data_dir.join(formation::IDENTITY))?;
     let credentials = credentials.ok_or_else(|| Error::NoIdentity(options.data_dir.clone()))?;
     let (peers, own) = (Peers::new(credentials.clone()), credentials.clone());
@@ -291,25 +291,52 @@ fn advertised(options: &Options) -> Result<String, Error> {
 
 /// Who this manager is, once its data directory says so; `None` when it is told to end before.
 async fn own_id(options: &Options, shutdown: &CancellationToken) -> Result<Option<u64>, Error> {
-    let mut waits = false;
+    let mut waiting = None;
     loop {
         if let Some(identity) = data_dir::open(&options.data_dir)? {
+            if let Some((served, task)) = waiting.take() {
+                stop_serving(served, task).await;
+            }
             return Ok(Some(identity.id));
         }
         if options.bootstrap {
             formation::found(&options.data_dir, &hostname())?;
             continue;
         }
-        if !waits {
-            tracing::info!(
-                data_dir = %options.data_dir.display(),
-                "waiting for `warren cluster init` or `warren cluster join` on this machine"
-            );
-            waits = true;
+        if waiting.is_none() {
+            let directory = options.data_dir.parent().unwrap_or(&options.data_dir).display();
+            tracing::info!("waiting for `warren cluster init` or `join` with `--data-dir {directory}` on this machine");
+            waiting = Some(serve_waiting(options).await?);
         }
         if shutdown.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_none() {
             return Ok(None);
         }
+    }
+}
+
+type Serving = (CancellationToken, tokio::task::JoinHandle<()>);
+
+/// Says at the health checks that this manager is not ready, and why.
+async fn serve_waiting(options: &Options) -> Result<Serving, Error> {
+    let listener = endpoint::bind(options.metrics_addr).await?;
+    let mut ready = Checks::default();
+    ready.add("cluster", || Err("in no cluster yet: run `warren cluster init` or `warren cluster join`".to_owned()));
+    let endpoint = Endpoint {
+        meters: Meters::new(&own_identity(0), &[]),
+        native_histograms: options.telemetry.native_histograms,
+        health: Checks::default(),
+        ready,
+    };
+    let end = CancellationToken::new();
+    let served = endpoint.serve(listener, end.clone().cancelled_owned());
+    Ok((end, tokio::spawn(log_failure("metrics", served))))
+}
+
+/// Frees the address for the manager that begins.
+async fn stop_serving(end: CancellationToken, mut task: tokio::task::JoinHandle<()>) {
+    end.cancel();
+    if tokio::time::timeout(SHUTDOWN_PATIENCE, &mut task).await.is_err() {
+        task.abort();
     }
 }
 

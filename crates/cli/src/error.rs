@@ -25,7 +25,9 @@ use warren_proto::v1;
 /// cannot be started otherwise.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("no manager answers on {address}; is `warren up` or `warren-manager` running?")]
+    #[error(
+        "no manager answers on {address}; is `warren up` or `warren-manager` running, and in a cluster (`warren cluster init`)?"
+    )]
     NoManager { address: String },
     #[error("the manager's socket {address} is not for this user; run as root")]
     NotPermitted { address: String },

@@ -75,6 +75,10 @@ pub struct Status {
 /// Escaped once more in the log it may grow by seven, still below what the log takes.
 const MAX_COMMAND: usize = 8 << 20;
 
+/// How long a read waits for a majority, and between its attempts.
+const QUORUM_PATIENCE: Duration = Duration::from_secs(2);
+const QUORUM_RETRY: Duration = Duration::from_millis(20);
+
 /// How long a start waits for what the log holds to be applied.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -176,13 +180,23 @@ impl Node {
     ///
     /// When this manager does not lead, or no majority answers.
     pub async fn linearize(&self) -> Result<(), Error> {
-        match self.raft.ensure_linearizable(ReadPolicy::LeaseRead).await {
-            Ok(_) => Ok(()),
-            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
-                Err(Error::NotLeader { leader: forward.leader_id })
-            }
-            Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => Err(Error::NoQuorum),
-            Err(error) => Err(Error::Stopped(error.to_string())),
+        let deadline = tokio::time::Instant::now() + QUORUM_PATIENCE;
+        loop {
+            return match self.raft.ensure_linearizable(ReadPolicy::LeaseRead).await {
+                Ok(_) => Ok(()),
+                Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
+                    Err(Error::NotLeader { leader: forward.leader_id })
+                }
+                // One that has just begun to lead, or whose members have just changed, is answered in a moment.
+                Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_)))
+                    if tokio::time::Instant::now() < deadline =>
+                {
+                    tokio::time::sleep(QUORUM_RETRY).await;
+                    continue;
+                }
+                Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => Err(Error::NoQuorum),
+                Err(error) => Err(Error::Stopped(error.to_string())),
+            };
         }
     }
 
