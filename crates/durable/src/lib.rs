@@ -1,4 +1,8 @@
-//! Files that survive a power cut whole.
+//! Files that survive a power cut whole, and blocks of bytes that tell when they are not.
+
+mod block;
+
+pub use block::{Damage, pack, unpack};
 
 use std::{
     fs::{self, File},

@@ -35,8 +35,10 @@ pub struct Options {
     pub address: String,
     /// How far apart the managers are.
     pub profile: Profile,
-    /// Log entries between snapshots.
+    /// Log entries between snapshots, at most.
     pub snapshot_after: u64,
+    /// Bytes of commands between snapshots, about.
+    pub snapshot_after_bytes: u64,
 }
 
 /// Openraft's own election default is ten appends; slower disks get more time.

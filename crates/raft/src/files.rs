@@ -12,6 +12,7 @@ use std::{
 
 use crate::storage::{Opened, Snapshots, Storage};
 
+pub(crate) use log::open as open_log;
 #[cfg(test)]
 pub(crate) use log::{open, wal_config};
 #[cfg(test)]

@@ -12,8 +12,10 @@ mod machine;
 mod network;
 mod node;
 mod observer;
+pub mod offline;
 mod snapshot;
 pub mod storage;
+mod transfer;
 mod types;
 
 pub use config::{Options, Profile};

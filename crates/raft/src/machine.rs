@@ -7,6 +7,7 @@ use openraft::{
     EntryPayload, OptionalSend, RaftSnapshotBuilder,
     storage::{EntryResponder, RaftStateMachine},
 };
+use tokio::sync::Notify;
 
 use crate::{
     Observer, SnapshotOperation,
@@ -38,7 +39,30 @@ pub trait StateMachine: Send + Sync + 'static {
     fn restore(&mut self, state: &[u8]) -> io::Result<()>;
 }
 
+/// Notices when what was applied since the last snapshot has grown large.
+#[derive(Debug)]
+pub(crate) struct LogLimit {
+    bytes: u64,
+    limit: u64,
+    full: Arc<Notify>,
+}
+
+impl LogLimit {
+    pub(crate) fn new(limit: u64, full: Arc<Notify>) -> Self {
+        Self { bytes: 0, limit, full }
+    }
+
+    fn add(&mut self, bytes: usize) {
+        self.bytes += bytes as u64;
+        if self.bytes >= self.limit {
+            self.bytes = 0;
+            self.full.notify_one();
+        }
+    }
+}
+
 pub(crate) struct Machine {
+    limit: LogLimit,
     inner: Box<dyn StateMachine>,
     last_applied: Option<LogId>,
     membership: StoredMembership,
@@ -63,9 +87,10 @@ impl Machine {
         inner: Box<dyn StateMachine>,
         store: SnapshotStore,
         blocks: bool,
+        limit: LogLimit,
         observer: Arc<dyn Observer>,
     ) -> Self {
-        Self { inner, last_applied: None, membership: StoredMembership::default(), store, blocks, observer }
+        Self { limit, inner, last_applied: None, membership: StoredMembership::default(), store, blocks, observer }
     }
 
     fn restore(&mut self, bytes: &SnapshotBytes) -> io::Result<()> {
@@ -121,7 +146,10 @@ impl RaftStateMachine<Config> for Machine {
             self.last_applied = Some(entry.log_id);
             let reply = match entry.payload {
                 EntryPayload::Blank => Reply::default(),
-                EntryPayload::Normal(proposal) => Reply(self.inner.apply(entry.log_id.index, &proposal.0)?),
+                EntryPayload::Normal(proposal) => {
+                    self.limit.add(proposal.0.len());
+                    Reply(self.inner.apply(entry.log_id.index, &proposal.0)?)
+                }
                 EntryPayload::Membership(membership) => {
                     self.membership = StoredMembership::new(Some(entry.log_id), membership);
                     Reply::default()
@@ -136,6 +164,7 @@ impl RaftStateMachine<Config> for Machine {
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
+        self.limit.bytes = 0;
         Builder {
             freeze: Some(self.inner.freeze()),
             meta: SnapshotMeta { last_log_id: self.last_applied, last_membership: self.membership.clone() },

@@ -16,8 +16,12 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     snapshot::SnapshotBytes,
-    types::{Config, SnapshotMeta, Vote},
+    transfer::{self, Taken},
+    types::{Config, Vote},
 };
+
+/// How long a part of a snapshot, or the last one's installation, may take.
+const PART_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A message could not be delivered, or its answer not be had.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +61,6 @@ pub(crate) enum Message {
     Vote(VoteRequest<Config>),
     PreVote(VoteRequest<Config>),
     TransferLeader(TransferLeaderRequest<Config>),
-    Snapshot { vote: Vote, meta: SnapshotMeta, bytes: Vec<u8> },
 }
 
 pub(crate) struct Network {
@@ -81,7 +84,12 @@ impl Connection {
     async fn call<A: DeserializeOwned>(&self, message: &Message, option: &RPCOption) -> Result<A, RPCError<Config>> {
         let unreachable = |why: String| RPCError::Unreachable(Unreachable::new(&TransportError(why)));
         let payload = serde_json::to_vec(message).map_err(|error| unreachable(error.to_string()))?;
-        let answer = self.transport.call(&self.address, payload, option.hard_ttl()).await;
+        self.exchange(payload, option.hard_ttl()).await
+    }
+
+    async fn exchange<A: DeserializeOwned>(&self, payload: Vec<u8>, patience: Duration) -> Result<A, RPCError<Config>> {
+        let unreachable = |why: String| RPCError::Unreachable(Unreachable::new(&TransportError(why)));
+        let answer = self.transport.call(&self.address, payload, patience).await;
         let answer = answer.map_err(|error| unreachable(error.0))?;
         // The other side's refusal travels as its words.
         let answer: Result<A, String> =
@@ -132,10 +140,21 @@ impl RaftNetworkV2<Config> for Connection {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         option: RPCOption,
     ) -> Result<SnapshotResponse<Config>, StreamingError<Config>> {
-        let message = Message::Snapshot { vote, meta: snapshot.meta, bytes: snapshot.snapshot.0 };
+        let send = async {
+            let (meta, bytes) = (&snapshot.meta, &snapshot.snapshot.0);
+            for part in transfer::parts(vote, meta, bytes) {
+                let part = part.map_err(|error| Unreachable::new(&TransportError(error.to_string())))?;
+                let taken: Taken = self.exchange(part, PART_PATIENCE.min(option.hard_ttl())).await?;
+                if let Some(response) = taken.installed {
+                    return Ok(response);
+                }
+            }
+            let why = "the other manager has every part of the snapshot, and has not installed it".to_owned();
+            Err(StreamingError::Unreachable(Unreachable::new(&TransportError(why))))
+        };
         tokio::select! {
             closed = cancel => Err(StreamingError::Closed(closed)),
-            answer = self.call(&message, &option) => Ok(answer?),
+            response = send => response,
         }
     }
 }

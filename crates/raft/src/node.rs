@@ -11,14 +11,16 @@ use openraft::{
     errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError},
 };
 use serde::Serialize;
+use tokio::sync::Notify;
 
 use crate::{
     Error, Observer, Options, StateMachine, Storage, Transport,
     log_store::LogStore,
-    machine::{self, Machine},
+    machine::{self, LogLimit, Machine},
     network::{Message, Network},
     snapshot::SnapshotStore,
     storage::Opened,
+    transfer::{self, Incoming, Taken},
     types::{Config, Proposal},
 };
 
@@ -28,6 +30,8 @@ type Raft = openraft::Raft<Config, Machine>;
 #[derive(Clone)]
 pub struct Node {
     raft: Raft,
+    /// A snapshot that another manager sends.
+    incoming: Arc<Incoming>,
 }
 
 impl std::fmt::Debug for Node {
@@ -66,6 +70,8 @@ pub struct Status {
     pub quorum_age: Option<Duration>,
     /// All members.
     pub members: Vec<Member>,
+    /// Whether a change of the voters is half done: decisions take majorities of the old and of the new ones.
+    pub is_joint: bool,
     /// On the leader: entries that each other member has not acknowledged.
     pub lag: BTreeMap<u64, u64>,
     /// Why consensus has stopped here, if it has.
@@ -125,10 +131,13 @@ impl Node {
         let (log, snapshots) = (LogStore::new(log, Arc::clone(&observer)), SnapshotStore::new(snapshots));
         tracing::debug!(sync_ms = sync.as_secs_f64() * 1e3, "the disk's time to make a write durable");
         let config = options.raft(sync).map_err(|error| Error::Stopped(error.to_string()))?;
-        let machine = Machine::new(machine, snapshots, blocks, observer);
+        let full = Arc::new(Notify::new());
+        let limit = LogLimit::new(options.snapshot_after_bytes, Arc::clone(&full));
+        let machine = Machine::new(machine, snapshots, blocks, limit, observer);
         let raft = Raft::new(options.id, config, Network { transport }, log, machine).await;
         let raft = raft.map_err(|error| storage_error(io::Error::other(error.to_string())))?;
-        let node = Self { raft };
+        tokio::spawn(snapshot_when_full(raft.clone(), full));
+        let node = Self { raft, incoming: Arc::default() };
         // A lone voter need not wait for anyone.
         if node.is_alone() {
             node.raft.trigger().elect(false).await.map_err(|error| Error::Stopped(error.to_string()))?;
@@ -224,6 +233,7 @@ impl Node {
                 .nodes()
                 .map(|(id, node)| Member { id: *id, address: node.addr.clone(), voter: voters.contains(id) })
                 .collect(),
+            is_joint: membership.get_joint_config().len() > 1,
             lag: lag
                 .map(|(id, acked)| (*id, last_log_index - acked.index().unwrap_or(0).min(last_log_index)))
                 .collect(),
@@ -251,15 +261,21 @@ impl Node {
         fn answer<T: Serialize, E: ToString>(result: Result<T, E>) -> Result<Vec<u8>, serde_json::Error> {
             serde_json::to_vec(&result.map_err(|error| error.to_string()))
         }
+        if transfer::is_part(message) {
+            return match self.incoming.take(message) {
+                Ok(Some((vote, snapshot))) => {
+                    let installed = self.raft.install_full_snapshot(vote, snapshot).await;
+                    answer(installed.map(|response| Taken { installed: Some(response) }))
+                }
+                Ok(None) => answer::<Taken, String>(Ok(Taken { installed: None })),
+                Err(why) => answer::<Taken, String>(Err(why)),
+            };
+        }
         match serde_json::from_slice(message)? {
             Message::Append(rpc) => answer(self.raft.append_entries(rpc).await),
             Message::Vote(rpc) => answer(self.raft.vote(rpc).await),
             Message::PreVote(rpc) => answer(self.raft.pre_vote(rpc).await),
             Message::TransferLeader(rpc) => answer(self.raft.handle_transfer_leader(rpc).await),
-            Message::Snapshot { vote, meta, bytes } => {
-                let snapshot = openraft::Snapshot { meta, snapshot: crate::snapshot::SnapshotBytes(bytes) };
-                answer(self.raft.install_full_snapshot(vote, snapshot).await)
-            }
         }
     }
 
@@ -284,6 +300,40 @@ impl Node {
         }
         self.raft.add_learner(id, node, true).await.map_err(changing)?;
         self.change(ChangeMembers::AddVoterIds(BTreeSet::from([id]))).await
+    }
+
+    /// Takes a member's vote; it follows all the same. One that leads must hand over first.
+    ///
+    /// # Errors
+    ///
+    /// When this manager does not lead, or no majority answers.
+    pub async fn demote(&self, id: u64) -> Result<(), Error> {
+        let change = ChangeMembers::RemoveVoters(BTreeSet::from([id]));
+        self.raft.change_membership(change, true).await.map(drop).map_err(changing)
+    }
+
+    /// Takes a member in that does not vote, or tells where it is now.
+    ///
+    /// # Errors
+    ///
+    /// When this manager does not lead, or no majority answers.
+    pub async fn add_learner(&self, id: u64, address: &str) -> Result<(), Error> {
+        let known = self.status().members.into_iter().find(|member| member.id == id);
+        match known {
+            Some(known) if known.address == address => Ok(()),
+            Some(_) => self.change(ChangeMembers::SetNodes(BTreeMap::from([(id, BasicNode::new(address))]))).await,
+            None => self.raft.add_learner(id, BasicNode::new(address), false).await.map(drop).map_err(changing),
+        }
+    }
+
+    /// Finishes a change of the voters that was left half done, because who made it, or the leader, went away between its two
+    /// steps.
+    ///
+    /// # Errors
+    ///
+    /// When this manager does not lead, or no majority answers.
+    pub async fn settle(&self) -> Result<(), Error> {
+        self.change(ChangeMembers::AddVoterIds(BTreeSet::new())).await
     }
 
     /// Takes a member out. One that leads must hand over first.
@@ -320,6 +370,16 @@ impl Node {
     pub async fn shutdown(&self) {
         if let Err(error) = self.raft.shutdown().await {
             tracing::warn!(%error, "consensus did not stop cleanly");
+        }
+    }
+}
+
+/// Takes a snapshot whenever the log has grown large, until consensus stops.
+async fn snapshot_when_full(raft: Raft, full: Arc<Notify>) {
+    loop {
+        full.notified().await;
+        if raft.trigger().snapshot().await.is_err() {
+            return;
         }
     }
 }

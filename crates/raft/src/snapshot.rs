@@ -6,12 +6,10 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 
 use crate::{storage::Snapshots, types::SnapshotMeta};
 
 const MAGIC: &[u8; 8] = b"WRNSNAP1";
-const CHECKSUM_LEN: usize = 32;
 const COMPRESSION_LEVEL: i32 = 3;
 
 /// What a snapshot is of; the file's head.
@@ -44,27 +42,12 @@ fn damaged(why: impl std::fmt::Display) -> io::Error {
 /// Puts a state's bytes and their description into one checked block.
 pub(crate) fn encode(meta: &SnapshotMeta, state: &[u8]) -> io::Result<SnapshotBytes> {
     let head = serde_json::to_vec(&Head { meta: meta.clone() }).map_err(io::Error::other)?;
-    let mut bytes = MAGIC.to_vec();
-    bytes.extend((head.len() as u64).to_be_bytes());
-    bytes.extend(head);
-    bytes.extend(zstd::encode_all(state, COMPRESSION_LEVEL)?);
-    let checksum = Sha256::digest(&bytes);
-    bytes.extend(checksum);
-    Ok(SnapshotBytes(bytes))
+    Ok(SnapshotBytes(warren_durable::pack(MAGIC, &head, &zstd::encode_all(state, COMPRESSION_LEVEL)?)))
 }
 
 /// Checks a block and takes it apart.
 pub(crate) fn decode(snapshot: &SnapshotBytes) -> io::Result<(SnapshotMeta, Vec<u8>)> {
-    let bytes = snapshot.0.as_slice();
-    let body_len = bytes.len().checked_sub(CHECKSUM_LEN).ok_or_else(|| damaged("it is too short"))?;
-    let (body, checksum) = bytes.split_at(body_len);
-    if Sha256::digest(body).as_slice() != checksum {
-        return Err(damaged("its checksum does not match"));
-    }
-    let rest = body.strip_prefix(MAGIC).ok_or_else(|| damaged("it is of another format"))?;
-    let (len, rest) = rest.split_first_chunk::<8>().ok_or_else(|| damaged("it has no head"))?;
-    let len = usize::try_from(u64::from_be_bytes(*len)).map_err(damaged)?;
-    let (head, state) = rest.split_at_checked(len).ok_or_else(|| damaged("its head is cut"))?;
+    let (head, state) = warren_durable::unpack(MAGIC, &snapshot.0).map_err(damaged)?;
     let head: Head = serde_json::from_slice(head).map_err(damaged)?;
     Ok((head.meta, zstd::decode_all(state).map_err(damaged)?))
 }

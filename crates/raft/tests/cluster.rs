@@ -58,7 +58,13 @@ fn files(directory: &Path, id: u64) -> Arc<Files> {
 }
 
 fn options(id: u64) -> Options {
-    Options { id, address: format!("manager-{id}"), profile: Profile::Lan, snapshot_after: 20 }
+    Options {
+        id,
+        address: format!("manager-{id}"),
+        profile: Profile::Lan,
+        snapshot_after: 20,
+        snapshot_after_bytes: 1 << 20,
+    }
 }
 
 async fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {

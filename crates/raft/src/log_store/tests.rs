@@ -15,7 +15,7 @@ use super::*;
 use crate::{
     Freeze, StateMachine, Unobserved,
     files::{self, SnapshotFile, Wal, wal_config},
-    machine::Machine,
+    machine::{LogLimit, Machine},
     snapshot::SnapshotStore,
     types::{Proposal, StoredMembership},
 };
@@ -49,7 +49,8 @@ impl StoreBuilder<Config, LogStore, Machine, tempfile::TempDir> for Builder {
         let log = store(&directory.path().join("log")).expect("opens");
         let snapshots = SnapshotFile::open(&directory.path().join("snapshot")).expect("opens");
         let snapshots = SnapshotStore::new(Box::new(snapshots));
-        Ok((directory, log, Machine::new(Box::new(Forgetful), snapshots, true, Arc::new(Unobserved))))
+        let limit = LogLimit::new(u64::MAX, Arc::default());
+        Ok((directory, log, Machine::new(Box::new(Forgetful), snapshots, true, limit, Arc::new(Unobserved))))
     }
 }
 
