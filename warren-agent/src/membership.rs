@@ -4,11 +4,12 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
-    time::Duration,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::{Duration, Instant},
 };
 
 use rand::seq::SliceRandom as _;
+use tokio::sync::watch;
 use warren_pki::{Asked, Credentials, Dialer};
 use warren_proto::v1::{self, cluster_client::ClusterClient};
 
@@ -18,6 +19,8 @@ const MANAGERS: &str = "managers.json";
 const NODE_ID: &str = "node-id";
 /// How often a node that is in no cluster looks whether it is in one now.
 const LOOK: Duration = Duration::from_secs(10);
+/// Between attempts to say which authorities the node believes.
+const CONFIRM_AGAIN: Duration = Duration::from_millis(500);
 
 /// Why there is no way to a manager.
 #[derive(Debug, thiserror::Error)]
@@ -112,6 +115,24 @@ fn read_managers(data_dir: &Path) -> Result<Vec<String>, Error> {
     serde_json::from_slice(&bytes).map_err(|error| failed(&path)(error.into()))
 }
 
+impl Leader {
+    /// Notes where the leader is; whether it is to be tried.
+    fn hint(&mut self, address: Option<String>) -> bool {
+        let avoided = self.avoid_until.is_some_and(|until| Instant::now() < until);
+        if !avoided {
+            self.address = address;
+        }
+        !avoided
+    }
+
+    /// Where to try it, once: what comes of it shows in whether somebody gives the same hint again.
+    fn take(&mut self) -> Option<String> {
+        let address = self.address.take()?;
+        self.avoid_until = Some(Instant::now() + AVOID);
+        Some(address)
+    }
+}
+
 /// The ways to the managers.
 #[derive(Clone, Debug)]
 pub(crate) struct Managers {
@@ -120,15 +141,30 @@ pub(crate) struct Managers {
     socket: PathBuf,
     /// Once there are some; the same for all clones, so that what renews them renews everybody's.
     credentials: Arc<OnceLock<Credentials>>,
+    /// The digest of the authorities that the cluster wants its members to believe, once a manager has said so.
+    authorities: watch::Sender<Option<String>>,
+    leader: Arc<Mutex<Leader>>,
 }
+
+/// Where the leader is said to be. A session with it spares the way through another manager.
+#[derive(Debug, Default)]
+struct Leader {
+    address: Option<String>,
+    /// It was tried there, and that led to nothing: others may know better, but not before this.
+    avoid_until: Option<Instant>,
+}
+
+/// For so long any manager will do, after the one that was said to lead did not answer.
+const AVOID: Duration = Duration::from_secs(60);
 
 impl Managers {
     /// Those of the cluster that the node of `data_dir` is in; until it is in one, the manager behind this machine's socket.
     pub(crate) fn new(data_dir: PathBuf, node_id: String, socket: PathBuf) -> Self {
-        Self { data_dir, node_id, socket, credentials: Arc::default() }
+        let (authorities, leader) = Default::default();
+        Self { data_dir, node_id, socket, credentials: Arc::default(), authorities, leader }
     }
 
-    /// One of them.
+    /// One of them: the one that leads, if it is known.
     ///
     /// # Errors
     ///
@@ -147,8 +183,48 @@ impl Managers {
         }
         let mut addresses = read_managers(&self.data_dir)?;
         addresses.shuffle(&mut rand::rng());
+        if let Some(leader) = self.leader().take() {
+            addresses.insert(0, leader);
+        }
         let address = addresses.first().map(String::as_str).unwrap_or_default();
         Ok(Dialer::new(address, credentials)?)
+    }
+
+    fn leader(&self) -> MutexGuard<'_, Leader> {
+        // Every change leaves it whole.
+        self.leader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The cluster's authorities have this digest; `confirm` says whether the cluster waits to hear that the node believes them.
+    pub(crate) fn believe(&self, digest: String, confirm: bool) {
+        let Some(credentials) = self.credentials.get().cloned() else { return };
+        self.authorities.send_replace(Some(digest.clone()));
+        if confirm {
+            let managers = self.clone();
+            tokio::spawn(async move { managers.confirm(&credentials, digest).await });
+        }
+    }
+
+    /// Says that the node believes these authorities, once it does; until they are others again.
+    async fn confirm(self, credentials: &Credentials, digest: String) {
+        let wanted = self.authorities.subscribe();
+        while wanted.borrow().as_ref() == Some(&digest) {
+            if credentials.digest() == digest {
+                let said = async {
+                    let channel = self.any().map_err(|error| error.to_string())?.connect().await;
+                    let mut cluster = ClusterClient::new(channel.map_err(|error| error.to_string())?);
+                    let request = v1::ConfirmAuthoritiesRequest { digest: digest.clone() };
+                    cluster.confirm_authorities(request).await.map_err(|status| status.message().to_owned())
+                };
+                match said.await {
+                    Ok(_) => return,
+                    Err(why) => {
+                        tracing::debug!(why, "the cluster does not know yet which authorities are believed here")
+                    }
+                }
+            }
+            tokio::time::sleep(CONFIRM_AGAIN).await;
+        }
     }
 
     /// Keeps the node's certificate valid, from when it has one.
@@ -172,11 +248,19 @@ impl Managers {
                 Ok((signed.certificate, signed.authorities))
             })
         };
-        warren_pki::keep_valid(credentials, &self.data_dir.join(IDENTITY), ask).await;
+        let wanted = self.authorities.subscribe();
+        warren_pki::keep_valid(credentials, &self.data_dir.join(IDENTITY), wanted, ask).await;
     }
 
-    /// A manager says who they are.
-    pub(crate) fn learn(&self, info: &v1::GetClusterInfoResponse) {
+    /// A manager says who they are. Returns whether another than the one that answered leads, and is worth a try.
+    pub(crate) fn learn(&self, info: &v1::GetClusterInfoResponse) -> bool {
+        let leader = info.managers.iter().find(|manager| manager.leader).map(|manager| manager.address.clone());
+        let is_another = leader.is_some() && info.leader_id != info.manager_id && self.credentials.get().is_some();
+        self.keep(info);
+        is_another && self.leader().hint(leader)
+    }
+
+    fn keep(&self, info: &v1::GetClusterInfoResponse) {
         let mut addresses: Vec<String> = info.managers.iter().map(|manager| manager.address.clone()).collect();
         addresses.sort();
         if self.credentials.get().is_none() || addresses.is_empty() {

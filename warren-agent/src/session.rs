@@ -121,6 +121,8 @@ enum Ended {
     Refused(Box<Status>),
     #[error("the manager closed the session")]
     Closed,
+    #[error("another manager leads, and is spoken to directly from now on")]
+    Moves,
     #[error("the manager did not say welcome in time")]
     NoWelcome,
     #[error(transparent)]
@@ -230,6 +232,9 @@ impl Session<'_> {
                         Some(manager_message::Message::Logs(wish)) => wishes.logs(wish),
                         Some(manager_message::Message::Stats(wish)) => wishes.stats(wish),
                         Some(manager_message::Message::Exec(wish)) => wishes.exec(wish),
+                        Some(manager_message::Message::Authorities(wanted)) => {
+                            self.options.managers.believe(wanted.digest, wanted.confirm);
+                        }
                         Some(manager_message::Message::Welcome(_)) | None => {}
                     }
                 }
@@ -246,8 +251,10 @@ impl Session<'_> {
                 _ = repair.tick() => {
                     look(supervisor).await;
                     let asked = cluster.get_cluster_info(v1::GetClusterInfoRequest {});
-                    if let Ok(Ok(info)) = tokio::time::timeout(LOOK_TIMEOUT, asked).await {
-                        self.options.managers.learn(info.get_ref());
+                    if let Ok(Ok(info)) = tokio::time::timeout(LOOK_TIMEOUT, asked).await
+                        && self.options.managers.learn(info.get_ref())
+                    {
+                        return Err(Ended::Moves);
                     }
                 }
             }

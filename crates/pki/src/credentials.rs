@@ -8,10 +8,13 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use data_encoding::HEXLOWER;
 use rustls::{
     ClientConfig, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
 };
+
+use sha2::{Digest as _, Sha256};
 
 use crate::{Error, Identity, Role, tls};
 
@@ -106,12 +109,16 @@ impl Credentials {
     /// When they cannot be read or used.
     pub fn load(directory: &Path) -> Result<Option<Self>, Error> {
         let path = directory.join(FILE);
+        let named = || path.display().to_string();
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(Error::File { path: path.display().to_string(), source }),
+            Err(source) => return Err(Error::File { path: named(), source }),
         };
-        Ok(Some(Self(Arc::new(ArcSwap::from_pointee(read(&text)?)))))
+        let checked = check(&text)
+            .ok_or_else(|| Error::Damaged { path: named(), why: "its checksum does not match".to_owned() })?;
+        let material = read(checked).map_err(|error| Error::Damaged { path: named(), why: error.to_string() })?;
+        Ok(Some(Self(Arc::new(ArcSwap::from_pointee(material)))))
     }
 
     /// Whose they are.
@@ -124,6 +131,12 @@ impl Credentials {
     #[must_use]
     pub fn authorities(&self) -> String {
         self.0.load().authorities.clone()
+    }
+
+    /// What tells the authorities that they believe from others.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        authorities_digest(&self.0.load().authorities)
     }
 
     /// When they begin and end to be valid.
@@ -142,9 +155,28 @@ impl Credentials {
     }
 }
 
+/// What tells some authorities' certificates, in PEM and in this order, from others.
+#[must_use]
+pub fn authorities_digest(authorities: &str) -> String {
+    let certificates = CertificateDer::pem_slice_iter(authorities.as_bytes()).flatten();
+    let digest =
+        certificates.fold(Sha256::new(), |digest, certificate| digest.chain_update(Sha256::digest(certificate)));
+    HEXLOWER.encode(&digest.finalize())
+}
+
+/// Before the file's SHA-256, in its last line.
+const CHECKSUM: &str = "SHA-256 ";
+
+/// What a file says, if it is whole. One of the version before says nothing of that.
+fn check(text: &str) -> Option<&str> {
+    let Some((said, sum)) = text.split_once(CHECKSUM) else { return Some(text) };
+    (HEXLOWER.encode(&Sha256::digest(said)) == sum.trim_end()).then_some(said)
+}
+
 fn keep(directory: &Path, key: &str, certificate: &str, authorities: &str) -> Result<Material, Error> {
     let text = [key.trim(), certificate.trim(), authorities.trim(), ""].join("\n");
     let material = read(&text)?;
+    let text = format!("{text}{CHECKSUM}{}\n", HEXLOWER.encode(&Sha256::digest(&text)));
     let path = directory.join(FILE);
     let failed = |source| Error::File { path: path.display().to_string(), source };
     fs::create_dir_all(directory).map_err(failed)?;

@@ -17,7 +17,7 @@ mod token;
 use std::{fmt, io, str::FromStr};
 
 pub use authority::Authority;
-pub use credentials::Credentials;
+pub use credentials::{Credentials, authorities_digest};
 pub use dialer::{Dialer, check_address, own_address};
 pub use incoming::{Incoming, Peer, incoming};
 pub use renewal::{Asked, keep_valid};
@@ -46,6 +46,14 @@ pub enum Error {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// A file that does not hold what it should.
+    #[error("{path} is damaged: {why}")]
+    Damaged {
+        /// Which.
+        path: String,
+        /// How.
+        why: String,
     },
     /// The machine has no randomness.
     #[error("there is no randomness to make a key of")]

@@ -7,6 +7,7 @@ use std::{
 };
 
 use ring::rand::{SecureRandom as _, SystemRandom};
+use tokio::sync::watch;
 
 use crate::{Credentials, Error, Request};
 
@@ -35,17 +36,32 @@ fn due(credentials: &Credentials) -> SystemTime {
     from + life / 100 * (FROM + chance(TO - FROM))
 }
 
-/// Keeps credentials valid, which are kept in `directory`: `ask` has a request signed. Never ends.
-pub async fn keep_valid(credentials: Credentials, directory: &Path, ask: impl Fn(String) -> Asked + Send + Sync) {
+/// Keeps credentials valid, which are kept in `directory`: `ask` has a request signed. They are renewed early when `wanted` is the
+/// digest of other authorities than they believe: whoever signs them says whom to believe. Never ends.
+pub async fn keep_valid(
+    credentials: Credentials,
+    directory: &Path,
+    mut wanted: watch::Receiver<Option<String>>,
+    ask: impl Fn(String) -> Asked + Send + Sync,
+) {
     loop {
         let wait = due(&credentials).duration_since(SystemTime::now()).unwrap_or_default();
-        tokio::time::sleep(wait).await;
+        let believes_others = |wanted: &Option<String>| wanted.as_ref().is_some_and(|it| *it != credentials.digest());
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            Ok(_) = wanted.wait_for(believes_others) => {}
+        }
         while let Err(why) = renew(&credentials, directory, &ask).await {
             let left = credentials.validity().1.duration_since(SystemTime::now()).unwrap_or_default();
             tracing::warn!(why, left_s = left.as_secs(), "the certificate could not be renewed; trying again");
-            tokio::time::sleep(RETRY.min(left / 10).max(SOONEST_RETRY)).await;
+            let patience = if believes_others(&wanted.borrow()) { SOONEST_RETRY } else { RETRY };
+            tokio::time::sleep(patience.min(left / 10).max(SOONEST_RETRY)).await;
         }
         tracing::info!(identity = %credentials.identity(), "the certificate was renewed");
+        if believes_others(&wanted.borrow()) {
+            // Whoever signed it is behind whoever wants it.
+            tokio::time::sleep(SOONEST_RETRY).await;
+        }
     }
 }
 

@@ -97,7 +97,8 @@ async fn a_certificate_is_renewed_before_it_ends() {
         };
         Box::pin(async { signed })
     };
-    let keep = keep_valid(made.clone(), directory.path(), ask);
+    let (_wanted, never) = tokio::sync::watch::channel(None);
+    let keep = keep_valid(made.clone(), directory.path(), never, ask);
     assert!(tokio::time::timeout(Duration::from_secs(10), keep).await.is_err(), "it never ends");
     assert!(made.validity().1 > end, "it was renewed");
     let kept = Credentials::load(directory.path()).expect("readable").expect("there");
