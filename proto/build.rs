@@ -2,9 +2,10 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 12] = [
+const FILES: [&str; 13] = [
     "warren/v1/cluster.proto",
     "warren/v1/container.proto",
+    "warren/v1/event.proto",
     "warren/v1/exec.proto",
     "warren/v1/logs.proto",
     "warren/v1/network.proto",

@@ -2,8 +2,10 @@
 
 mod cluster;
 mod containers;
+mod events;
 mod exec;
 mod layer;
+mod lock;
 mod logs;
 mod lookup;
 mod nodes;
@@ -19,9 +21,9 @@ use std::sync::Arc;
 use tonic::Status;
 use warren_proto::v1::{
     cluster_server::ClusterServer, containers_server::ContainersServer, dispatcher_server::DispatcherServer,
-    exec_server::ExecServer, logs_server::LogsServer, nodes_server::NodesServer, raft_server::RaftServer,
-    secrets_server::SecretsServer, services_server::ServicesServer, stats_server::StatsServer,
-    volumes_server::VolumesServer,
+    events_server::EventsServer, exec_server::ExecServer, lock_server::LockServer, logs_server::LogsServer,
+    nodes_server::NodesServer, raft_server::RaftServer, secrets_server::SecretsServer, services_server::ServicesServer,
+    stats_server::StatsServer, volumes_server::VolumesServer,
 };
 
 pub use layer::MetricsLayer;
@@ -29,6 +31,7 @@ pub use layer::MetricsLayer;
 use crate::{
     clock::Environment,
     dispatcher::{Dispatcher, Relay},
+    feed::Feed,
     liveness::Liveness,
     metrics::ManagerMetrics,
     peers::MAX_MESSAGE,
@@ -151,7 +154,7 @@ const DESCRIPTORS: [&[u8]; 3] = [
 
 /// All services of the API.
 #[must_use]
-pub(crate) fn router(context: &Context, dispatcher: Dispatcher, relay: Relay) -> tonic::service::Routes {
+pub(crate) fn router(context: &Context, dispatcher: Dispatcher, relay: Relay, feed: Feed) -> tonic::service::Routes {
     let mut routes = tonic::service::Routes::builder();
     let (health_reporter, health) = tonic_health::server::health_reporter();
     // The empty name, which stands for all of them, is serving from the start.
@@ -168,6 +171,8 @@ pub(crate) fn router(context: &Context, dispatcher: Dispatcher, relay: Relay) ->
         .add_service(StatsServer::new(stats::Stats(context.clone(), relay)))
         .add_service(VolumesServer::new(volumes::Volumes(context.clone())))
         .add_service(ClusterServer::new(cluster::Cluster(context.clone())))
+        .add_service(LockServer::new(lock::Open))
+        .add_service(EventsServer::new(events::Events(context.clone(), feed)))
         .add_service(
             RaftServer::new(raft::Raft(context.store.raft().clone()))
                 .max_decoding_message_size(MAX_MESSAGE)

@@ -2,8 +2,9 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use ipnet::Ipv4Net;
+use warren_raft::Profile;
 
 use warren_registry::cli::RegistryArguments;
 use warren_telemetry::cli::TelemetryArguments;
@@ -12,6 +13,27 @@ use crate::{core::Networks, liveness, manager::Options, validate::Policy};
 
 /// The file with a manager's settings, in the configuration's directory.
 pub const FILE: &str = "manager.toml";
+
+/// How far apart managers are.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ProfileArgument {
+    /// One site, disks of servers: elections begin after half a second.
+    Lan,
+    /// Several sites: after 2.5 seconds.
+    Wan,
+    /// Slow or worn disks, like SD cards: after 5 seconds.
+    Edge,
+}
+
+impl From<ProfileArgument> for Profile {
+    fn from(argument: ProfileArgument) -> Self {
+        match argument {
+            ProfileArgument::Lan => Self::Lan,
+            ProfileArgument::Wan => Self::Wan,
+            ProfileArgument::Edge => Self::Edge,
+        }
+    }
+}
 
 /// How a manager works.
 #[derive(Args, Clone, Debug)]
@@ -35,9 +57,20 @@ pub struct ManagerArguments {
     /// Where /metrics, /health, /ready and /live are served.
     #[arg(long, env = "WARREN_METRICS_ADDR", default_value = "0.0.0.0:9464")]
     pub metrics_addr: SocketAddr,
-    /// Log entries between snapshots.
+    /// Log entries between snapshots, at most.
     #[arg(long, env = "WARREN_SNAPSHOT_AFTER", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(10..))]
     pub snapshot_after: u64,
+    /// MiB of the log between snapshots, about.
+    #[arg(long, env = "WARREN_SNAPSHOT_AFTER_MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=65536))]
+    pub snapshot_after_mib: u64,
+    /// Opens this manager's key of secrets, where it is locked (`warren cluster autolock`). Without it a manager that is started
+    /// waits for `warren cluster unlock`.
+    #[arg(long, env = "WARREN_UNLOCK_KEY", hide_env_values = true)]
+    pub unlock_key: Option<String>,
+    /// How far apart the managers are, and on what disks: how long a leader may be silent before another is elected. The same
+    /// for all of them.
+    #[arg(long, env = "WARREN_PROFILE", value_enum, default_value = "lan")]
+    pub profile: ProfileArgument,
     /// Allow services whose containers are privileged: those can do to their node whatever root can.
     #[arg(long, env = "WARREN_ALLOW_PRIVILEGED")]
     pub allow_privileged: bool,
@@ -69,7 +102,10 @@ impl ManagerArguments {
             bootstrap: self.bootstrap,
             socket: self.socket.clone(),
             metrics_addr: self.metrics_addr,
+            unlock_key: self.unlock_key.clone(),
             snapshot_after: self.snapshot_after,
+            snapshot_after_bytes: self.snapshot_after_mib << 20,
+            profile: self.profile.into(),
             liveness: liveness::Timing::default(),
             policy: Policy { privileged: self.allow_privileged },
             registries: self.registries.options(),

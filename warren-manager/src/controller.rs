@@ -14,9 +14,8 @@ use crate::{
     ids::ContainerId,
     liveness::Liveness,
     metrics::ManagerMetrics,
-    reconciler::{self, Creation},
-    scheduler,
-    state::{Change, Container, ContainerState, Desired, State, Status},
+    reconciler, scheduler,
+    state::{Change, ContainerState, State},
     store::{Error, Store},
 };
 
@@ -89,38 +88,18 @@ impl Controller {
 
     async fn reconcile(&self) -> Result<Duration, Error> {
         let now = self.environment.now();
-        let plan = reconciler::plan(&self.store.view(), |node| self.liveness.health(node), now);
+        let plan = reconciler::plan(&self.store.view(), |node| self.liveness.standing(node), now);
         let mut changes = plan.changes;
         for creation in &plan.create {
             if creation.replaces {
                 let service = creation.service.spec.name.clone();
                 self.metrics.restarts.add(1, &[KeyValue::new("service", service)]);
             }
-            changes.push(Change::CreateContainer(Box::new(self.container(creation))));
+            changes.push(creation.change(ContainerId::generate(&*self.environment), now));
         }
         self.store.transact_each(changes).await?;
         let until_due = plan.wake_at.map_or(REPAIR, |at| at.since(now));
         Ok(until_due.min(REPAIR))
-    }
-
-    fn container(&self, creation: &Creation) -> Container {
-        let (service, now) = (&creation.service, self.environment.now());
-        Container {
-            id: ContainerId::generate(&*self.environment),
-            version: 0,
-            service: service.id.clone(),
-            service_name: service.spec.name.clone(),
-            slot: creation.slot,
-            pinned: creation.pinned.clone(),
-            node: None,
-            created_at: now,
-            desired: Desired::Running,
-            status: Status::new(ContainerState::New, "", now),
-            spec: service.spec.container.clone(),
-            resources: service.spec.resources,
-            generation: service.generation,
-            failures: creation.failures,
-        }
     }
 
     async fn schedule(&self) -> Result<(), Error> {

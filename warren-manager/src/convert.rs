@@ -6,10 +6,11 @@ use warren_proto::v1;
 
 use crate::{
     clock::Timestamp,
-    liveness::Health,
+    liveness::{Health, Standing},
+    reconciler,
     state::{
-        Amounts, Container, ContainerState, Description, Desired, Mode, Node, Probes, Resources, RestartCondition,
-        RestartPolicy, Service, ServiceSpec, State, Status, Timing, Volume,
+        Amounts, Availability, Container, ContainerState, Description, Desired, Mode, Node, Probes, Resources,
+        RestartCondition, RestartPolicy, Service, ServiceSpec, State, Status, Timing, Volume,
     },
 };
 
@@ -77,6 +78,8 @@ fn wire_spec(spec: &ServiceSpec) -> v1::ServiceSpec {
         }),
         ports: spec.ports.clone(),
         endpoint_mode: spec.endpoint_mode.into(),
+        constraints: text(&spec.constraints),
+        lost_after: Some(spec.lost_after).filter(|after| !after.is_zero()).map(wire_duration),
     }
 }
 
@@ -85,7 +88,10 @@ fn wire_spec(spec: &ServiceSpec) -> v1::ServiceSpec {
 pub(crate) fn service(service: &Service, state: &State) -> v1::Service {
     let desired = match service.spec.mode {
         Mode::Replicated(replicas) => replicas,
-        Mode::Global => u32::try_from(state.nodes().count()).unwrap_or(u32::MAX),
+        Mode::Global => {
+            let nodes = state.nodes().filter(|node| reconciler::is_for(node, service));
+            u32::try_from(nodes.count()).unwrap_or(u32::MAX)
+        }
     };
     let running = state
         .containers_of(&service.id)
@@ -259,17 +265,21 @@ pub(crate) fn description(wire: v1::NodeDescription) -> Description {
 
 /// A node with what is reserved on it.
 #[must_use]
-pub(crate) fn node(node: &Node, state: &State, health: Health) -> v1::Node {
+pub(crate) fn node(node: &Node, state: &State, standing: Standing) -> v1::Node {
     let (mut reserved, mut containers) = (Amounts::default(), 0);
     for container in state.containers_on(&node.id).filter(|container| container.holds_resources()) {
         reserved.cpu_millis += container.resources.reservations.cpu_millis;
         reserved.memory_bytes += container.resources.reservations.memory_bytes;
         containers += 1;
     }
-    let (status, status_message) = match health {
-        Health::Unknown => (v1::NodeStatus::Unspecified, "not heard of since the leader changed"),
-        Health::Ready => (v1::NodeStatus::Ready, ""),
-        Health::Down => (v1::NodeStatus::Down, "its agent is silent"),
+    let (status, status_message) = match standing.health {
+        Health::Unknown => (v1::NodeStatus::Unspecified, "not heard of since the leader changed".to_owned()),
+        Health::Ready => (v1::NodeStatus::Ready, String::new()),
+        Health::Unsteady => (v1::NodeStatus::Ready, "it went down too often lately to be given more".to_owned()),
+        Health::Down => {
+            let seconds = standing.down_for.as_secs();
+            (v1::NodeStatus::Down, format!("its agent is silent; down for {seconds} s as this leader knows"))
+        }
     };
     let description = &node.description;
     v1::Node {
@@ -292,10 +302,17 @@ pub(crate) fn node(node: &Node, state: &State, health: Health) -> v1::Node {
             wireguard_public_key: description.wireguard_public_key.clone(),
         }),
         status: status.into(),
-        status_message: status_message.to_owned(),
+        status_message,
         reserved: Some(wire_amounts(reserved)),
         containers,
         subnets: text(state.subnets_of(node)),
+        availability: match node.availability {
+            Availability::Active => v1::Availability::Active,
+            Availability::Cordoned => v1::Availability::Cordoned,
+            Availability::Drained => v1::Availability::Drained,
+        }
+        .into(),
+        labels: node.all_labels(),
     }
 }
 

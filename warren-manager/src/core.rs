@@ -15,14 +15,15 @@ use crate::{
     clock::Environment,
     controller::Controller,
     dispatcher::{Dispatcher, Relay},
+    feed::Feed,
     ids,
     liveness::{self, Liveness},
     manager::Error,
     metrics::ManagerMetrics,
     pinning::Pinning,
     state::{
-        Change, Cluster, ClusterNetwork, InvalidNetwork, JoinToken, Machine, Manager, SealedAuthority, State,
-        TokenRole, Transaction,
+        Actor, Change, Cluster, ClusterNetwork, InvalidNetwork, JoinToken, Machine, Manager, Origin, SealedAuthority,
+        State, TokenRole, Transaction,
     },
     store::Store,
     telemetry::{self, Collected},
@@ -54,8 +55,12 @@ pub struct Settings {
     pub id: u64,
     /// Where other managers reach it.
     pub address: String,
-    /// Log entries between snapshots.
+    /// Log entries between snapshots, at most.
     pub snapshot_after: u64,
+    /// Bytes of the log between snapshots, about.
+    pub snapshot_after_bytes: u64,
+    /// How far apart the managers are.
+    pub profile: Profile,
     /// Heartbeats of agents.
     pub liveness: liveness::Timing,
     /// What services may ask for.
@@ -135,8 +140,9 @@ impl Core {
         let raft_options = warren_raft::Options {
             id: settings.id,
             address: settings.address,
-            profile: Profile::Lan,
+            profile: settings.profile,
             snapshot_after: settings.snapshot_after,
+            snapshot_after_bytes: settings.snapshot_after_bytes,
         };
         let (machine, view) = Machine::new();
         let observer: Arc<dyn warren_raft::Observer> = metrics.clone();
@@ -145,7 +151,7 @@ impl Core {
             Some(_) => Node::start(&raft_options, storage, machine, transport, observer).await?,
             None => Node::join(&raft_options, storage, machine, transport, observer).await?,
         };
-        let store = Store::new(raft.clone(), view, Arc::clone(&metrics));
+        let store = Store::new(raft.clone(), view, Arc::clone(&metrics), Arc::clone(&environment));
         // With others, it takes part as soon as they are there; who calls waits for them.
         if settings.founding.is_some() || raft.is_alone() {
             raft.recovered().await?;
@@ -167,6 +173,7 @@ impl Core {
             registries: settings.registries,
             vault: settings.vault.clone(),
         };
+        let feed = Feed::new(store.clone(), liveness.clone(), Arc::clone(&metrics), leads.clone());
         let relay = Relay::default();
         let dispatcher = Dispatcher::new(
             store.clone(),
@@ -177,10 +184,12 @@ impl Core {
             relay.clone(),
             leads,
         );
-        let routes = api::router(&context, dispatcher, relay);
+        let routes = api::router(&context, dispatcher, relay, feed.clone());
         let tasks = TaskTracker::new();
         let controller = Controller::new(store.clone(), liveness.clone(), Arc::clone(&metrics), environment);
         tasks.spawn(controller.run(shutdown.clone()));
+        tasks.spawn(shutdown.clone().run_until_cancelled_owned(feed.run()));
+        tasks.spawn(shutdown.clone().run_until_cancelled_owned(keep_members(store.clone(), settings.id)));
         tasks.spawn(count_leader_changes(raft, Arc::clone(&metrics), shutdown));
         Ok(Self { store, liveness, routes, measured: MetricsLayer::new(&metrics), tasks })
     }
@@ -255,13 +264,17 @@ async fn found_cluster(
     let now = environment.now();
     let id = founding.cluster_id.unwrap_or_else(|| ids::NodeId::generate(environment).to_string());
     let network = founding.networks.complete(ClusterNetwork::of_random(environment.random()))?;
-    let cluster = Cluster { id, created_at: now, network, authority: founding.authority };
+    let authority = founding.authority;
+    let cluster = Cluster { id, created_at: now, network, authority, lock: None, rotation: None };
     let mut changes = vec![Change::FoundCluster(Box::new(cluster))];
-    changes.push(Change::AdmitManager(Manager { id: manager, hostname: founding.hostname, created_at: now }));
+    let founder = Manager { id: manager, hostname: founding.hostname, created_at: now, voter: true };
+    changes.push(Change::AdmitManager(founder));
     changes.extend(founding.tokens.into_iter().map(|(hash, role)| {
         Change::PutToken(JoinToken { hash, role, created_at: now, expires_at: now.after(TOKEN_LIFETIME) })
     }));
-    store.transact(&Transaction { changes, ..Transaction::default() }).await?;
+    let actor = Actor { id: manager.to_string(), role: "manager".to_owned(), address: String::new() };
+    let origin = Some(Origin { actor, at: now });
+    store.transact(&Transaction { changes, origin, ..Transaction::default() }).await?;
     Ok(())
 }
 
@@ -292,6 +305,63 @@ fn leadership(raft: &Node, shutdown: CancellationToken) -> watch::Receiver<bool>
         shutdown.run_until_cancelled(follow).await;
     });
     leads
+}
+
+/// Between looks at whether the members are what they should be.
+const MEMBERS_PERIOD: Duration = Duration::from_secs(1);
+/// A change of the voters that is half done for so many looks is finished: whoever made it is gone.
+const JOINT_LOOKS: u32 = 3;
+
+/// While this manager leads, finishes what others left half done of the members. Never ends.
+async fn keep_members(store: Store, own: u64) {
+    let raft = store.raft();
+    let mut joint_for = 0;
+    loop {
+        tokio::time::sleep(MEMBERS_PERIOD).await;
+        let status = raft.status();
+        joint_for = if status.is_leader && status.is_joint { joint_for + 1 } else { 0 };
+        let done = if joint_for >= JOINT_LOOKS {
+            joint_for = 0;
+            raft.settle().await
+        } else if status.is_leader && !status.is_joint {
+            let state = store.view();
+            let is_demoted = |member: &&warren_raft::Member| {
+                member.voter && member.id != status.id && state.manager(member.id).is_some_and(|manager| !manager.voter)
+            };
+            match status.members.iter().find(is_demoted) {
+                Some(member) => raft.demote(member.id).await,
+                None => Ok(()),
+            }
+        } else {
+            Ok(())
+        };
+        if status.is_leader
+            && let Err(error) = advance_rotation(&store, own).await
+        {
+            tracing::warn!(%error, "the change of the authority does not go on; trying again");
+        }
+        if let Err(error) = done {
+            tracing::warn!(%error, "the managers are not what they should be; trying again");
+        }
+    }
+}
+
+/// Goes on with a change of the authority once every member is known to have followed so far.
+async fn advance_rotation(store: &Store, own: u64) -> Result<(), crate::store::Error> {
+    let state = store.view();
+    let Some(cluster) = state.cluster() else { return Ok(()) };
+    let Some(rotation) = &cluster.rotation else { return Ok(()) };
+    let digest = warren_pki::authorities_digest(&cluster.authorities());
+    if state.uncertified(&digest).next().is_some() {
+        return Ok(());
+    }
+    let actor = Actor { id: own.to_string(), role: "manager".to_owned(), address: String::new() };
+    let transaction = Transaction {
+        origin: Some(Origin { actor, at: store.now() }),
+        changes: vec![Change::AdvanceRotation { signs: rotation.signs }],
+        ..Transaction::default()
+    };
+    store.transact(&transaction).await.map(drop)
 }
 
 async fn count_leader_changes(raft: Node, metrics: Arc<ManagerMetrics>, shutdown: CancellationToken) {

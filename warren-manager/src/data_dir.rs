@@ -7,8 +7,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-/// The layout that this version reads and writes.
-const FORMAT: u32 = 3;
+/// The layout that this version writes, and the oldest that it reads.
+const FORMAT: u32 = 4;
+const OLDEST_FORMAT: u32 = 3;
 const FILE: &str = "manager.json";
 
 /// Why the directory cannot be used.
@@ -16,7 +17,7 @@ const FILE: &str = "manager.json";
 pub enum Error {
     /// It was written by another version.
     #[error(
-        "the data directory {} has format {found}, this version reads format {FORMAT}: use the version that wrote it",
+        "the data directory {} has format {found}, this version reads {OLDEST_FORMAT} to {FORMAT}: use the version that wrote it",
         directory.display()
     )]
     Format {
@@ -70,10 +71,15 @@ pub(crate) fn open(directory: &Path) -> Result<Option<Identity>, Error> {
         Ok(bytes) => {
             let damaged = |error: serde_json::Error| Error::Damaged { path: path.clone(), why: error.to_string() };
             let Format { format } = serde_json::from_slice(&bytes).map_err(damaged)?;
-            if format != FORMAT {
+            if !(OLDEST_FORMAT..=FORMAT).contains(&format) {
                 return Err(Error::Format { directory: directory.to_owned(), found: format });
             }
-            serde_json::from_slice(&bytes).map(Some).map_err(damaged)
+            let identity: Identity = serde_json::from_slice(&bytes).map_err(damaged)?;
+            if format != FORMAT {
+                // What is written from now on, an older version must not take for its own.
+                settle(directory, identity.id)?;
+            }
+            Ok(Some(identity))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(io_error(error)),
@@ -120,6 +126,16 @@ mod tests {
         settle(directory.path(), 7).expect("writable");
         assert_eq!(open(directory.path()).expect("opens").map(|identity| identity.id), Some(7));
         assert_eq!(known_id(directory.path()), Some(7));
+    }
+
+    #[test]
+    fn a_directory_of_the_version_before_becomes_one_of_this() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join(FILE);
+        fs::write(&path, r#"{"format": 3, "id": 5}"#).expect("writable");
+        assert_eq!(open(directory.path()).expect("opens").map(|identity| identity.id), Some(5));
+        let Format { format } = serde_json::from_slice(&fs::read(&path).expect("readable")).expect("JSON");
+        assert_eq!(format, FORMAT);
     }
 
     #[test]

@@ -14,8 +14,14 @@ use tonic::{Request, Response, Status, Streaming};
 use warren_proto::v1::{self, agent_message, dispatcher_server, manager_message};
 
 use crate::{
-    front::Caller, ids::NodeId, liveness::Liveness, metrics::ManagerMetrics, state::Secret, store::Store,
-    telemetry::Collected, vault::Vault,
+    front::Caller,
+    ids::NodeId,
+    liveness::Liveness,
+    metrics::ManagerMetrics,
+    state::{Secret, State},
+    store::Store,
+    telemetry::Collected,
+    vault::Vault,
 };
 use assignments::Assigned;
 use directory::Directory;
@@ -91,6 +97,7 @@ impl Dispatcher {
         let mut directory = self.directory.clone();
         let mut position = None;
         let mut leads = self.leads.clone();
+        let mut believed = None;
         loop {
             let view = state.borrow_and_update().clone();
             if view.node(&node).is_none() {
@@ -102,6 +109,15 @@ impl Dispatcher {
                 && to.send(Ok(wrap(manager_message::Message::Assignments(message)))).await.is_err()
             {
                 return;
+            }
+            let authorities = view.is_admitted(&node).then(|| authorities(&view)).flatten();
+            if authorities != believed {
+                believed.clone_from(&authorities);
+                if let Some(message) = authorities
+                    && to.send(Ok(wrap(manager_message::Message::Authorities(message)))).await.is_err()
+                {
+                    return;
+                }
             }
             if self.liveness.period() != period {
                 period = self.liveness.period();
@@ -156,6 +172,13 @@ impl Dispatcher {
         self.collected.closed(&node);
         tracing::info!(node = hostname, "an agent's session ended");
     }
+}
+
+/// Whom members are to believe, in a cluster with an authority.
+fn authorities(state: &State) -> Option<v1::Authorities> {
+    let cluster = state.cluster().filter(|cluster| cluster.authority.is_some())?;
+    let digest = warren_pki::authorities_digest(&cluster.authorities());
+    Some(v1::Authorities { digest, confirm: cluster.rotation.is_some() })
 }
 
 fn wrap(message: manager_message::Message) -> v1::ManagerMessage {

@@ -22,6 +22,8 @@ use crate::{
 
 /// Where a member's key and certificate are, below its data directory.
 pub const IDENTITY: &str = "identity";
+/// Where its log and snapshots are, below its data directory.
+pub(crate) const RAFT: &str = "raft";
 const FOUNDING: &str = "founding.json";
 const MANAGERS: &str = "managers.json";
 

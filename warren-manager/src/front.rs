@@ -20,7 +20,11 @@ use tower::{Layer, Service, ServiceExt as _};
 use warren_pki::{Identity, Peer, Role};
 use warren_raft::Node;
 
-use crate::{ids::NodeId, peers::Peers, state::State};
+use crate::{
+    ids::NodeId,
+    peers::Peers,
+    state::{Actor, State},
+};
 
 /// Says who called, when one manager passes a call on to another.
 const CALLER: &str = "warren-caller";
@@ -38,7 +42,22 @@ pub(crate) struct Caller {
     pub address: String,
 }
 
+tokio::task_local! {
+    static CURRENT: Caller;
+}
+
 impl Caller {
+    /// Whose call is being answered, where one is.
+    pub(crate) fn current() -> Option<Self> {
+        CURRENT.try_with(Clone::clone).ok()
+    }
+
+    /// As the history of changes names them.
+    pub(crate) fn actor(&self) -> Actor {
+        let role = self.role.map_or("", Role::name).to_owned();
+        Actor { id: self.id.clone(), role, address: self.address.clone() }
+    }
+
     fn nobody(address: String) -> Self {
         Self { role: None, id: String::new(), address }
     }
@@ -77,6 +96,7 @@ fn may(role: Option<Role>, path: &str) -> bool {
         _ if method.starts_with("/grpc.health.v1.Health/") => true,
         "Cluster/GetClusterInfo" | "Cluster/RequestCertificate" => role.is_some(),
         _ if method.starts_with("/grpc.reflection.v1.ServerReflection/") => role.is_some(),
+        "Cluster/ConfirmAuthorities" => matches!(role, Some(Role::Worker | Role::Manager)),
         "Cluster/EnterManager" => role == Some(Role::Manager),
         _ if method.starts_with("Raft/") => role == Some(Role::Manager),
         // The agent of a machine that runs both goes by the socket.
@@ -88,7 +108,10 @@ fn may(role: Option<Role>, path: &str) -> bool {
 
 /// Whether every manager answers this itself.
 fn is_local(path: &str) -> bool {
-    path.starts_with("/warren.v1.Raft/") || path.starts_with("/grpc.") || path == "/warren.v1.Cluster/GetClusterInfo"
+    path.starts_with("/warren.v1.Raft/")
+        || path.starts_with("/grpc.")
+        || path == "/warren.v1.Cluster/GetClusterInfo"
+        || path.starts_with("/warren.v1.Lock/")
 }
 
 /// Whether a certificate's owner is still a member.
@@ -193,7 +216,7 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
         // The one that is ready is this one; its clone need not be.
         let clone = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, clone);
@@ -211,15 +234,15 @@ where
                 };
                 return Ok(status.into_http());
             }
+            let mut answer = |mut request: Request<Body>, caller: Caller| {
+                request.extensions_mut().insert(caller.clone());
+                CURRENT.scope(caller, inner.call(request))
+            };
             if is_local(path) {
-                request.extensions_mut().insert(caller);
-                return inner.call(request).await;
+                return answer(request, caller).await;
             }
             match front.leader().await {
-                Ok(None) => {
-                    request.extensions_mut().insert(caller);
-                    inner.call(request).await
-                }
+                Ok(None) => answer(request, caller).await,
                 // Two that each take the other for the leader would pass it on for ever.
                 Ok(Some(_)) if passed_on => Ok(Status::unavailable("the leader has changed").into_http()),
                 Ok(Some(leader)) => {

@@ -4,6 +4,7 @@
 //! telemetry stay in the leader's memory: an idle cluster writes nothing.
 
 pub mod api;
+pub mod backup;
 pub mod cli;
 pub mod clock;
 mod controller;
@@ -11,10 +12,12 @@ mod convert;
 pub mod core;
 pub mod data_dir;
 mod dispatcher;
+mod feed;
 pub mod formation;
 mod front;
 pub mod ids;
 pub mod liveness;
+mod lock;
 pub mod manager;
 mod metrics;
 mod peers;
@@ -29,4 +32,4 @@ mod vault;
 
 pub use manager::{Error, Options, hostname, identity, run};
 pub use validate::Policy;
-pub use vault::{Error as VaultError, Vault};
+pub use vault::{Error as VaultError, UnlockKey, Vault};

@@ -17,6 +17,8 @@ pub enum Health {
     Unknown,
     /// It is heard of.
     Ready,
+    /// It is heard of, but went down too often lately to be given more.
+    Unsteady,
     /// It has been silent for too long.
     Down,
 }
@@ -28,8 +30,32 @@ impl Health {
         match self {
             Self::Unknown => "unknown",
             Self::Ready => "ready",
+            Self::Unsteady => "unsteady",
             Self::Down => "down",
         }
+    }
+}
+
+impl Health {
+    /// Whether its agent is heard of.
+    #[must_use]
+    pub fn is_reachable(self) -> bool {
+        matches!(self, Self::Ready | Self::Unsteady)
+    }
+}
+
+/// How a node is, and for how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// How it is.
+    pub health: Health,
+    /// For how long it has been down; zero when it is not.
+    pub down_for: Duration,
+}
+
+impl From<Health> for Standing {
+    fn from(health: Health) -> Self {
+        Self { health, down_for: Duration::ZERO }
     }
 }
 
@@ -42,11 +68,33 @@ pub struct Timing {
     pub tolerated: u32,
     /// Heartbeats a second that the leader is willing to hear in a large one.
     pub max_rate: u32,
+    /// When a node that goes down and comes back again and again is given nothing more.
+    pub flapping: Flapping,
+}
+
+/// When a node that goes down and comes back again and again is given nothing more.
+#[derive(Clone, Copy, Debug)]
+pub struct Flapping {
+    /// Returns within [`Self::window`] that are nobody's concern.
+    pub tolerated: u32,
+    /// Returns that are this far apart have nothing to do with each other.
+    pub window: Duration,
+    /// After the first return too many; it doubles with each further one, up to [`Self::longest`].
+    pub hold: Duration,
+    /// The longest time without anything new.
+    pub longest: Duration,
+}
+
+impl Default for Flapping {
+    fn default() -> Self {
+        let seconds = Duration::from_secs;
+        Self { tolerated: 2, window: seconds(600), hold: seconds(30), longest: seconds(600) }
+    }
 }
 
 impl Default for Timing {
     fn default() -> Self {
-        Self { heartbeat: Duration::from_secs(2), tolerated: 5, max_rate: 500 }
+        Self { heartbeat: Duration::from_secs(2), tolerated: 5, max_rate: 500, flapping: Flapping::default() }
     }
 }
 
@@ -63,10 +111,20 @@ impl Timing {
     }
 }
 
+/// What is known of a node's silences.
+#[derive(Clone, Copy, Debug)]
+struct Heard {
+    last: Instant,
+    /// Returns from being down that followed each other within the window.
+    returns: u32,
+    returned: Instant,
+    unsteady_until: Instant,
+}
+
 #[derive(Debug)]
 struct Table {
     timing: Timing,
-    heard: HashMap<NodeId, Instant>,
+    heard: HashMap<NodeId, Heard>,
     since: Instant,
 }
 
@@ -79,18 +137,39 @@ impl Table {
     /// A node was heard; whether that is news.
     fn heard(&mut self, node: &NodeId, now: Instant) -> bool {
         let patience = self.timing.patience(self.heard.len());
-        let before = self.heard.insert(node.clone(), now);
-        before.is_none_or(|before| now - before > patience)
+        let Flapping { tolerated, window, hold, longest } = self.timing.flapping;
+        let Some(known) = self.heard.get_mut(node) else {
+            let new = Heard { last: now, returns: 0, returned: now, unsteady_until: now };
+            self.heard.insert(node.clone(), new);
+            return true;
+        };
+        let was_down = now - known.last > patience;
+        known.last = now;
+        if was_down {
+            known.returns = if now - known.returned > window { 1 } else { known.returns + 1 };
+            known.returned = now;
+            if let Some(doublings) = known.returns.checked_sub(tolerated + 1) {
+                known.unsteady_until = now + hold.saturating_mul(1 << doublings.min(16)).min(longest);
+            }
+        }
+        was_down
     }
 
-    fn health(&self, node: &NodeId, now: Instant) -> Health {
+    fn standing(&self, node: &NodeId, now: Instant) -> Standing {
         let patience = self.timing.patience(self.heard.len());
-        match self.heard.get(node) {
-            Some(heard) if now - *heard <= patience => Health::Ready,
-            Some(_) => Health::Down,
-            None if now - self.since <= patience * 2 => Health::Unknown,
-            None => Health::Down,
-        }
+        let (heard, patience) = match self.heard.get(node) {
+            Some(heard) => (heard.last, patience),
+            None => (self.since, patience * 2),
+        };
+        let silent = now.saturating_duration_since(heard);
+        let known = self.heard.get(node);
+        let health = match known {
+            _ if silent > patience => Health::Down,
+            None => Health::Unknown,
+            Some(known) if now < known.unsteady_until => Health::Unsteady,
+            Some(_) => Health::Ready,
+        };
+        Standing { health, down_for: silent.saturating_sub(patience) }
     }
 }
 
@@ -129,7 +208,13 @@ impl Liveness {
     /// How a node is.
     #[must_use]
     pub fn health(&self, node: &NodeId) -> Health {
-        self.table().health(node, Instant::now())
+        self.standing(node).health
+    }
+
+    /// How a node is, and for how long.
+    #[must_use]
+    pub fn standing(&self, node: &NodeId) -> Standing {
+        self.table().standing(node, Instant::now())
     }
 
     /// The heartbeat period for now.
@@ -157,7 +242,7 @@ mod tests {
         let (a, b) = (NodeId::from("a"), NodeId::from("b"));
         assert!(table.heard(&a, start));
         let at = |seconds| start + Duration::from_secs(seconds);
-        let health = |table: &Table, now| (table.health(&a, now), table.health(&b, now));
+        let health = |table: &Table, now| (table.standing(&a, now).health, table.standing(&b, now).health);
         assert_eq!(health(&table, at(10)), (Health::Ready, Health::Unknown));
         assert_eq!(health(&table, at(11)), (Health::Down, Health::Unknown));
         assert_eq!(health(&table, at(21)), (Health::Down, Health::Down));
@@ -167,6 +252,44 @@ mod tests {
         assert_eq!(health(&table, at(22)), (Health::Ready, Health::Ready));
         table.reset(at(23));
         assert_eq!(health(&table, at(23)), (Health::Unknown, Health::Unknown));
+    }
+
+    #[test]
+    fn how_long_a_node_has_been_down_is_known() {
+        let start = Instant::now();
+        let mut table = Table { timing: Timing::default(), heard: HashMap::new(), since: start };
+        let (a, b) = (NodeId::from("a"), NodeId::from("b"));
+        table.heard(&a, start);
+        let down_for = |node, seconds| table.standing(node, start + Duration::from_secs(seconds)).down_for;
+        assert_eq!(down_for(&a, 10), Duration::ZERO);
+        assert_eq!(down_for(&a, 13), Duration::from_secs(3));
+        assert_eq!(down_for(&b, 20), Duration::ZERO, "a new leader waits longer");
+        assert_eq!(down_for(&b, 24), Duration::from_secs(4));
+    }
+
+    #[test]
+    fn a_node_that_flaps_is_given_nothing_for_a_while() {
+        let start = Instant::now();
+        let mut table = Table { timing: Timing::default(), heard: HashMap::new(), since: start };
+        let a = NodeId::from("a");
+        table.heard(&a, start);
+        // Down for a moment, again and again: tolerated twice, then longer and longer.
+        let mut now = start;
+        let mut returns = |table: &mut Table, pause: u64| {
+            now += Duration::from_secs(pause);
+            assert!(table.heard(&a, now), "it was down");
+            let mut steady = now;
+            while table.standing(&a, steady).health == Health::Unsteady {
+                steady += Duration::from_secs(1);
+                table.heard(&a, steady);
+            }
+            let held = steady - now;
+            now = steady;
+            held.as_secs()
+        };
+        let held: Vec<_> = (0..5).map(|_| returns(&mut table, 11)).collect();
+        assert_eq!(held, [0, 0, 30, 60, 120]);
+        assert_eq!(returns(&mut table, 601), 0, "long ago is forgotten");
     }
 
     #[test]

@@ -9,13 +9,16 @@ use std::{
     time::Duration,
 };
 
-use tokio::net::{TcpListener, UnixListener};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::watch,
+};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::Server;
 use warren_pki::{Asked, Credentials, incoming};
 use warren_proto::v1::{self, cluster_client::ClusterClient};
-use warren_raft::{Files, Node};
+use warren_raft::{Files, Member, Node, Profile};
 use warren_registry::Registries;
 use warren_telemetry::{
     Checks, Meters, ProcessSource,
@@ -26,13 +29,14 @@ use warren_telemetry::{
 };
 
 use crate::{
+    backup,
     clock::System,
     core::{self, Core, Networks, Seams},
     data_dir, formation,
     front::Front,
-    liveness,
+    liveness, lock,
     peers::Peers,
-    state::InvalidNetwork,
+    state::{InvalidNetwork, State},
     validate::Policy,
     vault::{self, Vault},
 };
@@ -52,8 +56,14 @@ pub struct Options {
     pub socket: PathBuf,
     /// Where `/metrics` and the health checks are served.
     pub metrics_addr: SocketAddr,
-    /// Log entries between snapshots.
+    /// Opens the key of secrets, if it is locked; without it the manager waits for somebody who does.
+    pub unlock_key: Option<String>,
+    /// Log entries between snapshots, at most.
     pub snapshot_after: u64,
+    /// Bytes of the log between snapshots, about.
+    pub snapshot_after_bytes: u64,
+    /// How far apart the managers are.
+    pub profile: Profile,
     /// Heartbeats of agents.
     pub liveness: liveness::Timing,
     /// What services may ask for.
@@ -165,6 +175,7 @@ pub fn identity(data_dir: &Path) -> Identity {
 pub async fn run(options: Options, shutdown: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
     let address = advertised(&options)?;
     let Some(id) = own_id(&options, &shutdown).await? else { return Ok(()) };
+    let Some(vault) = shutdown.run_until_cancelled(open_vault(&options)).await.transpose()? else { return Ok(()) };
     // Addresses first: they are what a second manager on this machine would trip over, before it touches anything.
     let metrics_listener = endpoint::bind(options.metrics_addr).await?;
     let tcp = TcpListener::bind(options.listen_addr).await.map_err(listen_error(options.listen_addr))?;
@@ -178,15 +189,17 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         id,
         address: address.clone(),
         snapshot_after: options.snapshot_after,
+        snapshot_after_bytes: options.snapshot_after_bytes,
+        profile: options.profile,
         liveness: options.liveness,
         policy: options.policy,
         founding: formation::founding(&options.data_dir, options.networks)?,
         registries: Arc::new(Registries::new(options.registries.clone())?),
-        vault: Vault::open(&options.data_dir)?,
+        vault: vault.clone(),
     };
     let seams = Seams {
         environment: Arc::new(System),
-        storage: Arc::new(Files::new(options.data_dir.join("raft"))),
+        storage: Arc::new(Files::new(options.data_dir.join(formation::RAFT))),
         transport: Arc::new(peers.clone()),
     };
     let meters = Meters::new(&own_identity(id), &[Emitter::Manager, Emitter::Agent, Emitter::Both]);
@@ -221,10 +234,15 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
             .add_routes(core.routes())
             .serve_with_incoming_shutdown(UnixListenerStream::new(unix), shutdown.clone().cancelled_owned()),
     ));
-    let renewing = renew(own, options.data_dir.join(formation::IDENTITY), peers.clone(), address.clone());
+    let (told, wanted) = watch::channel(None);
+    let (keeping, believing) = (core.watch(), core.watch());
+    tasks.spawn(shutdown.clone().run_until_cancelled_owned(keep_key(keeping, vault, options.data_dir.clone())));
+    let believing = believe(believing, id, own.clone(), told, peers.clone(), address.clone());
+    tasks.spawn(shutdown.clone().run_until_cancelled_owned(believing));
+    let renewing = renew(own, options.data_dir.join(formation::IDENTITY), wanted, peers.clone(), address.clone());
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(renewing));
     let known = formation::managers(&options.data_dir)?;
-    let entering = enter(core.raft().clone(), peers, address.clone(), known);
+    let entering = enter(core.raft().clone(), core.watch(), peers, address.clone(), known);
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(entering));
     tracing::info!(api = %options.listen_addr, reached_at = address, metrics = %options.metrics_addr, "the manager serves");
     started();
@@ -306,7 +324,9 @@ async fn own_id(options: &Options, shutdown: &CancellationToken) -> Result<Optio
         if waiting.is_none() {
             let directory = options.data_dir.parent().unwrap_or(&options.data_dir).display();
             tracing::info!("waiting for `warren cluster init` or `join` with `--data-dir {directory}` on this machine");
-            waiting = Some(serve_waiting(options).await?);
+            waiting = Some(
+                serve_waiting(options, "in no cluster yet: run `warren cluster init` or `warren cluster join`").await?,
+            );
         }
         if shutdown.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_none() {
             return Ok(None);
@@ -317,10 +337,10 @@ async fn own_id(options: &Options, shutdown: &CancellationToken) -> Result<Optio
 type Serving = (CancellationToken, tokio::task::JoinHandle<()>);
 
 /// Says at the health checks that this manager is not ready, and why.
-async fn serve_waiting(options: &Options) -> Result<Serving, Error> {
+async fn serve_waiting(options: &Options, why: &'static str) -> Result<Serving, Error> {
     let listener = endpoint::bind(options.metrics_addr).await?;
     let mut ready = Checks::default();
-    ready.add("cluster", || Err("in no cluster yet: run `warren cluster init` or `warren cluster join`".to_owned()));
+    ready.add("cluster", move || Err(why.to_owned()));
     let endpoint = Endpoint {
         meters: Meters::new(&own_identity(0), &[]),
         native_histograms: options.telemetry.native_histograms,
@@ -346,8 +366,92 @@ pub fn hostname() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
+/// The key of secrets: at once, or once somebody has unlocked it.
+async fn open_vault(options: &Options) -> Result<Vault, Error> {
+    match (Vault::open(&options.data_dir), &options.unlock_key) {
+        (Err(vault::Error::Locked { .. }), Some(key)) => Ok(Vault::unlock(&options.data_dir, &key.parse()?)?),
+        (Err(vault::Error::Locked { .. }), None) => {
+            tracing::info!("this manager is locked: waiting for `warren cluster unlock`");
+            let socket = bind_socket(&options.socket).await?;
+            let (end, task) = serve_waiting(options, "locked: run `warren cluster unlock`").await?;
+            let unlocked = lock::wait(&options.data_dir, socket).await;
+            stop_serving(end, task).await;
+            unlocked.map_err(listen_error(options.socket.display()))
+        }
+        (opened, _) => Ok(opened?),
+    }
+}
+
+/// Keeps this manager's key of secrets locked or open on its disk, as the cluster has it.
+async fn keep_key(mut state: watch::Receiver<State>, vault: Vault, directory: PathBuf) {
+    let mut kept = None;
+    loop {
+        let view = state.borrow_and_update().clone();
+        if let Some(cluster) = view.cluster()
+            && kept.as_ref() != Some(&cluster.lock)
+        {
+            let done = backup::unlock_key(&view, &vault).and_then(|unlock| vault.keep(&directory, unlock.as_ref()));
+            match done {
+                Ok(()) => kept = Some(cluster.lock.clone()),
+                Err(error) => tracing::error!(%error, "the key of secrets is not on the disk as the cluster has it"),
+            }
+        }
+        if state.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Tells the renewal whom this manager is to believe; and the cluster, while it waits to hear it, that the manager does.
+async fn believe(
+    mut state: watch::Receiver<State>,
+    id: u64,
+    own: Credentials,
+    told: watch::Sender<Option<String>>,
+    peers: Peers,
+    address: String,
+) {
+    loop {
+        let view = state.borrow_and_update().clone();
+        let cluster = view.cluster().filter(|cluster| cluster.authority.is_some());
+        let wanted = cluster.map(|cluster| warren_pki::authorities_digest(&cluster.authorities()));
+        told.send_if_modified(|known| {
+            *known != wanted && {
+                known.clone_from(&wanted);
+                true
+            }
+        });
+        let waits = cluster.is_some_and(|cluster| cluster.rotation.is_some());
+        let waited_for = wanted.filter(|digest| {
+            waits && own.digest() == *digest && view.uncertified(digest).any(|member| member == format!("manager {id}"))
+        });
+        if let Some(digest) = waited_for
+            && let Ok(channel) = peers.channel(&address)
+            && let Err(error) =
+                ClusterClient::new(channel).confirm_authorities(v1::ConfirmAuthoritiesRequest { digest }).await
+        {
+            tracing::warn!(
+                error = error.message(),
+                "the cluster does not know yet which authorities this manager believes"
+            );
+        }
+        if waits {
+            // When the certificate is renewed the state does not say.
+            let _ = tokio::time::timeout(LOOK, state.changed()).await;
+        } else if state.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 /// Keeps this manager's certificate valid: by asking itself, as anybody would ask it, wherever the leader is.
-async fn renew(own: Credentials, directory: PathBuf, peers: Peers, address: String) {
+async fn renew(
+    own: Credentials,
+    directory: PathBuf,
+    wanted: watch::Receiver<Option<String>>,
+    peers: Peers,
+    address: String,
+) {
     let ask = |certificate_request: String| -> Asked {
         let channel = peers.channel(&address).map_err(|error| error.to_string());
         Box::pin(async move {
@@ -357,14 +461,16 @@ async fn renew(own: Credentials, directory: PathBuf, peers: Peers, address: Stri
             Ok((signed.certificate, signed.authorities))
         })
     };
-    warren_pki::keep_valid(own, &directory, ask).await;
+    warren_pki::keep_valid(own, &directory, wanted, ask).await;
 }
 
-/// Sees to it that the others know this manager, and where.
-async fn enter(raft: Node, peers: Peers, address: String, known: Vec<String>) {
+/// Sees to it that the others know this manager, and where; and that it votes, unless it is not to.
+async fn enter(raft: Node, state: watch::Receiver<State>, peers: Peers, address: String, known: Vec<String>) {
     loop {
         let status = raft.status();
-        if status.members.iter().any(|member| (member.id, &member.address) == (status.id, &address) && member.voter) {
+        let votes = state.borrow().manager(status.id).is_none_or(|manager| manager.voter);
+        let is_own = |member: &&Member| (member.id, &member.address) == (status.id, &address);
+        if status.members.iter().find(is_own).is_some_and(|own| own.voter || !votes) {
             return;
         }
         if status.is_leader {

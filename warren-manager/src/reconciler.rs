@@ -4,13 +4,17 @@
 //! Containers are one-shot: one that ended is never started again, another takes its slot. At no time are there more
 //! containers of a service, on nodes that can be reached, than it asks for.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use crate::{
     clock::Timestamp,
-    ids::NodeId,
-    liveness::Health,
-    state::{Change, Container, Desired, Mode, RestartCondition, Service, State},
+    ids::{ContainerId, NodeId},
+    liveness::{Health, Standing},
+    state::{Availability, Change, Container, Desired, Mode, Node, RestartCondition, Service, State},
 };
 
 #[cfg(test)]
@@ -36,6 +40,22 @@ pub struct Creation {
     pub replaces: bool,
     /// Failures in a row before it.
     pub failures: u32,
+}
+
+impl Creation {
+    /// The change that makes it, under a new id.
+    #[must_use]
+    pub fn change(&self, id: ContainerId, at: Timestamp) -> Change {
+        Change::Create {
+            id,
+            service: self.service.id.clone(),
+            generation: self.service.generation,
+            slot: self.slot,
+            pinned: self.pinned.clone(),
+            failures: self.failures,
+            at,
+        }
+    }
 }
 
 /// What reconciliation wants.
@@ -64,18 +84,54 @@ impl Plan {
 /// The containers that a slot has had, newest first.
 type Slot = Vec<Arc<Container>>;
 
+/// Whether a node is one for a service's containers, as operators have it.
+pub(crate) fn is_for(node: &Node, service: &Service) -> bool {
+    node.availability != Availability::Drained
+        && service.spec.constraints.iter().all(|constraint| constraint.allows(node))
+}
+
+/// What is asked of nodes while a service is looked at.
+struct Nodes<'a, F> {
+    state: &'a State,
+    standing: F,
+    some_is_ready: bool,
+}
+
+impl<F: Fn(&NodeId) -> Standing> Nodes<'_, F> {
+    fn is_reachable(&self, node: &NodeId) -> bool {
+        (self.standing)(node).health.is_reachable()
+    }
+
+    /// Whether a container is given up with its node; or else in how long it will be, if its node stays down.
+    ///
+    /// Only if another node could run its replacement: on the only node it is better left alone, which may be back before
+    /// anyone misses it.
+    fn lost(&self, container: &Container, service: &Service) -> Result<bool, Duration> {
+        let Some(node) = &container.node else { return Ok(false) };
+        let standing = (self.standing)(node);
+        if standing.health != Health::Down || !self.some_is_ready || container.pinned.is_some() {
+            return Ok(false);
+        }
+        match service.spec.lost_after.checked_sub(standing.down_for) {
+            None | Some(Duration::ZERO) => Ok(true),
+            Some(left) => Err(left),
+        }
+    }
+
+    /// Whether a container is on a node that is not, or no longer, one for it.
+    fn must_move(&self, container: &Container, service: &Service) -> bool {
+        let node = container.node.as_ref().and_then(|node| self.state.node(node));
+        node.is_some_and(|node| !is_for(node, service))
+    }
+}
+
 /// Decides what must change.
 #[must_use]
-pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health, now: Timestamp) -> Plan {
+pub fn plan<S: Into<Standing>>(state: &State, standing: impl Fn(&NodeId) -> S, now: Timestamp) -> Plan {
     let mut plan = Plan::default();
-    let some_node_is_ready = state.nodes().any(|node| health(&node.id) == Health::Ready);
-    // A container on a node that is down is given up if another node could run its replacement. On the only node it is
-    // better left alone: the node may be back before anyone misses it.
-    let lost = |container: &Container| {
-        let down = container.node.as_ref().is_some_and(|node| health(node) == Health::Down);
-        down && some_node_is_ready && container.pinned.is_none()
-    };
-    let reachable = |node: &NodeId| health(node) == Health::Ready;
+    let standing = |node: &NodeId| standing(node).into();
+    let some_is_ready = state.nodes().any(|node| standing(&node.id).health == Health::Ready);
+    let nodes = Nodes { state, standing, some_is_ready };
     for service in state.services() {
         let mut slots = BTreeMap::<(u32, Option<NodeId>), Slot>::new();
         for container in state.containers_of(&service.id) {
@@ -87,9 +143,12 @@ pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health, now: Timestamp) -
         }
         let wanted: Vec<(u32, Option<NodeId>)> = match service.spec.mode {
             Mode::Replicated(replicas) => (1..=replicas).map(|slot| (slot, None)).collect(),
-            Mode::Global => state.nodes().map(|node| (0, Some(node.id.clone()))).collect(),
+            Mode::Global => {
+                let own = state.nodes().filter(|node| is_for(node, service));
+                own.map(|node| (0, Some(node.id.clone()))).collect()
+            }
         };
-        service_slots(&mut plan, service, &slots, &wanted, &lost, &reachable, now);
+        service_slots(&mut plan, service, &slots, &wanted, &nodes, now);
     }
     orphans(&mut plan, state);
     plan
@@ -100,27 +159,32 @@ fn service_slots(
     service: &Arc<Service>,
     slots: &BTreeMap<(u32, Option<NodeId>), Slot>,
     wanted: &[(u32, Option<NodeId>)],
-    lost: &impl Fn(&Container) -> bool,
-    reachable: &impl Fn(&NodeId) -> bool,
+    nodes: &Nodes<'_, impl Fn(&NodeId) -> Standing>,
     now: Timestamp,
 ) {
     let empty = Slot::new();
+    let lost = |container: &Container| nodes.lost(container, service) == Ok(true);
     let runs = |container: &&Arc<Container>| {
         container.desired == Desired::Running && !container.status.state.is_terminal() && !lost(container)
     };
-    // Whether every container of the service is up: then one of an earlier generation may be replaced.
+    // Whether every container of the service is up: then one of an earlier generation, or on a node that is to be left, may be
+    // replaced.
     let mut all_up = true;
     let mut outdated = None;
     for key in wanted {
         let slot = slots.get(key).unwrap_or(&empty);
-        for container in slot.iter().filter(|container| lost(container)) {
-            plan.remove(container);
+        for container in slot.iter().filter(|container| !container.status.state.is_terminal()) {
+            match nodes.lost(container, service) {
+                Ok(true) => plan.remove(container),
+                Ok(false) => {}
+                Err(left) => plan.wake(now.after(left)),
+            }
         }
         // A global service's container on a node that is away changes when the node is back; nobody waits for it.
-        let counts = key.1.as_ref().is_none_or(reachable);
+        let counts = key.1.as_ref().is_none_or(|node| nodes.is_reachable(node));
         match slot.iter().find(runs) {
             Some(container) => {
-                let current = container.generation == service.generation;
+                let current = container.generation == service.generation && !nodes.must_move(container, service);
                 match (current, container.status.serves()) {
                     // It serves nobody: there is nothing to wait for.
                     (false, false) if counts => {
@@ -133,13 +197,14 @@ fn service_slots(
                 }
             }
             // A slot that stays empty keeps nobody waiting either.
-            None => all_up &= !(vacant(plan, service, key, slot, lost, now) && counts),
+            None => all_up &= !(vacant(plan, service, key, slot, &lost, now) && counts),
         }
         tidy(plan, slot, KEPT_PER_SLOT);
     }
     if all_up && let Some(container) = outdated {
         plan.remove(&container);
     }
+    let wanted: BTreeSet<_> = wanted.iter().collect();
     for slot in slots.iter().filter(|(key, _)| !wanted.contains(key)).map(|(_, slot)| slot) {
         for container in slot {
             plan.remove(container);

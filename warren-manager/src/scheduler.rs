@@ -3,9 +3,14 @@
 //! Nodes that cannot take a container are filtered out, each with its reason; of the others the one with the fewest
 //! containers of the same service wins, then the one with the smallest share of its resources reserved, then the one with
 //! the fewest containers. Equals are taken in the order of their ids, so that the same state always gives the same plan.
+//!
+//! Looking at every node for every container would say the same and take nodes times containers. Nodes are kept in the order of
+//! their load instead: a container of a service that waits alone takes the first in it that will do and has none of its
+//! service, and those that wait together take from a heap of their service's own. A test compares the two with the slow way.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap},
     sync::Arc,
 };
 
@@ -14,7 +19,7 @@ use warren_proto::v1;
 use crate::{
     ids::{ContainerId, NodeId, ServiceId, VolumeId},
     liveness::Health,
-    state::{Amounts, Container, ContainerState, Desired, State, Volume, protocol_name},
+    state::{Amounts, Availability, Container, Node, Service, State, Volume, protocol_name},
 };
 
 #[cfg(test)]
@@ -23,8 +28,18 @@ mod tests;
 /// Why a node does not take a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Refusal {
+    /// The container is for another node.
+    Pinned,
     /// It is not heard of.
     Down,
+    /// It is, but went down too often lately.
+    Unsteady,
+    /// Operators have it take nothing new.
+    Cordoned,
+    /// Operators have it emptied.
+    Drained,
+    /// It is not what the service asks for: which of its constraints it does not meet.
+    Constraint(usize),
     /// Too little CPU is left.
     Cpu,
     /// Too little memory is left.
@@ -37,8 +52,6 @@ pub enum Refusal {
     Volume,
     /// Another container has a volume for itself.
     VolumeHeld,
-    /// The container is for another node.
-    Pinned,
 }
 
 /// Containers that a node has addresses for: a /24, less its first and last address and the node's own.
@@ -49,28 +62,40 @@ impl Refusal {
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
+            Self::Pinned => "pinned",
             Self::Down => "down",
-            Self::Cpu => "cpu",
+            Self::Unsteady => "unsteady",
+            Self::Cordoned => "cordoned",
+            Self::Drained => "drained",
+            Self::Constraint(_) => "constraint",
             Self::Memory => "memory",
+            Self::Cpu => "cpu",
             Self::Addresses => "addresses",
             Self::Port => "port",
             Self::Volume => "volume",
             Self::VolumeHeld => "volume_held",
-            Self::Pinned => "pinned",
         }
     }
 
-    fn words(self) -> &'static str {
-        match self {
+    fn words(self, service: Option<&Service>) -> String {
+        let words = match self {
+            Self::Pinned => "meant for another",
             Self::Down => "not heard of",
-            Self::Cpu => "not enough CPU left",
+            Self::Unsteady => "went down too often lately",
+            Self::Cordoned => "cordoned",
+            Self::Drained => "drained",
+            Self::Constraint(at) => {
+                let constraint = service.and_then(|service| service.spec.constraints.get(at));
+                return constraint.map_or_else(|| "a constraint is not met".to_owned(), |it| format!("not {it}"));
+            }
             Self::Memory => "not enough memory left",
+            Self::Cpu => "not enough CPU left",
             Self::Addresses => "no container address left",
             Self::Port => "a host port is taken",
             Self::Volume => "a volume is on another node",
             Self::VolumeHeld => "a volume is another container's",
-            Self::Pinned => "meant for another",
-        }
+        };
+        words.to_owned()
     }
 }
 
@@ -86,63 +111,82 @@ pub struct Plan {
 /// A node as the round fills it.
 #[derive(Debug)]
 struct Candidate {
-    id: NodeId,
-    alive: bool,
-    capacity: Amounts,
+    node: Arc<Node>,
+    /// Why it takes nothing at all.
+    closed: Option<Refusal>,
     reserved: Amounts,
     containers: u32,
     /// Containers with an address of their own.
     addresses: u32,
     /// Ports that its containers have on it.
     ports: BTreeSet<(u32, &'static str)>,
-    by_service: BTreeMap<ServiceId, u32>,
+}
+
+/// What a container asks of a node; the same for all of a service's generation.
+#[derive(Debug)]
+struct Wanted {
+    reservations: Amounts,
+    has_address: bool,
+    ports: Vec<(u32, &'static str)>,
+    volumes: Vec<Arc<Volume>>,
+    service: Option<Arc<Service>>,
+}
+
+impl Wanted {
+    fn new(state: &State, container: &Container) -> Self {
+        Self {
+            reservations: container.resources.reservations,
+            has_address: has_address(container),
+            ports: host_ports(state, container),
+            volumes: state.volumes_of(&container.spec).cloned().collect(),
+            service: state.service(&container.service).cloned(),
+        }
+    }
 }
 
 impl Candidate {
-    fn refuses(
-        &self,
-        container: &Container,
-        ports: &[(u32, &'static str)],
-        volumes: &[Arc<Volume>],
-        claims: &Claims,
-    ) -> Option<Refusal> {
-        let wanted = container.resources.reservations;
-        if container.pinned.as_ref().is_some_and(|pinned| *pinned != self.id) {
-            Some(Refusal::Pinned)
-        } else if !self.alive {
-            Some(Refusal::Down)
-        } else if self.reserved.memory_bytes + wanted.memory_bytes > self.capacity.memory_bytes {
+    /// What only gets more as a round goes on: who refuses one container refuses the next of its kind.
+    fn refuses(&self, wanted: &Wanted, claims: &Claims) -> Option<Refusal> {
+        if self.closed.is_some() {
+            return self.closed;
+        }
+        let constraints = wanted.service.iter().flat_map(|service| &service.spec.constraints);
+        if let Some((at, _)) = constraints.enumerate().find(|(_, constraint)| !constraint.allows(&self.node)) {
+            return Some(Refusal::Constraint(at));
+        }
+        let capacity = self.node.description.resources;
+        if self.reserved.memory_bytes + wanted.reservations.memory_bytes > capacity.memory_bytes {
             Some(Refusal::Memory)
-        } else if self.reserved.cpu_millis + wanted.cpu_millis > self.capacity.cpu_millis {
+        } else if self.reserved.cpu_millis + wanted.reservations.cpu_millis > capacity.cpu_millis {
             Some(Refusal::Cpu)
-        } else if has_address(container) && self.addresses >= ADDRESSES {
+        } else if wanted.has_address && self.addresses >= ADDRESSES {
             Some(Refusal::Addresses)
-        } else if ports.iter().any(|port| self.ports.contains(port)) {
+        } else if wanted.ports.iter().any(|port| self.ports.contains(port)) {
             Some(Refusal::Port)
-        } else if volumes.iter().any(|volume| claims.place(volume).is_some_and(|at| *at != self.id)) {
+        } else if wanted.volumes.iter().any(|volume| claims.place(volume).is_some_and(|at| *at != self.node.id)) {
             Some(Refusal::Volume)
-        } else if volumes.iter().any(|volume| volume.exclusive && claims.held.contains(&volume.id)) {
+        } else if wanted.volumes.iter().any(|volume| volume.exclusive && claims.held.contains(&volume.id)) {
             Some(Refusal::VolumeHeld)
         } else {
             None
         }
     }
 
-    /// Lower is better. Load is the larger of the two shares reserved, in thousandths.
-    fn rank(&self, service: &ServiceId) -> (u32, u64, u32) {
+    /// Lower is better: the larger of the two shares reserved, in thousandths, and how many containers it has.
+    fn load(&self) -> (u64, u32) {
         let share = |used: u64, of: u64| used.saturating_mul(1000).checked_div(of).unwrap_or(0);
-        let load = share(self.reserved.cpu_millis, self.capacity.cpu_millis)
-            .max(share(self.reserved.memory_bytes, self.capacity.memory_bytes));
-        (self.by_service.get(service).copied().unwrap_or(0), load, self.containers)
+        let capacity = self.node.description.resources;
+        let load = share(self.reserved.cpu_millis, capacity.cpu_millis)
+            .max(share(self.reserved.memory_bytes, capacity.memory_bytes));
+        (load, self.containers)
     }
 
-    fn take(&mut self, container: &Container, ports: &[(u32, &'static str)]) {
+    fn take(&mut self, reservations: Amounts, has_address: bool, ports: &[(u32, &'static str)]) {
         self.ports.extend(ports);
-        self.addresses += u32::from(has_address(container));
-        self.reserved.cpu_millis += container.resources.reservations.cpu_millis;
-        self.reserved.memory_bytes += container.resources.reservations.memory_bytes;
+        self.addresses += u32::from(has_address);
+        self.reserved.cpu_millis += reservations.cpu_millis;
+        self.reserved.memory_bytes += reservations.memory_bytes;
         self.containers += 1;
-        *self.by_service.entry(container.service.clone()).or_default() += 1;
     }
 }
 
@@ -180,83 +224,174 @@ fn host_ports(state: &State, container: &Container) -> Vec<(u32, &'static str)> 
     own.map(|port| (port.host_port, protocol_name(port))).collect()
 }
 
-/// Whether a container waits for a node.
-#[must_use]
-pub fn waits(container: &Container) -> bool {
-    container.status.state < ContainerState::Assigned && container.desired == Desired::Running
+/// A round: nodes as it fills them, and what it has decided.
+struct Round {
+    candidates: Vec<Candidate>,
+    by_id: HashMap<NodeId, usize>,
+    /// Places in `candidates`, by load.
+    order: BTreeSet<((u64, u32), usize)>,
+    /// How many containers of a service each node has, for services with containers that wait.
+    of_service: HashMap<ServiceId, BTreeMap<usize, u32>>,
+    claims: Claims,
+    plan: Plan,
 }
 
 /// Decides where waiting containers go.
 #[must_use]
 pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health) -> Plan {
-    let mut waiting: Vec<_> = state.containers().filter(|container| waits(container)).collect();
+    let mut waiting: Vec<_> = state.waiting().collect();
     if waiting.is_empty() {
         return Plan::default();
     }
     waiting.sort_by(|a, b| (a.created_at, &a.service, a.slot, &a.id).cmp(&(b.created_at, &b.service, b.slot, &b.id)));
-    let mut candidates = candidates(state, health);
-    let mut plan = Plan::default();
-    let mut claims = Claims::default();
-    for volume in state.volumes().filter(|volume| volume.exclusive && state.is_held(volume)) {
-        claims.held.insert(volume.id.clone());
+    let mut round = Round::begin(state, &waiting, health);
+    let is_alike = |a: &&Arc<Container>, b: &&Arc<Container>| {
+        (&a.service, a.generation, a.pinned.is_some()) == (&b.service, b.generation, b.pinned.is_some())
+    };
+    for batch in waiting.chunk_by(is_alike) {
+        let wanted = Wanted::new(state, batch[0]);
+        match batch {
+            [only] if only.pinned.is_none() => round.place_one(only, &wanted),
+            several if several[0].pinned.is_none() => round.place_several(several, &wanted),
+            pinned => pinned.iter().for_each(|container| round.place_pinned(container, &wanted)),
+        }
     }
-    for container in waiting {
-        let volumes: Vec<_> = state.volumes_of(&container.spec).cloned().collect();
-        let ports = host_ports(state, container);
-        let mut refusals = BTreeMap::<Refusal, u32>::new();
-        let mut best: Option<(_, usize)> = None;
-        for (i, candidate) in candidates.iter().enumerate() {
-            if let Some(refusal) = candidate.refuses(container, &ports, &volumes, &claims) {
-                *refusals.entry(refusal).or_default() += 1;
-                continue;
+    round.plan
+}
+
+impl Round {
+    fn begin(state: &State, waiting: &[&Arc<Container>], health: impl Fn(&NodeId) -> Health) -> Self {
+        let mut of_service: HashMap<ServiceId, BTreeMap<usize, u32>> =
+            waiting.iter().map(|container| (container.service.clone(), BTreeMap::new())).collect();
+        let mut candidates = Vec::new();
+        for (at, node) in state.nodes().enumerate() {
+            let closed = match (health(&node.id), node.availability) {
+                (Health::Down | Health::Unknown, _) => Some(Refusal::Down),
+                (_, Availability::Drained) => Some(Refusal::Drained),
+                (_, Availability::Cordoned) => Some(Refusal::Cordoned),
+                (Health::Unsteady, _) => Some(Refusal::Unsteady),
+                (Health::Ready, Availability::Active) => None,
+            };
+            let mut candidate = Candidate {
+                node: Arc::clone(node),
+                closed,
+                reserved: Amounts::default(),
+                containers: 0,
+                addresses: 0,
+                ports: BTreeSet::new(),
+            };
+            for container in state.containers_on(&node.id).filter(|container| container.holds_resources()) {
+                let ports = host_ports(state, container);
+                candidate.take(container.resources.reservations, has_address(container), &ports);
+                if let Some(counts) = of_service.get_mut(&container.service) {
+                    *counts.entry(at).or_default() += 1;
+                }
             }
-            let rank = candidate.rank(&container.service);
-            if best.as_ref().is_none_or(|(known, _)| rank < *known) {
-                best = Some((rank, i));
+            candidates.push(candidate);
+        }
+        let mut claims = Claims::default();
+        for volume in state.volumes().filter(|volume| volume.exclusive && state.is_held(volume)) {
+            claims.held.insert(volume.id.clone());
+        }
+        Self {
+            by_id: candidates.iter().enumerate().map(|(at, candidate)| (candidate.node.id.clone(), at)).collect(),
+            order: candidates.iter().enumerate().map(|(at, candidate)| (candidate.load(), at)).collect(),
+            candidates,
+            of_service,
+            claims,
+            plan: Plan::default(),
+        }
+    }
+
+    fn count(&self, service: &ServiceId, at: usize) -> u32 {
+        self.of_service.get(service).and_then(|counts| counts.get(&at)).copied().unwrap_or(0)
+    }
+
+    fn give(&mut self, container: &Container, wanted: &Wanted, at: usize) {
+        let candidate = &mut self.candidates[at];
+        self.order.remove(&(candidate.load(), at));
+        candidate.take(wanted.reservations, wanted.has_address, &wanted.ports);
+        self.order.insert((candidate.load(), at));
+        self.claims.take(&wanted.volumes, &candidate.node.id);
+        *self.of_service.entry(container.service.clone()).or_default().entry(at).or_default() += 1;
+        self.plan.assignments.push((container.id.clone(), candidate.node.id.clone()));
+    }
+
+    /// One that waits alone: the least loaded node without its service's containers, if there is one that will do.
+    fn place_one(&mut self, container: &Container, wanted: &Wanted) {
+        let mut best = None;
+        for (load, at) in &self.order {
+            let count = self.count(&container.service, *at);
+            let rank = (count, *load, *at);
+            if best.is_none_or(|known| rank < known) && self.candidates[*at].refuses(wanted, &self.claims).is_none() {
+                best = Some(rank);
+                if count == 0 {
+                    break;
+                }
             }
         }
         match best {
-            Some((_, i)) => {
-                candidates[i].take(container, &ports);
-                claims.take(&volumes, &candidates[i].id);
-                plan.assignments.push((container.id.clone(), candidates[i].id.clone()));
-            }
-            None => {
-                let (message, reason) = explain(candidates.len(), &refusals);
-                plan.refusals.push((container.id.clone(), message, reason));
-            }
+            Some((_, _, at)) => self.give(container, wanted, at),
+            None => self.refuse(&[container], wanted),
         }
     }
-    plan
-}
 
-fn candidates(state: &State, health: impl Fn(&NodeId) -> Health) -> Vec<Candidate> {
-    let candidate = |node: &Arc<crate::state::Node>| {
-        let mut candidate = Candidate {
-            id: node.id.clone(),
-            alive: health(&node.id) == Health::Ready,
-            capacity: node.description.resources,
-            reserved: Amounts::default(),
-            containers: 0,
-            addresses: 0,
-            ports: BTreeSet::new(),
-            by_service: BTreeMap::new(),
-        };
-        for container in state.containers_on(&node.id).filter(|container| container.holds_resources()) {
-            candidate.take(container, &host_ports(state, container));
+    /// Several of a kind. A node that refuses one refuses the others too.
+    fn place_several(&mut self, containers: &[&Arc<Container>], wanted: &Wanted) {
+        let service = &containers[0].service;
+        let all = self.order.iter().map(|(load, at)| Reverse((self.count(service, *at), *load, *at)));
+        let mut heap: BinaryHeap<_> = all.collect();
+        for (done, container) in containers.iter().enumerate() {
+            while let Some(Reverse((_, _, at))) = heap.peek()
+                && self.candidates[*at].refuses(wanted, &self.claims).is_some()
+            {
+                heap.pop();
+            }
+            let Some(mut top) = heap.peek_mut() else {
+                let rest: Vec<&Container> = containers[done..].iter().map(|container| &***container).collect();
+                self.refuse(&rest, wanted);
+                return;
+            };
+            let Reverse((count, _, at)) = *top;
+            self.give(container, wanted, at);
+            *top = Reverse((count + 1, self.candidates[at].load(), at));
         }
-        candidate
-    };
-    state.nodes().map(candidate).collect()
+    }
+
+    /// One for a node of its own.
+    fn place_pinned(&mut self, container: &Container, wanted: &Wanted) {
+        let at = container.pinned.as_ref().and_then(|node| self.by_id.get(node)).copied();
+        match at {
+            Some(at) if self.candidates[at].refuses(wanted, &self.claims).is_none() => {
+                self.give(container, wanted, at);
+            }
+            _ => self.refuse(&[container], wanted),
+        }
+    }
+
+    fn refuse(&mut self, containers: &[&Container], wanted: &Wanted) {
+        let pinned = containers.first().and_then(|container| container.pinned.as_ref());
+        let mut refusals = BTreeMap::<Refusal, u32>::new();
+        for candidate in &self.candidates {
+            let refusal = match pinned {
+                Some(pinned) if *pinned != candidate.node.id => Some(Refusal::Pinned),
+                _ => candidate.refuses(wanted, &self.claims),
+            };
+            *refusals.entry(refusal.unwrap_or(Refusal::Pinned)).or_default() += 1;
+        }
+        let (message, reason) = explain(self.candidates.len(), &refusals, wanted.service.as_deref());
+        let refused = containers.iter().map(|container| (container.id.clone(), message.clone(), reason));
+        self.plan.refusals.extend(refused);
+    }
 }
 
 /// Why nobody takes a container, in words: "3 nodes: 2 not heard of; 1 not enough memory left".
-fn explain(nodes: usize, refusals: &BTreeMap<Refusal, u32>) -> (String, Option<Refusal>) {
+fn explain(nodes: usize, refusals: &BTreeMap<Refusal, u32>, service: Option<&Service>) -> (String, Option<Refusal>) {
     let commonest = refusals.iter().max_by_key(|(_, count)| **count).map(|(refusal, _)| *refusal);
     if nodes == 0 {
         return ("no node has joined the cluster".to_owned(), None);
     }
-    let words: Vec<_> = refusals.iter().map(|(refusal, count)| format!("{count} {}", refusal.words())).collect();
+    let words: Vec<_> = refusals.iter().map(|(refusal, count)| format!("{count} {}", refusal.words(service))).collect();
     let plural = if nodes == 1 { "" } else { "s" };
     (format!("no suitable node ({nodes} node{plural}: {})", words.join("; ")), commonest)
 }

@@ -4,6 +4,7 @@
 //! persistent maps, so a copy of the whole state costs a few pointers: readers and planners work on copies while newer
 //! transactions are applied.
 
+mod events;
 mod machine;
 mod network;
 mod objects;
@@ -12,13 +13,14 @@ mod transaction;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use machine::Machine;
+pub use events::{Actor, Event, Origin};
+pub use machine::{Machine, encode};
 use network::Numbers;
 pub use network::{ClusterNetwork, InvalidNetwork, NetworkV6};
 pub use objects::{
-    Amounts, Cluster, Container, ContainerState, Description, Desired, JoinToken, Manager, Mode, Node, Probes,
-    Resources, RestartCondition, RestartPolicy, Sealed, SealedAuthority, Secret, Service, ServiceSpec, Status, Timing,
-    TokenRole, Volume,
+    Amounts, Availability, Cluster, Constraint, Container, ContainerState, Description, Desired, JoinToken, Manager,
+    Mode, Node, Probes, Resources, RestartCondition, RestartPolicy, Rotation, Sealed, SealedAuthority, Secret, Service,
+    ServiceSpec, Status, Timing, TokenRole, Trait, Volume,
 };
 pub use transaction::{Change, Expected, Rejection, Reply, Transaction};
 pub(crate) use transaction::{kind_name, protocol_name};
@@ -37,6 +39,8 @@ use crate::ids::{ContainerId, NodeId, SecretId, ServiceId, VolumeId};
 const HISTORY: usize = 10_000;
 /// Deleted volumes remembered; a node that was away for longer keeps what it has of others.
 const DELETED_VOLUMES: usize = 1000;
+/// Changes remembered with who made them.
+const EVENTS: usize = 10_000;
 /// Requests remembered, so that repeating one does nothing.
 const REQUESTS: usize = 10_000;
 
@@ -47,6 +51,21 @@ pub enum ContainerChange {
     Changed(Arc<Container>),
     /// Its record is gone.
     Deleted(ContainerId, ServiceId),
+}
+
+/// A service's slot; of a global service, one of each node.
+type SlotKey = (ServiceId, u32, Option<NodeId>);
+
+fn slot_key(container: &Container) -> SlotKey {
+    (container.service.clone(), container.slot, container.pinned.clone())
+}
+
+fn is_live(container: &Container) -> bool {
+    container.desired == Desired::Running && !container.status.state.is_terminal()
+}
+
+fn waits(container: &Container) -> bool {
+    container.status.state < ContainerState::Assigned && container.desired == Desired::Running
 }
 
 /// Secrets and configs have names of their own each.
@@ -84,12 +103,16 @@ pub struct State {
     /// No manager ever had this id or a higher one.
     next_manager: u64,
     tokens: OrdMap<String, Arc<JoinToken>>,
+    /// While the authority changes: which authorities each member is known to believe, by their digest.
+    certified: OrdMap<String, String>,
     /// Nodes that were let in with a token; and those that were removed, whose ids nobody gets again.
     admitted: OrdSet<NodeId>,
     departed: OrdSet<NodeId>,
     /// Request ids by the revision of their reply, and their replies.
     requests: OrdMap<u64, String>,
     replies: OrdMap<String, Reply>,
+    /// The latest changes that somebody made.
+    events: Vector<Arc<Event>>,
     /// Numbers of nodes' subnets and of services' virtual addresses; which are taken is derived.
     subnets: Numbers,
     virtual_addresses: Numbers,
@@ -99,6 +122,10 @@ pub struct State {
     volume_names: OrdMap<String, VolumeId>,
     by_service: OrdSet<(ServiceId, ContainerId)>,
     by_node: OrdSet<(NodeId, ContainerId)>,
+    /// The container of each slot that is to run and has not ended.
+    live: OrdMap<SlotKey, ContainerId>,
+    /// Containers that are to run and that no node has yet.
+    waiting: OrdSet<ContainerId>,
     history: Vector<(u64, ContainerChange)>,
     /// Changes up to here are not in the history.
     forgotten: u64,
@@ -126,9 +153,16 @@ struct Stored {
     replies: OrdMap<String, Reply>,
     next_subnet: u32,
     next_virtual_address: u32,
+    #[serde(default)]
+    events: Vec<Arc<Event>>,
+    #[serde(default)]
+    certified: OrdMap<String, String>,
 }
 
-const SCHEMA: u32 = 3;
+/// The layout of states and transactions that this version writes; and the oldest that it reads: what a newer one has besides
+/// is as if it had never been used.
+pub(crate) const SCHEMA: u32 = 4;
+pub(crate) const OLDEST_SCHEMA: u32 = 3;
 
 impl State {
     /// The revision of the last change: its place in the log.
@@ -247,6 +281,14 @@ impl State {
         self.tokens.get(hash)
     }
 
+    /// The members of the cluster that have certificates, like `manager 2` and `node x`, which are not known to believe the
+    /// authorities of this digest.
+    pub fn uncertified<'a>(&'a self, digest: &'a str) -> impl Iterator<Item = String> + 'a {
+        let managers = self.managers.keys().map(|id| format!("manager {id}"));
+        let nodes = self.admitted.iter().map(|id| format!("node {id}"));
+        managers.chain(nodes).filter(move |member| self.certified.get(member).is_none_or(|known| known != digest))
+    }
+
     /// Whether a node was let in with a token, and not removed since.
     #[must_use]
     pub fn is_admitted(&self, node: &NodeId) -> bool {
@@ -257,6 +299,17 @@ impl State {
     #[must_use]
     pub fn is_new_node(&self, node: &NodeId) -> bool {
         !self.nodes.contains_key(node) && !self.admitted.contains(node) && !self.departed.contains(node)
+    }
+
+    /// The latest changes that somebody made, oldest first.
+    pub fn events(&self) -> impl DoubleEndedIterator<Item = &Arc<Event>> {
+        self.events.iter()
+    }
+
+    /// The container of a slot that is to run and has not ended.
+    #[must_use]
+    fn live_in_slot(&self, service: &ServiceId, slot: u32, pinned: Option<&NodeId>) -> Option<&ContainerId> {
+        self.live.get(&(service.clone(), slot, pinned.cloned()))
     }
 
     /// All nodes, by id.
@@ -279,6 +332,11 @@ impl State {
     #[must_use]
     pub fn container(&self, id: &ContainerId) -> Option<&Arc<Container>> {
         self.containers.get(id)
+    }
+
+    /// Containers that are to run and that no node has yet.
+    pub fn waiting(&self) -> impl ExactSizeIterator<Item = &Arc<Container>> {
+        self.waiting.iter().map(|id| &self.containers[id])
     }
 
     /// A service's containers.
@@ -327,6 +385,17 @@ impl State {
             self.by_node.insert((node.clone(), id.clone()));
         }
         self.by_service.insert((container.service.clone(), id.clone()));
+        let key = slot_key(&container);
+        if is_live(&container) {
+            self.live.insert(key, id.clone());
+        } else if self.live.get(&key) == Some(&id) {
+            self.live.remove(&key);
+        }
+        if waits(&container) {
+            self.waiting.insert(id.clone());
+        } else {
+            self.waiting.remove(&id);
+        }
         let container = Arc::new(container);
         self.containers.insert(id, Arc::clone(&container));
         self.remember(ContainerChange::Changed(container));
@@ -338,6 +407,11 @@ impl State {
             self.by_node.remove(&(node.clone(), id.clone()));
         }
         self.by_service.remove(&(container.service.clone(), id.clone()));
+        let key = slot_key(&container);
+        if self.live.get(&key) == Some(id) {
+            self.live.remove(&key);
+        }
+        self.waiting.remove(id);
         self.remember(ContainerChange::Deleted(id.clone(), container.service.clone()));
     }
 
@@ -366,6 +440,8 @@ impl State {
             replies: self.replies.clone(),
             next_subnet: self.subnets.next,
             next_virtual_address: self.virtual_addresses.next,
+            events: self.events.iter().cloned().collect(),
+            certified: self.certified.clone(),
         };
         serde_json::to_vec(&stored).map_err(io::Error::other)
     }
@@ -378,8 +454,9 @@ impl State {
     pub fn from_bytes(bytes: &[u8]) -> io::Result<Self> {
         let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
         let stored: Stored = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
-        if stored.schema != SCHEMA {
-            return Err(invalid(format!("the state is of schema {}, this manager knows {SCHEMA}", stored.schema)));
+        if !(OLDEST_SCHEMA..=SCHEMA).contains(&stored.schema) {
+            let known = format!("this manager reads {OLDEST_SCHEMA} to {SCHEMA}");
+            return Err(invalid(format!("the state is of schema {}, {known}", stored.schema)));
         }
         let mut state = Self {
             revision: stored.revision,
@@ -392,6 +469,8 @@ impl State {
             tokens: stored.tokens.into_iter().map(|token| (token.hash.clone(), token)).collect(),
             admitted: stored.admitted,
             departed: stored.departed,
+            events: stored.events.into(),
+            certified: stored.certified,
             subnets: Numbers { next: stored.next_subnet, ..Numbers::default() },
             virtual_addresses: Numbers { next: stored.next_virtual_address, ..Numbers::default() },
             ..Self::default()

@@ -7,8 +7,10 @@ use tracing::Instrument as _;
 use warren_raft::Node;
 
 use crate::{
+    clock::{Environment, Timestamp},
+    front::Caller,
     metrics::ManagerMetrics,
-    state::{Change, Rejection, Reply, State, Transaction},
+    state::{self, Change, Origin, Rejection, Reply, State, Transaction},
 };
 
 /// Changes in one log entry, and their bytes; more are split.
@@ -35,6 +37,7 @@ pub struct Store {
     node: Node,
     view: watch::Receiver<State>,
     metrics: Arc<ManagerMetrics>,
+    environment: Arc<dyn Environment>,
 }
 
 impl fmt::Debug for Store {
@@ -46,8 +49,13 @@ impl fmt::Debug for Store {
 impl Store {
     /// A store of this manager's copy of the state.
     #[must_use]
-    pub fn new(node: Node, view: watch::Receiver<State>, metrics: Arc<ManagerMetrics>) -> Self {
-        Self { node, view, metrics }
+    pub fn new(
+        node: Node,
+        view: watch::Receiver<State>,
+        metrics: Arc<ManagerMetrics>,
+        environment: Arc<dyn Environment>,
+    ) -> Self {
+        Self { node, view, metrics, environment }
     }
 
     /// This manager's part in consensus.
@@ -72,19 +80,32 @@ impl Store {
         Ok(self.view())
     }
 
+    /// The time of day.
+    #[must_use]
+    pub fn now(&self) -> Timestamp {
+        self.environment.now()
+    }
+
     /// Follows the state.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<State> {
         self.view.clone()
     }
 
-    /// Makes a transaction durable, and returns the revision it made. It is all done or nothing.
+    /// Makes a transaction durable, and returns the revision it made. It is all done or nothing. What is done to answer a call is
+    /// noted as done by the caller.
     ///
     /// # Errors
     ///
     /// When it was rejected, or consensus was not to be had.
     pub async fn transact(&self, transaction: &Transaction) -> Result<u64, Error> {
-        let command = serde_json::to_string(transaction)?;
+        let command = match Caller::current().filter(|_| transaction.origin.is_none()) {
+            Some(caller) => {
+                let origin = Some(Origin { actor: caller.actor(), at: self.environment.now() });
+                state::encode(&Transaction { origin, ..transaction.clone() })?
+            }
+            None => state::encode(transaction)?,
+        };
         let span = tracing::info_span!("propose", changes = transaction.changes.len());
         let began = Instant::now();
         let proposed = self.node.propose(command).instrument(span).await;

@@ -15,7 +15,6 @@ use crate::{
     ids::NodeId,
     liveness::Liveness,
     metrics::ManagerMetrics,
-    scheduler,
     state::{ContainerState, State},
     store::Store,
 };
@@ -190,8 +189,7 @@ fn cluster_gauges(meters: &Meters, store: &Store, liveness: &Liveness) {
     let state = store.clone();
     meters.gauge("warren_scheduling_pending", move |gauge| {
         let Some(view) = led(&state) else { return };
-        let waiting = view.containers().filter(|container| scheduler::waits(container)).count();
-        gauge.observe(waiting as f64, &[]);
+        gauge.observe(view.waiting().len() as f64, &[]);
     });
 }
 

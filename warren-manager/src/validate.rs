@@ -13,7 +13,7 @@ use warren_proto::v1;
 
 use crate::{
     convert::{self, DEFAULT_RESTART},
-    state::{Amounts, Mode, Resources, RestartCondition, RestartPolicy, ServiceSpec, protocol_name},
+    state::{Amounts, Constraint, Mode, Resources, RestartCondition, RestartPolicy, ServiceSpec, Trait, protocol_name},
 };
 
 /// What is wrong with a request.
@@ -107,7 +107,57 @@ pub(crate) fn service_spec(spec: Option<v1::ServiceSpec>, policy: Policy) -> Res
             Ok(mode) => mode,
             Err(_) => return invalid("spec.endpoint_mode", format!("{} is not known", spec.endpoint_mode)),
         },
+        constraints: constraints(&spec.constraints)?,
+        lost_after: match spec.lost_after {
+            None => Duration::ZERO,
+            Some(wire) if wire.seconds < 0 || wire.nanos < 0 || convert::duration(&wire) > MAX_TIMEOUT => {
+                return invalid("spec.lost_after", "is not between 0 and 24 h");
+            }
+            Some(wire) => convert::duration(&wire),
+        },
     })
+}
+
+const MAX_CONSTRAINTS: usize = 32;
+
+fn constraints(texts: &[String]) -> Result<Vec<Constraint>, Invalid> {
+    if texts.len() > MAX_CONSTRAINTS {
+        return invalid("spec.constraints", format!("are more than {MAX_CONSTRAINTS}"));
+    }
+    let read = |(i, text): (usize, &String)| {
+        let constraint = text.parse().map_err(|why: &str| Invalid::new(format!("spec.constraints[{i}]"), why));
+        constraint.and_then(|constraint: Constraint| match &constraint.of {
+            Trait::Label(name) => label_name(format!("spec.constraints[{i}]"), name).map(|()| constraint),
+            _ => Ok(constraint),
+        })
+    };
+    texts.iter().enumerate().map(read).collect()
+}
+
+const MAX_LABEL: usize = 128;
+
+/// The name of a node's label.
+fn label_name(field: impl Into<Cow<'static, str>>, name: &str) -> Result<(), Invalid> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
+    let framed = |c: char| c.is_ascii_alphanumeric();
+    let whole = (1..=MAX_LABEL).contains(&name.len()) && name.chars().all(plain);
+    if !whole || !name.starts_with(framed) || !name.ends_with(framed) {
+        let why =
+            format!("is not 1 to {MAX_LABEL} of letters, digits, '.', '_', '-' and '/', framed by letters or digits");
+        return invalid(field, format!("{name:?} {why}"));
+    }
+    Ok(())
+}
+
+/// Labels that are to be set on a node, or, without a value, removed.
+pub(crate) fn node_labels(labels: &BTreeMap<String, Option<String>>) -> Result<(), Invalid> {
+    for (name, value) in labels {
+        label_name("labels", name)?;
+        if value.as_ref().is_some_and(|value| value.len() > MAX_LABEL || value.chars().any(char::is_control)) {
+            return invalid("labels", format!("the value of {name:?} is longer than {MAX_LABEL} bytes or unprintable"));
+        }
+    }
+    Ok(())
 }
 
 const MAX_PORTS: usize = 256;

@@ -1,14 +1,18 @@
 //! Secrets at rest: each value is encrypted with a key of its own (AES-256-GCM, the secret's identity as associated data),
 //! and that key with the key of keys, which is in a file beside the state and never in it. Whoever has the log or a snapshot
 //! has nothing.
+//!
+//! That file may be locked: encrypted with an unlock key, which operators hold. A manager that is started then waits for it.
 
-use std::{fmt, fs, io, path::Path, sync::Arc};
+use std::{fmt, fs, io, path::Path, str::FromStr, sync::Arc};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use data_encoding::BASE32_NOPAD;
 use ring::{
     aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey},
     rand::{SecureRandom as _, SystemRandom},
 };
+use serde::{Deserialize, Serialize};
 
 use crate::{ids::SecretId, state::Sealed};
 
@@ -27,6 +31,15 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The key of keys is locked.
+    #[error("the key of secrets {path} is locked: `warren cluster unlock` opens it")]
+    Locked {
+        /// Its file.
+        path: String,
+    },
+    /// It is not this lock's.
+    #[error("the unlock key does not fit")]
+    UnlockKey,
     /// It was sealed with another key, or is damaged.
     #[error("a secret cannot be opened: it was sealed with another key, or is damaged")]
     Sealed,
@@ -38,6 +51,82 @@ pub enum Error {
 /// What seals and opens secrets. Cheap to clone; does not show its key.
 #[derive(Clone)]
 pub struct Vault(Arc<Key>);
+
+/// Opens a locked key of keys. Operators hold it. Shown by [`fmt::Display`] only.
+#[derive(Clone, PartialEq, Eq)]
+pub struct UnlockKey([u8; KEY_LEN]);
+
+const UNLOCK_PREFIX: &str = "WRNKEY-1-";
+const LOCK: &str = "warren key of secrets";
+
+impl UnlockKey {
+    /// A new one.
+    ///
+    /// # Errors
+    ///
+    /// Without randomness.
+    pub fn random() -> Result<Self, Error> {
+        Ok(Self(random()?))
+    }
+}
+
+impl fmt::Debug for UnlockKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("UnlockKey")
+    }
+}
+
+impl fmt::Display for UnlockKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{UNLOCK_PREFIX}{}", BASE32_NOPAD.encode(&self.0).to_lowercase())
+    }
+}
+
+impl FromStr for UnlockKey {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let text = text.trim().strip_prefix(UNLOCK_PREFIX).ok_or(Error::UnlockKey)?;
+        let bytes = BASE32_NOPAD.decode(text.to_uppercase().as_bytes()).map_err(|_| Error::UnlockKey)?;
+        bytes.try_into().map(Self).map_err(|_| Error::UnlockKey)
+    }
+}
+
+/// The key of keys as a file has it: as it is, or locked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KeptKey {
+    /// In base64; behind it the beginning of its SHA-256, so that damage is noticed before a secret cannot be opened.
+    Open(String),
+    /// Encrypted with the unlock key; in base64.
+    Locked(String),
+}
+
+impl KeptKey {
+    /// The vault of it.
+    ///
+    /// # Errors
+    ///
+    /// When it is locked and the unlock key is another or none, or it is no key.
+    pub fn open(&self, unlock: Option<&UnlockKey>) -> Result<Vault, Error> {
+        let decode = |text: &str| STANDARD.decode(text).map_err(|_| Error::Sealed);
+        let bytes = match (self, unlock) {
+            (Self::Open(text), _) => {
+                let checked = decode(text)?;
+                let (key, sum) = checked.split_at_checked(KEY_LEN).ok_or(Error::Sealed)?;
+                if sum != checksum(key) {
+                    return Err(Error::Sealed);
+                }
+                key.to_vec()
+            }
+            (Self::Locked(_), None) => return Err(Error::UnlockKey),
+            (Self::Locked(text), Some(unlock)) => {
+                decrypt(&key(&unlock.0)?, &decode(text)?, LOCK).map_err(|_| Error::UnlockKey)?
+            }
+        };
+        Ok(Vault(Arc::new(Key::new(bytes.try_into().map_err(|_| Error::Sealed)?)?)))
+    }
+}
 
 struct Key {
     cipher: LessSafeKey,
@@ -92,6 +181,46 @@ fn authority(cluster: &str) -> String {
     format!("warren authority {cluster}")
 }
 
+const CHECKSUM_LEN: usize = 8;
+
+fn checksum(key: &[u8]) -> [u8; CHECKSUM_LEN] {
+    let digest = ring::digest::digest(&ring::digest::SHA256, key);
+    std::array::from_fn(|at| digest.as_ref()[at])
+}
+
+fn lock(cluster: &str) -> String {
+    format!("warren unlock key {cluster}")
+}
+
+/// Whether a file is just a key; half of what is written now is not.
+fn is_bare(bytes: &[u8]) -> bool {
+    bytes.len() == KEY_LEN && !bytes.starts_with(b"{\"")
+}
+
+/// The key's file, if there is one.
+fn kept(directory: &Path) -> Result<Option<KeptKey>, Error> {
+    let path = directory.join(FILE);
+    let failed = |source| Error::KeyFile { path: path.display().to_string(), source };
+    match fs::read(&path) {
+        // The bare key, as files of format 3 have it.
+        Ok(bytes) if is_bare(&bytes) => {
+            let checked = [&bytes[..], &checksum(&bytes)].concat();
+            Ok(Some(KeptKey::Open(STANDARD.encode(checked))))
+        }
+        Ok(bytes) => {
+            let damaged = || failed(io::Error::other("it holds no key, or is damaged"));
+            let kept: KeptKey = serde_json::from_slice(&bytes).map_err(|_| damaged())?;
+            match kept.open(None) {
+                Err(Error::Sealed) => Err(damaged()),
+                // Of one that is locked only the unlock key tells.
+                _ => Ok(Some(kept)),
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(failed(error)),
+    }
+}
+
 impl Vault {
     /// A vault whose key nobody else has and nobody keeps.
     ///
@@ -106,19 +235,22 @@ impl Vault {
     ///
     /// # Errors
     ///
-    /// When the key's file cannot be read or written, or holds no key.
+    /// When the key's file cannot be read or written, or holds no key; [`Error::Locked`] when it is locked.
     pub fn open(directory: &Path) -> Result<Self, Error> {
-        let path = directory.join(FILE);
-        let failed = |source| Error::KeyFile { path: path.display().to_string(), source };
-        match fs::read(&path) {
-            Ok(bytes) => {
-                let bytes = bytes.try_into().map_err(|_| failed(io::Error::other("it holds no key")))?;
-                return Ok(Self(Arc::new(Key::new(bytes)?)));
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
+        match kept(directory)? {
+            Some(KeptKey::Locked(_)) => Err(Error::Locked { path: directory.join(FILE).display().to_string() }),
+            Some(open) => open.open(None),
+            None => Self::create(directory, &random::<KEY_LEN>()?),
         }
-        Self::create(directory, &random::<KEY_LEN>()?)
+    }
+
+    /// The vault of a data directory whose key is locked.
+    ///
+    /// # Errors
+    ///
+    /// When the unlock key is another, or the key's file cannot be read.
+    pub fn unlock(directory: &Path, unlock: &UnlockKey) -> Result<Self, Error> {
+        kept(directory)?.ok_or(Error::UnlockKey)?.open(Some(unlock))
     }
 
     /// The vault of a data directory from now on, with another manager's key.
@@ -130,8 +262,42 @@ impl Vault {
         let path = directory.join(FILE);
         let failed = |source| Error::KeyFile { path: path.display().to_string(), source };
         let key = bytes.try_into().map_err(|_| failed(io::Error::other("what was given is no key")))?;
-        warren_durable::replace(&path, bytes).map_err(failed)?;
-        Ok(Self(Arc::new(Key::new(key)?)))
+        let vault = Self(Arc::new(Key::new(key)?));
+        vault.keep(directory, None)?;
+        Ok(vault)
+    }
+
+    /// The key as a file has it, locked if there is an unlock key.
+    ///
+    /// # Errors
+    ///
+    /// Without randomness.
+    pub fn kept(&self, unlock: Option<&UnlockKey>) -> Result<KeptKey, Error> {
+        Ok(match unlock {
+            None => KeptKey::Open(STANDARD.encode([&self.0.bytes[..], &checksum(&self.0.bytes)].concat())),
+            Some(unlock) => KeptKey::Locked(STANDARD.encode(encrypt(&key(&unlock.0)?, &self.0.bytes, LOCK)?)),
+        })
+    }
+
+    /// Writes the key's file, locked if there is an unlock key, unless it is so already.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn keep(&self, directory: &Path, unlock: Option<&UnlockKey>) -> Result<(), Error> {
+        let path = directory.join(FILE);
+        let failed = |source| Error::KeyFile { path: path.display().to_string(), source };
+        let is_so = |known: &KeptKey| match (known, unlock) {
+            (KeptKey::Open(_), None) => self.kept(None).is_ok_and(|own| own == *known),
+            (KeptKey::Locked(_), Some(unlock)) => known.open(Some(unlock)).is_ok_and(|own| own.0.bytes == self.0.bytes),
+            _ => false,
+        };
+        let is_old = fs::read(&path).is_ok_and(|bytes| is_bare(&bytes));
+        if !is_old && kept(directory).ok().flatten().is_some_and(|known| is_so(&known)) {
+            return Ok(());
+        }
+        let bytes = serde_json::to_vec(&self.kept(unlock)?).map_err(|error| failed(error.into()))?;
+        warren_durable::replace(&path, &bytes).map_err(failed)
     }
 
     /// The key, for a manager that joins.
@@ -165,6 +331,25 @@ impl Vault {
     /// As [`Self::open_sealed`].
     pub fn open_authority(&self, cluster: &str, sealed: &Sealed) -> Result<String, Error> {
         String::from_utf8(self.open_as(&authority(cluster), sealed)?).map_err(|_| Error::Sealed)
+    }
+
+    /// Seals the unlock key, for the cluster's state: whoever has the key of keys may know it.
+    ///
+    /// # Errors
+    ///
+    /// Without randomness.
+    pub fn seal_unlock_key(&self, cluster: &str, unlock: &UnlockKey) -> Result<Sealed, Error> {
+        self.seal_as(&lock(cluster), unlock.to_string().as_bytes())
+    }
+
+    /// Opens the unlock key.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open_sealed`].
+    pub fn open_unlock_key(&self, cluster: &str, sealed: &Sealed) -> Result<UnlockKey, Error> {
+        let text = String::from_utf8(self.open_as(&lock(cluster), sealed)?).map_err(|_| Error::Sealed)?;
+        text.parse()
     }
 
     fn seal_as(&self, about: &str, value: &[u8]) -> Result<Sealed, Error> {
@@ -218,5 +403,41 @@ mod tests {
         use std::os::unix::fs::PermissionsExt as _;
         let mode = fs::metadata(directory.path().join(FILE)).expect("a file").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_locked_key_is_of_no_use_without_the_unlock_key() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let vault = Vault::open(directory.path()).expect("a vault");
+        let (unlock, other) = (UnlockKey::random().expect("a key"), UnlockKey::random().expect("a key"));
+        assert_eq!(unlock.to_string().parse::<UnlockKey>().expect("reads"), unlock);
+        assert!("WRNKEY-1-x".parse::<UnlockKey>().is_err());
+        vault.keep(directory.path(), Some(&unlock)).expect("writable");
+        let file = fs::read(directory.path().join(FILE)).expect("a file");
+        let plain: String = STANDARD.encode(vault.key()).chars().take(40).collect();
+        assert!(!String::from_utf8_lossy(&file).contains(&plain));
+        assert!(matches!(Vault::open(directory.path()), Err(Error::Locked { .. })));
+        assert!(matches!(Vault::unlock(directory.path(), &other), Err(Error::UnlockKey)));
+        assert_eq!(Vault::unlock(directory.path(), &unlock).expect("fits").key(), vault.key());
+        // The same again is not written again; another key, or none, is.
+        vault.keep(directory.path(), Some(&unlock)).expect("writable");
+        assert_eq!(fs::read(directory.path().join(FILE)).expect("a file"), file);
+        vault.keep(directory.path(), Some(&other)).expect("writable");
+        assert!(Vault::unlock(directory.path(), &unlock).is_err());
+        vault.keep(directory.path(), None).expect("writable");
+        assert_eq!(Vault::open(directory.path()).expect("open").key(), vault.key());
+        // As the version before wrote it.
+        fs::write(directory.path().join(FILE), vault.key()).expect("writable");
+        assert_eq!(Vault::open(directory.path()).expect("open").key(), vault.key());
+        vault.keep(directory.path(), None).expect("writable");
+        let good = fs::read(directory.path().join(FILE)).expect("a file");
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            for damaged in [&bad[..], &good[..at]] {
+                fs::write(directory.path().join(FILE), damaged).expect("writable");
+                assert!(Vault::open(directory.path()).is_err(), "byte {at}");
+            }
+        }
     }
 }

@@ -36,8 +36,15 @@ impl Manager {
             bootstrap: true,
             socket: socket.clone(),
             metrics_addr: format!("127.0.0.1:{}", free_port()).parse().expect("an address"),
+            unlock_key: None,
             snapshot_after: 1000,
-            liveness: liveness::Timing { heartbeat: Duration::from_millis(100), tolerated: 5, max_rate: 500 },
+            snapshot_after_bytes: 64 << 20,
+            profile: warren_raft::Profile::Lan,
+            liveness: liveness::Timing {
+                heartbeat: Duration::from_millis(100),
+                tolerated: 5,
+                ..liveness::Timing::default()
+            },
             policy: Policy::default(),
             networks: Networks::default(),
             registries: warren_registry::Options::default(),

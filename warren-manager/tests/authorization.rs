@@ -56,8 +56,15 @@ impl Manager {
             bootstrap: false,
             socket: directory.path().join("w.sock"),
             metrics_addr: format!("127.0.0.1:{}", free_port()).parse().expect("an address"),
+            unlock_key: None,
             snapshot_after: 1000,
-            liveness: liveness::Timing { heartbeat: Duration::from_millis(20), tolerated: 3, max_rate: 500 },
+            snapshot_after_bytes: 64 << 20,
+            profile: warren_raft::Profile::Lan,
+            liveness: liveness::Timing {
+                heartbeat: Duration::from_millis(20),
+                tolerated: 3,
+                ..liveness::Timing::default()
+            },
             policy: Policy::default(),
             networks: Networks::default(),
             registries: warren_registry::Options::default(),
@@ -177,6 +184,8 @@ const NODES: [&str; 5] = [
     "/warren.v1.Dispatcher/UploadStats",
     "/warren.v1.Dispatcher/ServeExec",
 ];
+/// For whoever has a certificate to be renewed.
+const CERTIFIED: [&str; 1] = ["/warren.v1.Cluster/ConfirmAuthorities"];
 const MANAGERS: [&str; 2] = ["/warren.v1.Cluster/EnterManager", "/warren.v1.Raft/Exchange"];
 
 #[tokio::test]
@@ -187,12 +196,22 @@ async fn everybody_may_call_what_is_for_them_and_nothing_else() {
     let own = Credentials::load(&manager.directory.path().join("data/identity")).expect("readable").expect("there");
     let callers: [(&str, Channel, Code, Vec<&str>); 3] = [
         ("nobody", manager.nobody(), Code::Unauthenticated, EVERYBODY.to_vec()),
-        ("a node", manager.dial(&worker), Code::PermissionDenied, [&EVERYBODY[..], &MEMBERS, &NODES].concat()),
-        ("a manager", manager.dial(&own), Code::PermissionDenied, [&EVERYBODY[..], &MEMBERS, &MANAGERS].concat()),
+        (
+            "a node",
+            manager.dial(&worker),
+            Code::PermissionDenied,
+            [&EVERYBODY[..], &MEMBERS, &CERTIFIED, &NODES].concat(),
+        ),
+        (
+            "a manager",
+            manager.dial(&own),
+            Code::PermissionDenied,
+            [&EVERYBODY[..], &MEMBERS, &CERTIFIED, &MANAGERS].concat(),
+        ),
     ];
     let methods = methods();
     assert!(methods.len() >= 40, "{methods:?}");
-    for known in [&EVERYBODY[..], &MEMBERS, &NODES, &MANAGERS].concat() {
+    for known in [&EVERYBODY[..], &MEMBERS, &CERTIFIED, &NODES, &MANAGERS].concat() {
         assert!(methods.iter().any(|method| method == known), "{known} is not served");
     }
     for (who, channel, code, allowed) in &callers {
@@ -205,7 +224,7 @@ async fn everybody_may_call_what_is_for_them_and_nothing_else() {
     // Root may do everything but take part in consensus.
     for method in &methods {
         let answer = call(&manager.root(), method).await;
-        let expected = MANAGERS.contains(&method.as_str());
+        let expected = [&MANAGERS[..], &CERTIFIED].concat().contains(&method.as_str());
         assert_eq!(is_turned_away(&answer, Code::PermissionDenied), expected, "root at {method}: {answer:?}");
     }
 

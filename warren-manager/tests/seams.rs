@@ -172,6 +172,8 @@ impl Manager {
             id: 1,
             address: "manager-1".to_owned(),
             snapshot_after: 10,
+            snapshot_after_bytes: 64 << 20,
+            profile: warren_raft::Profile::Lan,
             liveness: liveness::Timing::default(),
             policy: Policy::default(),
             founding: Some(Founding::default()),

@@ -155,6 +155,7 @@ metrics! {
     warren_agent_session_reconnects_total Counter Manager "{session}" ["node"] &[]; "Sessions opened after a node's first"
     warren_telemetry_snapshots_total Counter Manager "{snapshot}" ["node" "result"] &[]; "Telemetry snapshots received: accepted, or rejected because a series was not known"
     warren_telemetry_age_seconds Gauge Manager "s" ["node"] &[]; "Age of a node's latest telemetry snapshot"
+    warren_events_total Counter Manager "{event}" ["type"] &[]; "Events seen by the manager that led"
     warren_secret_deliveries_total Counter Manager "{secret}" ["result"] &[]; "Secrets and configs sent to nodes that need them"
     // Container lifecycle, timed in the kernel or, without probes, around the runtime's calls
     warren_container_create_duration_seconds Histogram Agent "s" ["node" "source"] KERNEL_SLOW; "From the execution of the runtime's create to its exit"

@@ -1,5 +1,10 @@
-use std::time::{Duration, SystemTime};
+use std::{
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
+use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 use warren_pki::{Authority, Identity, Role, Secret, Token};
 use warren_proto::v1::{self, cluster_server};
@@ -7,13 +12,15 @@ use warren_telemetry::build;
 
 use super::{Context, Error};
 use crate::{
+    backup,
     core::TOKEN_LIFETIME,
     formation::CERTIFICATE_LIFETIME,
     front::Caller,
     ids::NodeId,
-    state::{Change, JoinToken, Manager, State, TokenRole, Transaction},
+    state::{self, Change, JoinToken, Manager, SealedAuthority, State, TokenRole, Transaction},
     store,
     validate::Invalid,
+    vault::UnlockKey,
 };
 
 #[derive(Clone, Debug)]
@@ -24,6 +31,8 @@ const MAX_TOKEN_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
 const MAX_NAME: usize = 253;
 /// How long a leader that is to go waits for its successor.
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(5);
+/// Bytes of a backup in one message.
+const BACKUP_PART: usize = 1 << 20;
 /// Letting somebody in is repeated when somebody else came first.
 const ATTEMPTS: usize = 10;
 
@@ -51,6 +60,17 @@ fn shown(token: &JoinToken) -> v1::JoinToken {
     }
 }
 
+/// What the change of the authority waits for.
+fn rotation(state: &State) -> Option<v1::Rotation> {
+    let cluster = state.cluster()?;
+    let phase = match cluster.rotation.as_ref()?.signs {
+        false => v1::RotationPhase::Learning,
+        true => v1::RotationPhase::Renewing,
+    };
+    let digest = warren_pki::authorities_digest(&cluster.authorities());
+    Some(v1::Rotation { phase: phase.into(), waits_for: state.uncertified(&digest).collect() })
+}
+
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
     request.extensions().get().cloned().ok_or_else(|| Status::internal("who calls is not known"))
 }
@@ -74,7 +94,50 @@ impl Cluster {
         let identity = Identity { cluster, role, id: id.to_owned() };
         let signed = authority.sign(request, &identity, now, CERTIFICATE_LIFETIME);
         let signed = signed.map_err(|error| Invalid::new("certificate_request", error.to_string()))?;
-        Ok((signed, authority.certificate_pem().to_owned()))
+        let authorities = state.cluster().map(state::Cluster::authorities).unwrap_or_default();
+        Ok((signed, authorities))
+    }
+
+    async fn rotate_authority(&self) -> Result<(), Error> {
+        let state = self.0.store.read().await?;
+        let (_, cluster) = self.authority(&state)?;
+        if state.cluster().is_some_and(|cluster| cluster.rotation.is_some()) {
+            return Err(Error::Precondition("the authority is being changed already".to_owned()));
+        }
+        let now = SystemTime::UNIX_EPOCH + Duration::from_millis(self.0.environment.now().0);
+        let new = Authority::generate(&cluster, now)?;
+        let key = self.0.vault.seal_authority(&cluster, &new.key_pem())?;
+        let new = SealedAuthority { certificate: new.certificate_pem().to_owned(), key };
+        Ok(self.change(vec![Change::BeginRotation(new)]).await?)
+    }
+
+    async fn confirm(&self, caller: &Caller, digest: String) -> Result<(), Error> {
+        let state = self.0.store.read().await?;
+        let Some(cluster) = state.cluster().filter(|cluster| cluster.rotation.is_some()) else { return Ok(()) };
+        // What was true a phase ago says nothing.
+        let member = format!("{} {}", if caller.role == Some(Role::Manager) { "manager" } else { "node" }, caller.id);
+        if warren_pki::authorities_digest(&cluster.authorities()) == digest
+            && state.uncertified(&digest).any(|other| other == member)
+        {
+            self.change(vec![Change::Certify { member, digest }]).await?;
+        }
+        Ok(())
+    }
+
+    async fn set_lock(&self, request: v1::SetLockRequest) -> Result<String, Error> {
+        let state = self.0.store.read().await?;
+        let cluster = state.cluster().ok_or_else(|| Error::Precondition("there is no cluster yet".to_owned()))?;
+        let known = backup::unlock_key(&state, &self.0.vault)?;
+        let wanted = match (request.locked, known.clone()) {
+            (false, _) => None,
+            (true, Some(known)) if !request.rotate => Some(known),
+            (true, _) => Some(UnlockKey::random()?),
+        };
+        if wanted != known {
+            let seal = |key: &UnlockKey| self.0.vault.seal_unlock_key(&cluster.id, key);
+            self.change(vec![Change::SetLock(wanted.as_ref().map(seal).transpose()?)]).await?;
+        }
+        Ok(wanted.map(|key| key.to_string()).unwrap_or_default())
     }
 
     async fn generate(&self, request: v1::GenerateJoinTokenRequest) -> Result<v1::GenerateJoinTokenResponse, Error> {
@@ -107,7 +170,7 @@ impl Cluster {
             let (change, admitted) = match token.role {
                 TokenRole::Manager => {
                     let id = state.next_manager();
-                    let manager = Manager { id, hostname: request.hostname.clone(), created_at: now };
+                    let manager = Manager { id, hostname: request.hostname.clone(), created_at: now, voter: true };
                     (Change::AdmitManager(manager), (Role::Manager, id.to_string()))
                 }
                 TokenRole::Worker => {
@@ -150,38 +213,70 @@ impl Cluster {
     async fn enter(&self, caller: &Caller, address: &str) -> Result<(), Error> {
         let id: u64 = caller.id.parse().map_err(|_| Error::Refused("a manager's id is a number".to_owned()))?;
         let state = self.0.store.read().await?;
-        if state.manager(id).is_none() {
+        let Some(manager) = state.manager(id) else {
             return Err(Error::Refused(format!("manager {id} is not in this cluster")));
-        }
+        };
         warren_pki::check_address(address).map_err(|error| Invalid::new("address", error.to_string()))?;
-        self.0.store.raft().add_voter(id, address).await.map_err(store::Error::from)?;
+        let raft = self.0.store.raft();
+        let entered =
+            if manager.voter { raft.add_voter(id, address).await } else { raft.add_learner(id, address).await };
+        entered.map_err(store::Error::from)?;
         tracing::info!(manager = id, address, "a manager takes part");
         Ok(())
     }
 
-    async fn remove(&self, id: u64) -> Result<(), Error> {
-        let state = self.0.store.read().await?;
-        let missing = || Error::NotFound { kind: "manager", name: id.to_string() };
-        state.manager(id).ok_or_else(missing)?;
+    /// Whether a manager may go, or lose its vote. One that leads hands over first; then its successor is to be asked again.
+    async fn let_go(&self, id: u64) -> Result<(), Error> {
         let raft = self.0.store.raft();
         let status = raft.status();
         let others = status.members.iter().filter(|member| member.voter && member.id != id).count();
         if others == 0 {
-            return Err(Error::Precondition(format!("manager {id} is the only one")));
+            return Err(Error::Precondition(format!("manager {id} is the only one that votes")));
         }
-        if id == status.id {
-            raft.hand_over().await.map_err(store::Error::from)?;
-            let deadline = tokio::time::Instant::now() + HAND_OVER_PATIENCE;
-            while raft.status().is_leader && tokio::time::Instant::now() < deadline {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            return Err(Error::Store(store::Error::Raft(warren_raft::Error::NotLeader {
-                leader: raft.status().leader,
-            })));
+        if id != status.id {
+            return Ok(());
         }
-        raft.remove(id).await.map_err(store::Error::from)?;
+        raft.hand_over().await.map_err(store::Error::from)?;
+        let deadline = tokio::time::Instant::now() + HAND_OVER_PATIENCE;
+        while raft.status().is_leader && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Err(Error::Store(store::Error::Raft(warren_raft::Error::NotLeader { leader: raft.status().leader })))
+    }
+
+    fn manager(state: &State, id: u64) -> Result<&Arc<Manager>, Error> {
+        state.manager(id).ok_or_else(|| Error::NotFound { kind: "manager", name: id.to_string() })
+    }
+
+    async fn remove(&self, id: u64) -> Result<(), Error> {
+        let state = self.0.store.read().await?;
+        Self::manager(&state, id)?;
+        self.let_go(id).await?;
+        self.0.store.raft().remove(id).await.map_err(store::Error::from)?;
         self.change(vec![Change::RemoveManager { id }]).await?;
         tracing::info!(manager = id, "a manager was removed");
+        Ok(())
+    }
+
+    async fn set_voter(&self, id: u64, voter: bool) -> Result<(), Error> {
+        let state = self.0.store.read().await?;
+        let known = Self::manager(&state, id)?;
+        if !voter {
+            self.let_go(id).await?;
+        }
+        // What it is to be comes first: should this manager end in between, the leader makes it so.
+        if known.voter != voter {
+            self.change(vec![Change::SetManager { id, voter }]).await?;
+        }
+        let raft = self.0.store.raft();
+        let member = raft.status().members.into_iter().find(|member| member.id == id);
+        let changed = match member {
+            Some(member) if voter && !member.voter => raft.add_voter(id, &member.address).await,
+            Some(member) if !voter && member.voter => raft.demote(id).await,
+            // One that has not taken part yet is told when it does.
+            _ => Ok(()),
+        };
+        changed.map_err(store::Error::from)?;
         Ok(())
     }
 }
@@ -212,6 +307,8 @@ impl cluster_server::Cluster for Cluster {
             applied_index: status.applied_index,
             managers: managers.collect(),
             version: build::LONG_VERSION.to_owned(),
+            locked: state.cluster().is_some_and(|cluster| cluster.lock.is_some()),
+            rotation: rotation(&state),
         }))
     }
 
@@ -279,5 +376,59 @@ impl cluster_server::Cluster for Cluster {
     ) -> Result<Response<v1::RemoveManagerResponse>, Status> {
         self.remove(request.into_inner().id).await?;
         Ok(Response::new(v1::RemoveManagerResponse {}))
+    }
+
+    async fn update_manager(
+        &self,
+        request: Request<v1::UpdateManagerRequest>,
+    ) -> Result<Response<v1::UpdateManagerResponse>, Status> {
+        let v1::UpdateManagerRequest { id, voter } = request.into_inner();
+        self.set_voter(id, voter).await?;
+        Ok(Response::new(v1::UpdateManagerResponse {}))
+    }
+
+    async fn confirm_authorities(
+        &self,
+        request: Request<v1::ConfirmAuthoritiesRequest>,
+    ) -> Result<Response<v1::ConfirmAuthoritiesResponse>, Status> {
+        let caller = caller(&request)?;
+        self.confirm(&caller, request.into_inner().digest).await?;
+        Ok(Response::new(v1::ConfirmAuthoritiesResponse {}))
+    }
+
+    async fn rotate_authority(
+        &self,
+        _request: Request<v1::RotateAuthorityRequest>,
+    ) -> Result<Response<v1::RotateAuthorityResponse>, Status> {
+        self.rotate_authority().await?;
+        Ok(Response::new(v1::RotateAuthorityResponse {}))
+    }
+
+    async fn set_lock(&self, request: Request<v1::SetLockRequest>) -> Result<Response<v1::SetLockResponse>, Status> {
+        let unlock_key = self.set_lock(request.into_inner()).await?;
+        Ok(Response::new(v1::SetLockResponse { unlock_key }))
+    }
+
+    async fn get_unlock_key(
+        &self,
+        _request: Request<v1::GetUnlockKeyRequest>,
+    ) -> Result<Response<v1::GetUnlockKeyResponse>, Status> {
+        let state = self.0.store.read().await.map_err(super::status)?;
+        let key = backup::unlock_key(&state, &self.0.vault).map_err(Error::from)?;
+        let unlock_key = key.map(|key| key.to_string()).unwrap_or_default();
+        Ok(Response::new(v1::GetUnlockKeyResponse { unlock_key }))
+    }
+
+    type BackupStream = Pin<Box<dyn Stream<Item = Result<v1::BackupResponse, Status>> + Send>>;
+
+    async fn backup(&self, _request: Request<v1::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        let state = self.0.store.read().await.map_err(super::status)?;
+        let (vault, now) = (self.0.vault.clone(), self.0.environment.now());
+        let made = tokio::task::spawn_blocking(move || backup::encode(&state, &vault, now)).await;
+        let bytes = made.map_err(std::io::Error::other).flatten();
+        let bytes = bytes.map_err(|error| Status::internal(error.to_string()))?;
+        let parts = bytes.chunks(BACKUP_PART).map(|part| Ok(v1::BackupResponse { data: part.to_vec() }));
+        let parts: Vec<_> = parts.collect();
+        Ok(Response::new(Box::pin(tokio_stream::iter(parts))))
     }
 }

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use tonic::{Request, Response, Status};
 use warren_proto::v1::{self, nodes_server};
@@ -9,8 +9,8 @@ use crate::{
     front::Caller,
     ids::NodeId,
     liveness::Health,
-    state::{Change, Node, State, Transaction},
-    validate::Invalid,
+    state::{Availability, Change, Node, State, Transaction},
+    validate::{self, Invalid},
 };
 
 #[derive(Clone, Debug)]
@@ -27,7 +27,7 @@ pub(super) fn is_id(id: &NodeId) -> bool {
 
 impl Nodes {
     fn shown(&self, node: &Node, state: &State) -> v1::Node {
-        convert::node(node, state, self.0.liveness.health(&node.id))
+        convert::node(node, state, self.0.liveness.standing(&node.id))
     }
 
     async fn register(&self, request: v1::RegisterNodeRequest) -> Result<v1::Node, Error> {
@@ -46,12 +46,39 @@ impl Nodes {
         // A node that comes back as it was costs no log entry.
         if known.is_none_or(|known| known.description != description) {
             let created_at = known.map_or_else(|| self.0.environment.now(), |known| known.created_at);
-            let node = Node { id: id.clone(), version: 0, created_at, description, subnet_index: 0 };
+            let (availability, labels) = Default::default();
+            let node =
+                Node { id: id.clone(), version: 0, created_at, description, subnet_index: 0, availability, labels };
             let changes = vec![Change::PutNode(Box::new(node))];
             self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
         }
         let state = self.0.store.view();
         let node = state.node(&id).ok_or(Error::NotFound { kind: "node", name: id.to_string() })?;
+        Ok(self.shown(node, &state))
+    }
+
+    async fn update(&self, request: v1::UpdateNodeRequest) -> Result<v1::Node, Error> {
+        let state = self.0.store.read().await?;
+        let node = lookup::node(&state, &request.node)?;
+        let availability = match v1::Availability::try_from(request.availability) {
+            Ok(v1::Availability::Unspecified) => None,
+            Ok(v1::Availability::Active) => Some(Availability::Active),
+            Ok(v1::Availability::Cordoned) => Some(Availability::Cordoned),
+            Ok(v1::Availability::Drained) => Some(Availability::Drained),
+            Err(_) => return Err(Invalid::new("availability", format!("{} is not known", request.availability)).into()),
+        };
+        let removed = request.remove_labels.into_iter().map(|name| (name, None));
+        let mut labels: BTreeMap<_, _> = removed.collect();
+        labels.extend(request.set_labels.into_iter().map(|(name, value)| (name, Some(value))));
+        validate::node_labels(&labels)?;
+        let is_set = |(name, value): (&String, &Option<String>)| node.labels.get(name) == value.as_ref();
+        // What is so already costs no log entry.
+        if availability.is_some_and(|wanted| wanted != node.availability) || !labels.iter().all(is_set) {
+            let changes = vec![Change::SetNode { id: node.id.clone(), availability, labels }];
+            self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
+        }
+        let state = self.0.store.view();
+        let node = state.node(&node.id).ok_or(Error::NotFound { kind: "node", name: request.node })?;
         Ok(self.shown(node, &state))
     }
 
@@ -102,6 +129,14 @@ impl nodes_server::Nodes for Nodes {
         let state = self.0.store.read().await.map_err(super::status)?;
         let node = lookup::node(&state, &request.into_inner().node)?;
         Ok(Response::new(v1::GetNodeResponse { node: Some(self.shown(&node, &state)) }))
+    }
+
+    async fn update_node(
+        &self,
+        request: Request<v1::UpdateNodeRequest>,
+    ) -> Result<Response<v1::UpdateNodeResponse>, Status> {
+        let node = self.update(request.into_inner()).await?;
+        Ok(Response::new(v1::UpdateNodeResponse { node: Some(node) }))
     }
 
     async fn remove_node(

@@ -81,7 +81,10 @@ impl Secrets {
             sealed,
         };
         let change = Change::PutSecret { secret: Box::new(secret), expected: Expected::Absent };
-        self.0.store.transact(&Transaction { request_id: request.request_id, changes: vec![change] }).await?;
+        self.0
+            .store
+            .transact(&Transaction { request_id: request.request_id, changes: vec![change], ..Transaction::default() })
+            .await?;
         let state = self.0.store.view();
         self.shown(&*lookup::secret(&state, kind, &request.name)?, false)
     }
@@ -103,7 +106,14 @@ impl Secrets {
                 ..Secret::clone(&known)
             };
             let change = Change::PutSecret { secret: Box::new(secret), expected: Expected::Version(known.version) };
-            self.0.store.transact(&Transaction { request_id: request.request_id, changes: vec![change] }).await?;
+            self.0
+                .store
+                .transact(&Transaction {
+                    request_id: request.request_id,
+                    changes: vec![change],
+                    ..Transaction::default()
+                })
+                .await?;
         }
         self.shown_in(&self.0.store.view(), &known.id)
     }
@@ -115,7 +125,10 @@ impl Secrets {
         }
         let known = lookup::secret(&state, kind_of(request.kind)?, &request.secret)?;
         let changes = vec![Change::DeleteSecret { id: known.id.clone() }];
-        self.0.store.transact(&Transaction { request_id: request.request_id, changes }).await?;
+        self.0
+            .store
+            .transact(&Transaction { request_id: request.request_id, changes, ..Transaction::default() })
+            .await?;
         Ok(())
     }
 }

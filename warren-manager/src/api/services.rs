@@ -25,7 +25,7 @@ impl Services {
             let why = format!("is longer than {MAX_REQUEST_ID} bytes");
             return Err(validate::Invalid::new("request_id", why).into());
         }
-        self.0.store.transact(&Transaction { request_id, changes: vec![change] }).await?;
+        self.0.store.transact(&Transaction { request_id, changes: vec![change], ..Transaction::default() }).await?;
         Ok(())
     }
 

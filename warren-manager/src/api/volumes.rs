@@ -82,7 +82,10 @@ impl Volumes {
             exclusive: request.exclusive,
         };
         let changes = vec![Change::CreateVolume(Box::new(volume))];
-        self.0.store.transact(&Transaction { request_id: request.request_id, changes }).await?;
+        self.0
+            .store
+            .transact(&Transaction { request_id: request.request_id, changes, ..Transaction::default() })
+            .await?;
         let state = self.0.store.view();
         Ok(shown(&*lookup::volume(&state, &request.name)?, &state))
     }
@@ -94,7 +97,10 @@ impl Volumes {
         }
         let known = lookup::volume(&state, &request.volume)?;
         let changes = vec![Change::DeleteVolume { id: known.id.clone(), force: request.force }];
-        self.0.store.transact(&Transaction { request_id: request.request_id, changes }).await?;
+        self.0
+            .store
+            .transact(&Transaction { request_id: request.request_id, changes, ..Transaction::default() })
+            .await?;
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     scheduler,
     state::{
         ContainerState,
-        tests::{apply, container, founded, node, observe, put, service},
+        tests::{apply, founded, node, observe, put, service},
     },
 };
 
@@ -39,10 +39,8 @@ impl World {
         apply(&mut self.state, plan.changes.clone());
         for creation in &plan.create {
             self.made += 1;
-            let id = format!("c{:05}", self.made);
-            let mut made = container(&id, &creation.service, creation.slot, self.now);
-            (made.pinned, made.failures) = (creation.pinned.clone(), creation.failures);
-            apply(&mut self.state, [Change::CreateContainer(Box::new(made))]);
+            let id = ContainerId::from(format!("c{:05}", self.made));
+            apply(&mut self.state, [creation.change(id, Timestamp(self.now))]);
         }
         let placed = scheduler::plan(&self.state, |node| self.health(node));
         let at = Timestamp(self.now);
@@ -209,6 +207,64 @@ fn a_lost_container_is_told_to_go_before_another_takes_its_slot() {
     assert!(world.plan().create.is_empty());
     world.down = down;
     assert_eq!(world.plan().create.len(), 1);
+}
+
+#[test]
+fn a_drained_node_is_left_one_container_at_a_time() {
+    let mut world = World::new(&["a", "b"]);
+    let mut everywhere = service("g", "everywhere", 1);
+    everywhere.spec.mode = Mode::Global;
+    apply(&mut world.state, [put(service("s", "web", 6)), put(everywhere)]);
+    world.settle();
+    let on = |world: &World, service: &str, node: &str| {
+        let live = world.live();
+        live.iter().filter(|c| c.service_name == service && c.node.as_ref().is_some_and(|n| n.as_str() == node)).count()
+    };
+    assert_eq!((on(&world, "web", "a"), on(&world, "everywhere", "a")), (3, 1));
+    let set =
+        |availability| Change::SetNode { id: "a".into(), availability: Some(availability), labels: BTreeMap::new() };
+    apply(&mut world.state, [set(Availability::Cordoned)]);
+    world.settle();
+    assert_eq!((on(&world, "web", "a"), on(&world, "everywhere", "a")), (3, 1), "it keeps what it has");
+    apply(&mut world.state, [set(Availability::Drained)]);
+    for _ in 0..30 {
+        world.cycle();
+        let is_up = |c: &&Arc<Container>| c.service_name == "web" && c.status.state == ContainerState::Running;
+        let up = world.live().iter().filter(is_up).count();
+        assert!(up >= 5, "{up} of 6 are up");
+        world.agents_obey();
+    }
+    assert_eq!((on(&world, "web", "a"), on(&world, "web", "b"), on(&world, "everywhere", "a")), (0, 6, 0));
+    assert_eq!(world.cycle(), Plan::default(), "nothing is left to do");
+    // A node that is none for a service is left by it alone.
+    apply(&mut world.state, [set(Availability::Active)]);
+    let mut constrained = service("s", "web", 6);
+    constrained.spec.constraints = vec!["node.hostname==a".parse().expect("a constraint")];
+    apply(&mut world.state, [put(constrained)]);
+    world.settle();
+    assert_eq!((on(&world, "web", "a"), on(&world, "everywhere", "b"), on(&world, "everywhere", "a")), (6, 1, 1));
+}
+
+#[test]
+fn a_service_waits_for_its_node_as_long_as_it_says() {
+    let mut world = World::new(&["a", "b"]);
+    let mut patient = service("s", "web", 2);
+    patient.spec.lost_after = Duration::from_secs(60);
+    apply(&mut world.state, [put(patient)]);
+    world.settle();
+    let plan_when_down_for = |world: &World, seconds: u64| {
+        let standing = |node: &NodeId| match node.as_str() {
+            "a" => Standing { health: Health::Down, down_for: Duration::from_secs(seconds) },
+            _ => Health::Ready.into(),
+        };
+        plan(&world.state, standing, Timestamp(world.now))
+    };
+    let waits = plan_when_down_for(&world, 20);
+    assert_eq!((waits.create.len(), waits.changes.len()), (0, 0), "{waits:?}");
+    assert_eq!(waits.wake_at, Some(Timestamp(world.now + 40_000)));
+    let gives_up = plan_when_down_for(&world, 60);
+    assert_eq!(gives_up.changes.len(), 1, "{gives_up:?}");
+    assert_eq!(gives_up.wake_at, None);
 }
 
 #[test]

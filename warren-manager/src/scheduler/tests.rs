@@ -114,7 +114,80 @@ fn a_node_runs_as_many_containers_as_it_has_addresses() {
     assert_eq!(plan.refusals[0].1, "no suitable node (1 node: 1 no container address left)");
 }
 
+/// Places containers one by one, looking at every node for each: slow, and plainly what the module's documentation says.
+fn slow_plan(state: &State, health: impl Fn(&NodeId) -> Health) -> Vec<(ContainerId, Option<NodeId>)> {
+    let mut waiting: Vec<_> = state.waiting().collect();
+    waiting.sort_by(|a, b| (a.created_at, &a.service, a.slot, &a.id).cmp(&(b.created_at, &b.service, b.slot, &b.id)));
+    let mut round = Round::begin(state, &waiting, health);
+    for container in &waiting {
+        let wanted = Wanted::new(state, container);
+        let ranks = round.candidates.iter().enumerate().filter_map(|(at, candidate)| {
+            let is_own = container.pinned.as_ref().is_none_or(|pinned| *pinned == candidate.node.id);
+            let takes = is_own && candidate.refuses(&wanted, &round.claims).is_none();
+            takes.then(|| (round.count(&container.service, at), candidate.load(), at))
+        });
+        match ranks.min() {
+            Some((_, _, at)) => round.give(container, &wanted, at),
+            None => round.refuse(&[container], &wanted),
+        }
+    }
+    decided(&round.plan)
+}
+
+fn decided(plan: &Plan) -> Vec<(ContainerId, Option<NodeId>)> {
+    let placed = plan.assignments.iter().map(|(id, node)| (id.clone(), Some(node.clone())));
+    let refused = plan.refusals.iter().map(|(id, ..)| (id.clone(), None));
+    let mut all: Vec<_> = placed.chain(refused).collect();
+    all.sort();
+    all
+}
+
 proptest! {
+    #[test]
+    fn decides_as_looking_at_every_node_would(
+        nodes in prop::collection::vec((500u64..4000, 500u64..4000, 0u8..4, 0u8..3), 1..8),
+        services in prop::collection::vec((1u32..9, 0u64..900, 0u64..900, 0u8..4, 0u32..6), 1..10),
+    ) {
+        let mut state = founded();
+        apply(&mut state, nodes.iter().enumerate().map(|(i, (cpu, memory, ..))| {
+            Change::PutNode(Box::new(node(&format!("n{i}"), *cpu, *memory)))
+        }));
+        apply(&mut state, nodes.iter().enumerate().map(|(i, (_, _, availability, zone))| Change::SetNode {
+            id: format!("n{i}").into(),
+            availability: Some(match availability {
+                0 => Availability::Cordoned,
+                1 => Availability::Drained,
+                _ => Availability::Active,
+            }),
+            labels: BTreeMap::from([("zone".to_owned(), Some(zone.to_string()))]),
+        }));
+        let health = |node: &NodeId| if node.as_str() == "n3" { Health::Down } else { Health::Ready };
+        for (i, (count, cpu_millis, memory_bytes, kind, before)) in services.iter().enumerate() {
+            let name = format!("s{i}");
+            let mut service = service(&name, &name, *count);
+            service.spec.resources.reservations = Amounts { cpu_millis: *cpu_millis, memory_bytes: *memory_bytes };
+            match kind {
+                0 => service.spec.constraints = vec!["node.labels.zone==1".parse().expect("a constraint")],
+                1 => {
+                    let publish_mode = v1::PublishMode::Host.into();
+                    let port = v1::Port { container_port: 80, host_port: 80, publish_mode, ..Default::default() };
+                    service.spec.ports = vec![port];
+                }
+                _ => {}
+            }
+            let mut made: Vec<_> = (1..=*count).map(|slot| container(&format!("{name}-{slot}"), &service, slot, slot.into())).collect();
+            if *kind == 3 {
+                made[0].pinned = Some("n0".into());
+            }
+            apply(&mut state, [put(service)]);
+            apply(&mut state, made.into_iter().map(|c| Change::CreateContainer(Box::new(c))));
+            // Some are there already.
+            let placed = plan(&state, health).assignments.into_iter().take(*before as usize);
+            apply(&mut state, placed.map(|(id, node)| Change::Assign { id, node, at: Timestamp(1) }).collect::<Vec<_>>());
+        }
+        prop_assert_eq!(decided(&plan(&state, health)), slow_plan(&state, health));
+    }
+
     #[test]
     fn no_node_is_promised_more_than_it_has(
         nodes in prop::collection::vec((500u64..4000, 500u64..4000), 1..6),

@@ -1,6 +1,6 @@
 //! What the tables hold.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use warren_proto::v1;
@@ -22,6 +22,32 @@ pub struct Cluster {
     pub network: ClusterNetwork,
     /// What signs its members' certificates; none in a cluster that nobody can join.
     pub authority: Option<SealedAuthority>,
+    /// The unlock key, where managers' keys of secrets are locked.
+    #[serde(default)]
+    pub lock: Option<Sealed>,
+    /// The change of the authority that is under way.
+    #[serde(default)]
+    pub rotation: Option<Rotation>,
+}
+
+impl Cluster {
+    /// The certificates of the authorities that members are to believe, in PEM; the one that signs is the first.
+    #[must_use]
+    pub fn authorities(&self) -> String {
+        let signs = self.authority.iter().map(|authority| authority.certificate.as_str());
+        let other = self.rotation.iter().map(|rotation| rotation.other.certificate.as_str());
+        signs.chain(other).map(str::trim).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// A change of the authority: first every member learns of the new one, then every member has a certificate of it, and then
+/// every member forgets the old one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rotation {
+    /// The authority that does not sign: the new one at first, and then the old one.
+    pub other: SealedAuthority,
+    /// Whether the new one signs.
+    pub signs: bool,
 }
 
 /// The cluster's certificate authority.
@@ -42,6 +68,13 @@ pub struct Manager {
     pub hostname: String,
     /// When it was let in.
     pub created_at: Timestamp,
+    /// Whether it is to vote; one that is not follows all the same.
+    #[serde(default = "votes")]
+    pub voter: bool,
+}
+
+fn votes() -> bool {
+    true
 }
 
 /// What a token lets its holder become.
@@ -104,6 +137,89 @@ pub struct ServiceSpec {
     pub ports: Vec<v1::Port>,
     /// How its name is answered.
     pub endpoint_mode: v1::EndpointMode,
+    /// Which nodes may run its containers.
+    #[serde(default)]
+    pub constraints: Vec<Constraint>,
+    /// How long a node must have been down before its containers are given up.
+    #[serde(default)]
+    pub lost_after: Duration,
+}
+
+/// What a constraint looks at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Trait {
+    /// A label of this name.
+    Label(String),
+    /// The node's id.
+    Id,
+    /// The machine's name.
+    Hostname,
+    /// Like `x86_64`.
+    Architecture,
+}
+
+/// What a node must have, or must not, to run a service's containers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Constraint {
+    /// What is looked at.
+    pub of: Trait,
+    /// Whether it must be the value, or must not.
+    pub is: bool,
+    /// The value.
+    pub value: String,
+}
+
+impl Constraint {
+    /// Whether a node meets it. A label that it does not have is no value's.
+    #[must_use]
+    pub fn allows(&self, node: &Node) -> bool {
+        let has = match &self.of {
+            Trait::Label(name) => node.label(name),
+            Trait::Id => Some(node.id.as_str()),
+            Trait::Hostname => Some(node.description.hostname.as_str()),
+            Trait::Architecture => Some(node.description.architecture.as_str()),
+        };
+        (has == Some(self.value.as_str())) == self.is
+    }
+}
+
+impl fmt::Display for Constraint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.of {
+            Trait::Label(name) => write!(f, "node.labels.{name}")?,
+            Trait::Id => f.write_str("node.id")?,
+            Trait::Hostname => f.write_str("node.hostname")?,
+            Trait::Architecture => f.write_str("node.architecture")?,
+        }
+        write!(f, "{}{}", if self.is { "==" } else { "!=" }, self.value)
+    }
+}
+
+impl FromStr for Constraint {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const WRONG: &str =
+            "is not node.labels.NAME, node.hostname, node.id or node.architecture, then == or !=, and a value";
+        let (of, is, value) = match (text.split_once("=="), text.split_once("!=")) {
+            (Some((of, value)), None) => (of, true, value),
+            (None, Some((of, value))) => (of, false, value),
+            // The first of them counts; what follows is the value's.
+            (Some((one, value)), Some((other, _))) if one.len() < other.len() => (one, true, value),
+            (Some(_), Some((other, value))) => (other, false, value),
+            (None, None) => return Err(WRONG),
+        };
+        let of = match of.trim() {
+            "node.id" => Trait::Id,
+            "node.hostname" => Trait::Hostname,
+            "node.architecture" => Trait::Architecture,
+            of => match of.strip_prefix("node.labels.") {
+                Some(name) if !name.is_empty() => Trait::Label(name.to_owned()),
+                _ => return Err(WRONG),
+            },
+        };
+        Ok(Self { of, is, value: value.trim().to_owned() })
+    }
 }
 
 /// How many containers a service has.
@@ -231,6 +347,40 @@ pub struct Node {
     pub description: Description,
     /// Which of the cluster's subnets is its containers'; given by the state when the node first registers.
     pub subnet_index: u32,
+    /// Whether it takes containers; the operators'.
+    #[serde(default)]
+    pub availability: Availability,
+    /// Labels that operators set, over those of its agent's configuration.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+impl Node {
+    /// A label, as operators or else its agent's configuration have it.
+    #[must_use]
+    pub fn label(&self, name: &str) -> Option<&str> {
+        self.labels.get(name).or_else(|| self.description.labels.get(name)).map(String::as_str)
+    }
+
+    /// All labels.
+    #[must_use]
+    pub fn all_labels(&self) -> BTreeMap<String, String> {
+        let mut all = self.description.labels.clone();
+        all.extend(self.labels.clone());
+        all
+    }
+}
+
+/// Whether a node takes containers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Availability {
+    /// It does.
+    #[default]
+    Active,
+    /// It keeps what it has.
+    Cordoned,
+    /// What it has is to go elsewhere.
+    Drained,
 }
 
 /// What an agent says of its node.
@@ -238,7 +388,7 @@ pub struct Node {
 pub struct Description {
     /// The machine's name.
     pub hostname: String,
-    /// The operator's own.
+    /// Of its agent's configuration.
     pub labels: BTreeMap<String, String>,
     /// What it has.
     pub resources: Amounts,
@@ -462,5 +612,37 @@ impl Container {
     #[must_use]
     pub fn holds_resources(&self) -> bool {
         self.node.is_some() && !self.status.state.is_terminal()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::tests::node;
+
+    #[test]
+    fn constraints_are_read_as_they_are_written() {
+        let mut east = node("n", 1, 1);
+        east.description.labels = BTreeMap::from([("zone".to_owned(), "west".to_owned())]);
+        east.labels = BTreeMap::from([("zone".to_owned(), "east".to_owned())]);
+        for (text, holds) in [
+            ("node.labels.zone==east", true),
+            ("node.labels.zone==west", false),
+            ("node.labels.zone!=west", true),
+            ("node.labels.disk==ssd", false),
+            ("node.labels.disk!=ssd", true),
+            ("node.labels.disk==", false),
+            ("node.hostname==n", true),
+            ("node.id!=n", false),
+            ("node.architecture==", true),
+            ("node.labels.zone!=a==b", true),
+        ] {
+            let constraint: Constraint = text.parse().expect(text);
+            assert_eq!(constraint.allows(&east), holds, "{text}");
+            assert_eq!(constraint.to_string(), text);
+        }
+        for wrong in ["", "zone==east", "node.labels.==x", "node.labels.zone=x", "node.labels.zone", "node.role==x"] {
+            assert!(wrong.parse::<Constraint>().is_err(), "{wrong}");
+        }
     }
 }

@@ -12,7 +12,8 @@ use crate::clock::Timestamp;
 /// A cluster in which nothing is yet.
 pub(crate) fn founded() -> State {
     let network = ClusterNetwork::of_random(7);
-    let cluster = Cluster { id: "cluster".to_owned(), created_at: Timestamp(0), network, authority: None };
+    let (id, created_at) = ("cluster".to_owned(), Timestamp(0));
+    let cluster = Cluster { id, created_at, network, authority: None, lock: None, rotation: None };
     State { cluster: Some(Arc::new(cluster)), ..State::default() }
 }
 
@@ -33,6 +34,8 @@ pub(crate) fn service(id: &str, name: &str, replicas: u32) -> Service {
             restart: RestartPolicy { condition: RestartCondition::Any, delay: Duration::from_secs(1), max_attempts: 0 },
             ports: Vec::new(),
             endpoint_mode: v1::EndpointMode::Unspecified,
+            constraints: Vec::new(),
+            lost_after: Duration::ZERO,
         },
     }
 }
@@ -40,7 +43,15 @@ pub(crate) fn service(id: &str, name: &str, replicas: u32) -> Service {
 pub(crate) fn node(id: &str, cpu_millis: u64, memory_bytes: u64) -> Node {
     let resources = Amounts { cpu_millis, memory_bytes };
     let description = Description { hostname: id.to_owned(), resources, ..Description::default() };
-    Node { id: id.into(), version: 0, created_at: Timestamp(1), description, subnet_index: 0 }
+    Node {
+        id: id.into(),
+        version: 0,
+        created_at: Timestamp(1),
+        description,
+        subnet_index: 0,
+        availability: Availability::Active,
+        labels: BTreeMap::new(),
+    }
 }
 
 pub(crate) fn container(id: &str, service: &Service, slot: u32, created_at: u64) -> Container {
@@ -150,10 +161,121 @@ fn a_transaction_is_all_or_nothing() {
     assert!(state.service_named("web").is_none());
 }
 
+fn by_root(changes: Vec<Change>) -> Transaction {
+    let actor = Actor { id: "root".to_owned(), role: "admin".to_owned(), address: "here".to_owned() };
+    Transaction { origin: Some(Origin { actor, at: Timestamp(9) }), changes, ..Transaction::default() }
+}
+
+#[test]
+fn what_somebody_changed_is_remembered_and_what_failed_is_not() {
+    let mut state = founded();
+    let mut changed = service("a", "web", 5);
+    Arc::make_mut(&mut changed.spec.container).image = "newer".to_owned();
+    let labels = BTreeMap::from([("zone".to_owned(), Some("eu".to_owned()))]);
+    let drained = Change::SetNode { id: "n".into(), availability: Some(Availability::Drained), labels };
+    for (at, changes) in [
+        vec![put(service("a", "web", 3))],
+        vec![put(changed)],
+        vec![put(service("b", "web", 1))],
+        vec![Change::PutNode(Box::new(node("n", 1, 1)))],
+        vec![drained],
+        vec![Change::DeleteService { id: "a".into(), expected: Expected::Any }],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let _ = state.apply(at as u64 + 1, &by_root(changes));
+    }
+    // What the cluster does by itself is told of otherwise.
+    apply(&mut state, [put(service("c", "other", 1))]);
+    let told: Vec<_> = state
+        .events()
+        .map(|event| (event.revision, event.kind.as_str(), event.name.as_str(), event.message.as_str()))
+        .collect();
+    let expected = [
+        (1, "service.created", "web", "image demo"),
+        (2, "service.updated", "web", "replicas 3 -> 5, image demo -> newer"),
+        (4, "node.joined", "n", ""),
+        (5, "node.drained", "n", "zone=eu"),
+        (6, "service.deleted", "web", ""),
+    ];
+    assert_eq!(told, expected);
+    let restored = State::from_bytes(&state.to_bytes().expect("bytes")).expect("a state");
+    assert!(restored.events().eq(state.events()));
+    for at in 10..10 + EVENTS as u64 {
+        let _ = state.apply(at, &by_root(vec![put(service("a", "web", 1))]));
+    }
+    assert_eq!(state.events().count(), EVENTS);
+}
+
+#[test]
+fn an_agent_does_not_change_what_operators_say_of_its_node() {
+    let mut state = founded();
+    let labels = BTreeMap::from([("zone".to_owned(), Some("eu".to_owned()))]);
+    apply(
+        &mut state,
+        [
+            Change::PutNode(Box::new(node("n", 1, 1))),
+            Change::SetNode { id: "n".into(), availability: Some(Availability::Cordoned), labels },
+            Change::PutNode(Box::new(node("n", 2, 2))),
+        ],
+    );
+    let known = state.node(&"n".into()).expect("a node");
+    assert_eq!((known.availability, known.label("zone")), (Availability::Cordoned, Some("eu")));
+    assert_eq!(known.description.resources.cpu_millis, 2);
+    let missing = Change::SetNode { id: "x".into(), availability: None, labels: BTreeMap::new() };
+    assert!(apply(&mut state, [missing])[0].is_err());
+}
+
+#[test]
+fn the_authority_changes_in_steps_that_members_confirm() {
+    let mut state = founded();
+    let authority = |name: &str| SealedAuthority {
+        certificate: name.to_owned(),
+        key: Sealed { key: String::new(), value: String::new() },
+    };
+    let mut cluster = state.cluster().expect("a cluster").clone();
+    cluster.authority = Some(authority("old"));
+    state.cluster = Some(Arc::new(cluster));
+    let manager = Manager { id: 1, hostname: "m".to_owned(), created_at: Timestamp(1), voter: true };
+    let token = JoinToken {
+        hash: "hash".to_owned(),
+        role: TokenRole::Worker,
+        created_at: Timestamp(1),
+        expires_at: Timestamp(u64::MAX),
+    };
+    let believed = |state: &State| state.cluster().expect("a cluster").authorities();
+    let confirm = |member: &str, digest: &str| Change::Certify { member: member.to_owned(), digest: digest.to_owned() };
+    apply(
+        &mut state,
+        [
+            Change::AdmitManager(manager),
+            Change::AdmitNode { id: "n".into() },
+            Change::PutToken(token),
+            // Nobody waits for this.
+            confirm("manager 1", "x"),
+            Change::BeginRotation(authority("new")),
+        ],
+    );
+    assert_eq!(believed(&state), "old\nnew");
+    assert!(apply(&mut state, [Change::BeginRotation(authority("newer"))])[0].is_err(), "one at a time");
+    assert_eq!(state.uncertified("x").collect::<Vec<_>>(), ["manager 1", "node n"]);
+    apply(&mut state, [confirm("manager 1", "x"), confirm("node n", "y")]);
+    assert_eq!(state.uncertified("x").collect::<Vec<_>>(), ["node n"]);
+    assert!(apply(&mut state, [Change::AdvanceRotation { signs: true }])[0].is_err(), "that is not where it is");
+    apply(&mut state, [Change::AdvanceRotation { signs: false }]);
+    assert_eq!((believed(&state).as_str(), state.tokens().count()), ("new\nold", 0));
+    assert_eq!(state.uncertified("x").count(), 2, "each step is confirmed anew");
+    apply(&mut state, [Change::AdvanceRotation { signs: true }]);
+    assert_eq!(believed(&state), "new");
+    assert!(apply(&mut state, [Change::AdvanceRotation { signs: true }])[0].is_err());
+}
+
 #[test]
 fn a_request_repeated_is_done_once_and_answered_the_same() {
     let mut state = founded();
     let request = |service| Transaction {
+        origin: None,
         request_id: "r1".to_owned(),
         changes: vec![Change::PutService { service: Box::new(service), expected: Expected::Absent }],
     };
@@ -228,7 +350,8 @@ fn a_slot_has_one_container_that_is_to_run() {
 #[test]
 fn ids_of_members_are_never_used_again() {
     let mut state = founded();
-    let admit = |id| Change::AdmitManager(Manager { id, hostname: "m".to_owned(), created_at: Timestamp(1) });
+    let admit =
+        |id| Change::AdmitManager(Manager { id, hostname: "m".to_owned(), created_at: Timestamp(1), voter: true });
     let mut does = |change: Change| {
         let index = state.revision() + 1;
         let done = state.apply(index, &Transaction { changes: vec![change], ..Transaction::default() }).is_ok();

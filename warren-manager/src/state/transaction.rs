@@ -1,13 +1,14 @@
 //! Transactions: changes that are made all or not at all.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use warren_proto::v1;
 
 use super::{
-    Cluster, Container, ContainerState, DELETED_VOLUMES, Desired, JoinToken, Manager, Node, REQUESTS, Secret, Service,
-    State, Status, TokenRole, Volume, needed_secrets, needed_volumes, secret_key,
+    Availability, Cluster, Container, ContainerState, DELETED_VOLUMES, Desired, EVENTS, Event, JoinToken, Manager,
+    Node, Origin, REQUESTS, Rotation, Sealed, SealedAuthority, Secret, Service, State, Status, TokenRole, Volume,
+    events, needed_secrets, needed_volumes, secret_key,
 };
 use crate::{
     clock::Timestamp,
@@ -30,8 +31,31 @@ pub enum Expected {
 pub enum Change {
     /// Gives the cluster its identity, unless it has one.
     FoundCluster(Box<Cluster>),
+    /// Locks managers' keys of secrets, or does not.
+    SetLock(Option<Sealed>),
+    /// Begins to give the cluster another authority, unless that is under way.
+    BeginRotation(SealedAuthority),
+    /// Goes on with it, if it is where the writer saw it.
+    AdvanceRotation {
+        /// Whether the new authority signs already.
+        signs: bool,
+    },
+    /// A member believes authorities.
+    Certify {
+        /// Like `manager 2` or `node x`.
+        member: String,
+        /// Their digest.
+        digest: String,
+    },
     /// Lets a manager in, if its id is the next one.
     AdmitManager(Manager),
+    /// Says whether a manager is to vote.
+    SetManager {
+        /// Which.
+        id: u64,
+        /// Whether.
+        voter: bool,
+    },
     /// Turns a manager out.
     RemoveManager {
         /// Which.
@@ -84,15 +108,43 @@ pub enum Change {
         /// Also while services use it.
         force: bool,
     },
-    /// Writes a node.
+    /// Writes what an agent says of its node.
     PutNode(Box<Node>),
+    /// Writes what operators say of a node.
+    SetNode {
+        /// Which.
+        id: NodeId,
+        /// Whether it takes containers; as before unless given.
+        availability: Option<Availability>,
+        /// Labels to set, or to remove.
+        labels: BTreeMap<String, Option<String>>,
+    },
     /// Deletes a node's record and those of its containers.
     DeleteNode {
         /// Which.
         id: NodeId,
     },
-    /// Makes a container.
+    /// Makes a container, in the words of an earlier version: logs may still hold it.
     CreateContainer(Box<Container>),
+    /// Makes a container of what its service runs.
+    Create {
+        /// Its id.
+        id: ContainerId,
+        /// Whose it is.
+        service: ServiceId,
+        /// The service's generation that was seen; if it is another by now, none is made.
+        generation: u64,
+        /// In which slot.
+        slot: u32,
+        /// The only node that may run it, for a global service.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pinned: Option<NodeId>,
+        /// Failures in a row in its slot before it.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        failures: u32,
+        /// When.
+        at: Timestamp,
+    },
     /// Gives a container to a node, if it still waits for one.
     Assign {
         /// Which.
@@ -132,9 +184,16 @@ pub enum Change {
     },
 }
 
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
 /// A list of changes, as the log holds it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Transaction {
+    /// Who asked for it; nobody, when the cluster does it by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// Chosen by a client: the same twice does its work once.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub request_id: String,
@@ -233,7 +292,26 @@ impl State {
         // Work on a copy, which is cheap, so that a transaction that fails half-way leaves nothing.
         let mut next = self.clone();
         next.revision = index;
-        let reply = transaction.changes.iter().try_for_each(|change| next.change(change)).map(|()| index);
+        let reply = transaction.changes.iter().try_for_each(|change| {
+            let told = transaction.origin.as_ref().and_then(|origin| Some((origin, events::tell(&next, change)?)));
+            next.change(change)?;
+            if let Some((origin, (kind, id, name, message))) = told {
+                let kind = kind.to_owned();
+                next.events.push_back(Arc::new(Event {
+                    revision: index,
+                    kind,
+                    id,
+                    name,
+                    message,
+                    origin: origin.clone(),
+                }));
+                while next.events.len() > EVENTS {
+                    next.events.pop_front();
+                }
+            }
+            Ok(())
+        });
+        let reply = reply.map(|()| index);
         if reply.is_ok() {
             *self = next;
         }
@@ -256,12 +334,33 @@ impl State {
             Change::FoundCluster(cluster) => {
                 self.cluster.get_or_insert_with(|| Arc::new((**cluster).clone()));
             }
+            Change::SetLock(lock) => self.change_cluster(|cluster| cluster.lock.clone_from(lock))?,
+            Change::BeginRotation(new) => {
+                if self.cluster.as_ref().is_some_and(|cluster| cluster.rotation.is_some()) {
+                    return Err(Rejection::Conflict("the authority".to_owned()));
+                }
+                self.certified.clear();
+                self.change_cluster(|cluster| {
+                    cluster.rotation = Some(Rotation { other: new.clone(), signs: false });
+                })?;
+            }
+            Change::AdvanceRotation { signs } => self.advance_rotation(*signs)?,
+            Change::Certify { member, digest } => {
+                if self.cluster.as_ref().is_some_and(|cluster| cluster.rotation.is_some()) {
+                    self.certified.insert(member.clone(), digest.clone());
+                }
+            }
             Change::AdmitManager(manager) => {
                 if manager.id != self.next_manager() {
                     return Err(Rejection::Conflict(format!("the id of manager {}", manager.id)));
                 }
                 self.next_manager = manager.id + 1;
                 self.managers.insert(manager.id, Arc::new(manager.clone()));
+            }
+            Change::SetManager { id, voter } => {
+                let known = self.managers.get(id).ok_or_else(|| Rejection::NotFound(format!("manager {id}")))?;
+                let manager = Manager { voter: *voter, ..Manager::clone(known) };
+                self.managers.insert(*id, Arc::new(manager));
             }
             Change::RemoveManager { id } => {
                 self.managers.remove(id).ok_or_else(|| Rejection::NotFound(format!("manager {id}")))?;
@@ -304,7 +403,11 @@ impl State {
                 let mut node = (**node).clone();
                 node.version = self.revision;
                 node.subnet_index = match self.nodes.get(&node.id) {
-                    Some(known) => known.subnet_index,
+                    Some(known) => {
+                        // What operators say of it is not its agent's to change.
+                        (node.availability, node.labels) = (known.availability, known.labels.clone());
+                        known.subnet_index
+                    }
                     None => {
                         let count = self.cluster.as_ref().map_or(0, |cluster| cluster.network.subnets());
                         let taken = self.subnets.take(0, count);
@@ -312,6 +415,19 @@ impl State {
                     }
                 };
                 self.nodes.insert(node.id.clone(), Arc::new(node));
+            }
+            Change::SetNode { id, availability, labels } => {
+                let known = self.nodes.get(id).ok_or_else(|| Rejection::NotFound(format!("node {id}")))?;
+                let mut node = Node::clone(known);
+                node.version = self.revision;
+                node.availability = availability.unwrap_or(node.availability);
+                for (name, value) in labels {
+                    match value {
+                        Some(value) => node.labels.insert(name.clone(), value.clone()),
+                        None => node.labels.remove(name),
+                    };
+                }
+                self.nodes.insert(id.clone(), Arc::new(node));
             }
             Change::DeleteNode { id } => {
                 let node = self.nodes.remove(id).ok_or_else(|| Rejection::NotFound(format!("node {id}")))?;
@@ -324,22 +440,27 @@ impl State {
                     self.delete_container(&container);
                 }
             }
-            Change::CreateContainer(container) => {
-                // Made from a service that may be gone or changed by now: then it is not needed.
-                let current =
-                    self.services.get(&container.service).is_some_and(|s| s.generation == container.generation);
-                // Made by who had not seen yet that another leader did it already.
-                let taken = self.containers_of(&container.service).any(|other| {
-                    (other.slot, &other.pinned) == (container.slot, &container.pinned)
-                        && other.desired == Desired::Running
-                        && !other.status.state.is_terminal()
-                });
-                if !current || taken || self.containers.contains_key(&container.id) {
-                    return Err(Rejection::Conflict(format!("service {:?}", container.service_name)));
-                }
-                let mut container = (**container).clone();
-                container.version = self.revision;
-                self.put_container(container);
+            Change::CreateContainer(container) => self.create_container(Container::clone(container))?,
+            Change::Create { id, service, generation, slot, pinned, failures, at } => {
+                let gone = || Rejection::Conflict(format!("service {service}"));
+                let owner = self.services.get(service).ok_or_else(gone)?;
+                let container = Container {
+                    id: id.clone(),
+                    version: 0,
+                    service: owner.id.clone(),
+                    service_name: owner.spec.name.clone(),
+                    slot: *slot,
+                    pinned: pinned.clone(),
+                    node: None,
+                    created_at: *at,
+                    desired: Desired::Running,
+                    status: Status::new(ContainerState::New, "", *at),
+                    spec: Arc::clone(&owner.spec.container),
+                    resources: owner.spec.resources,
+                    generation: *generation,
+                    failures: *failures,
+                };
+                self.create_container(container)?;
             }
             Change::Assign { id, node, at } => self.assign(id, node, *at),
             Change::Refuse { id, message, at } => self.update(id, |container| {
@@ -358,6 +479,44 @@ impl State {
             }),
             Change::DeleteContainer { id } => self.delete_container(id),
         }
+        Ok(())
+    }
+
+    fn change_cluster(&mut self, change: impl FnOnce(&mut Cluster)) -> Result<(), Rejection> {
+        let cluster = self.cluster.as_mut().ok_or_else(|| Rejection::NotFound("cluster".to_owned()))?;
+        change(Arc::make_mut(cluster));
+        Ok(())
+    }
+
+    fn advance_rotation(&mut self, signs: bool) -> Result<(), Rejection> {
+        let is_there = |cluster: &Arc<Cluster>| cluster.rotation.as_ref().is_some_and(|known| known.signs == signs);
+        if !self.cluster.as_ref().is_some_and(is_there) {
+            return Err(Rejection::Conflict("the authority".to_owned()));
+        }
+        self.certified.clear();
+        if !signs {
+            // They name the old one: who joins by them would be refused.
+            self.tokens.clear();
+        }
+        self.change_cluster(|cluster| {
+            let Some(rotation) = cluster.rotation.take() else { return };
+            if !signs {
+                let old = cluster.authority.replace(rotation.other);
+                cluster.rotation = old.map(|other| Rotation { other, signs: true });
+            }
+        })
+    }
+
+    fn create_container(&mut self, mut container: Container) -> Result<(), Rejection> {
+        // Made from a service that may be gone or changed by now: then it is not needed.
+        let current = self.services.get(&container.service).is_some_and(|s| s.generation == container.generation);
+        // Made by who had not seen yet that another leader did it already.
+        let taken = self.live_in_slot(&container.service, container.slot, container.pinned.as_ref()).is_some();
+        if !current || taken || self.containers.contains_key(&container.id) {
+            return Err(Rejection::Conflict(format!("service {:?}", container.service_name)));
+        }
+        container.version = self.revision;
+        self.put_container(container);
         Ok(())
     }
 

@@ -1,0 +1,84 @@
+use std::{pin::Pin, sync::Arc};
+
+use tokio::sync::{broadcast::error::RecvError, mpsc};
+use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tonic::{Request, Response, Status};
+use warren_proto::v1::{self, events_server};
+
+use super::Context;
+use crate::{feed::Feed, validate::Invalid};
+
+#[derive(Clone, Debug)]
+pub(super) struct Events(pub(super) Context, pub(super) Feed);
+
+/// Events that wait for a slow follower.
+const QUEUE: usize = 256;
+const MAX_TYPES: usize = 100;
+
+fn is_asked_for(types: &[String], event: &v1::Event) -> bool {
+    types.is_empty() || types.iter().any(|asked| event.r#type.starts_with(asked.as_str()))
+}
+
+type Sent = Result<v1::StreamEventsResponse, Status>;
+
+/// Fails when nobody follows any more.
+async fn send(to: &mpsc::Sender<Sent>, event: Arc<v1::Event>) -> Result<(), ()> {
+    let event = Some(v1::Event::clone(&event));
+    to.send(Ok(v1::StreamEventsResponse { event })).await.map_err(drop)
+}
+
+#[tonic::async_trait]
+impl events_server::Events for Events {
+    type StreamEventsStream = Pin<Box<dyn Stream<Item = Sent> + Send>>;
+
+    async fn stream_events(
+        &self,
+        request: Request<v1::StreamEventsRequest>,
+    ) -> Result<Response<Self::StreamEventsStream>, Status> {
+        let v1::StreamEventsRequest { event_types, follow, since_revision } = request.into_inner();
+        if event_types.len() > MAX_TYPES {
+            let why = format!("are more than {MAX_TYPES}");
+            return Err(super::Error::from(Invalid::new("event_types", why)).into());
+        }
+        self.0.store.read().await.map_err(super::status)?;
+        let (remembered, mut news) = self.1.follow();
+        let mut leads = self.1.leads();
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let wanted = move |event: &Arc<v1::Event>| event.revision > since_revision && is_asked_for(&event_types, event);
+        tokio::spawn(async move {
+            for event in remembered.into_iter().filter(&wanted) {
+                if send(&sender, event).await.is_err() {
+                    return;
+                }
+            }
+            if !follow {
+                return;
+            }
+            loop {
+                let event = tokio::select! {
+                    event = news.recv() => event,
+                    // What happens from now on, another manager sees.
+                    () = async { drop(leads.wait_for(|leads| !*leads).await) } => {
+                        let _ = sender.send(Err(Status::unavailable("this manager no longer leads"))).await;
+                        return;
+                    }
+                    () = sender.closed() => return,
+                };
+                let sent = match event {
+                    Ok(event) if wanted(&event) => send(&sender, event).await,
+                    Ok(_) => Ok(()),
+                    Err(RecvError::Lagged(missed)) => {
+                        let why = format!("{missed} events came faster than they were read: follow again");
+                        let _ = sender.send(Err(Status::data_loss(why))).await;
+                        return;
+                    }
+                    Err(RecvError::Closed) => return,
+                };
+                if sent.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}

@@ -1,0 +1,235 @@
+//! What happens, as people follow it: changes that somebody made, which are in the state, and what becomes of containers and
+//! nodes, which the leader sees and remembers while it leads.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use opentelemetry::KeyValue;
+use tokio::sync::{broadcast, watch};
+use warren_proto::v1;
+
+use crate::{
+    clock::Timestamp,
+    ids::{ContainerId, NodeId},
+    liveness::{Health, Liveness},
+    metrics::ManagerMetrics,
+    state::{Container, ContainerChange, ContainerState, Event, State},
+    store::Store,
+};
+
+/// Events remembered.
+const REMEMBERED: usize = 10_000;
+/// Events that wait for a slow follower; a slower one is told that it missed some.
+const QUEUE: usize = 4096;
+/// Between looks at nodes' health: silence tells nobody.
+const LOOK: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+struct Inner {
+    remembered: VecDeque<Arc<v1::Event>>,
+    news: broadcast::Sender<Arc<v1::Event>>,
+}
+
+/// The leader's memory of what has happened. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Feed {
+    store: Store,
+    liveness: Liveness,
+    metrics: Arc<ManagerMetrics>,
+    leads: watch::Receiver<bool>,
+    inner: Arc<Mutex<Inner>>,
+}
+
+/// Where the feed is in the state.
+#[derive(Debug, Default)]
+struct Position {
+    revision: u64,
+    containers: HashMap<ContainerId, ContainerState>,
+    nodes: HashMap<NodeId, Health>,
+}
+
+fn told(event: &Event) -> v1::Event {
+    let actor = &event.origin.actor;
+    v1::Event {
+        revision: event.revision,
+        at: Some(event.origin.at.to_proto()),
+        r#type: event.kind.clone(),
+        object_id: event.id.clone(),
+        object_name: event.name.clone(),
+        message: event.message.clone(),
+        actor: Some(v1::Actor { id: actor.id.clone(), role: actor.role.clone(), address: actor.address.clone() }),
+    }
+}
+
+fn container_event(revision: u64, container: &Container, kind: &str, at: Timestamp) -> v1::Event {
+    let status = &container.status;
+    let exit = status.exit_code.filter(|code| *code != 0).map(|code| format!("exit code {code}"));
+    let oom = status.oom_killed.then(|| "out of memory".to_owned());
+    let words = Some(status.message.clone()).filter(|message| !message.is_empty());
+    v1::Event {
+        revision,
+        at: Some(at.to_proto()),
+        r#type: format!("container.{kind}"),
+        object_id: container.id.to_string(),
+        object_name: match &container.pinned {
+            Some(_) => container.service_name.clone(),
+            None => format!("{}-{}", container.service_name, container.slot),
+        },
+        message: [exit, oom, words].into_iter().flatten().collect::<Vec<_>>().join(", "),
+        actor: container.node.as_ref().map(|node| v1::Actor {
+            id: node.to_string(),
+            role: "worker".to_owned(),
+            address: String::new(),
+        }),
+    }
+}
+
+/// What a container's change is to who follows: the steps between are not news.
+fn step(container: &Container, before: Option<ContainerState>) -> Option<&'static str> {
+    let state = container.status.state;
+    if before == Some(state) {
+        return None;
+    }
+    match state {
+        ContainerState::New => Some("created"),
+        ContainerState::Pending => Some("pending"),
+        ContainerState::Assigned => Some("assigned"),
+        ContainerState::Running => Some("started"),
+        ContainerState::Complete => Some("completed"),
+        ContainerState::Shutdown => Some("stopped"),
+        ContainerState::Failed => Some("failed"),
+        ContainerState::Rejected => Some("rejected"),
+        ContainerState::Accepted | ContainerState::Preparing | ContainerState::Starting => None,
+    }
+}
+
+impl Position {
+    /// What is as it is, without its being news.
+    fn of(state: &State, liveness: &Liveness) -> Self {
+        Self {
+            revision: state.revision(),
+            containers: state.containers().map(|c| (c.id.clone(), c.status.state)).collect(),
+            nodes: state.nodes().map(|node| (node.id.clone(), liveness.health(&node.id))).collect(),
+        }
+    }
+
+    /// What happened since, in order.
+    fn advance(&mut self, state: &State) -> Vec<v1::Event> {
+        let since = self.revision;
+        self.revision = state.revision();
+        let changes = state.events().rev().take_while(|event| event.revision > since).map(|event| told(event));
+        let mut events: Vec<_> = changes.collect();
+        events.reverse();
+        for (revision, change) in state.changes_since(since).into_iter().flatten() {
+            match change {
+                ContainerChange::Changed(container) => {
+                    let before = self.containers.insert(container.id.clone(), container.status.state);
+                    if let Some(kind) = step(container, before) {
+                        events.push(container_event(*revision, container, kind, container.status.changed_at));
+                    }
+                }
+                ContainerChange::Deleted(id, _) => drop(self.containers.remove(id)),
+            }
+        }
+        // In an entry, what somebody changed comes before what became of it.
+        events.sort_by_key(|event| event.revision);
+        events
+    }
+
+    /// What has become of nodes.
+    fn look(&mut self, state: &State, liveness: &Liveness, now: Timestamp) -> Vec<v1::Event> {
+        let mut events = Vec::new();
+        self.nodes.retain(|node, _| state.node(node).is_some());
+        for node in state.nodes() {
+            let health = liveness.health(&node.id);
+            let before = self.nodes.insert(node.id.clone(), health);
+            if before == Some(health) || health == Health::Unknown {
+                continue;
+            }
+            events.push(v1::Event {
+                revision: state.revision(),
+                at: Some(now.to_proto()),
+                r#type: format!("node.{}", health.name()),
+                object_id: node.id.to_string(),
+                object_name: node.description.hostname.clone(),
+                message: String::new(),
+                actor: None,
+            });
+        }
+        events
+    }
+}
+
+impl Feed {
+    pub(crate) fn new(
+        store: Store,
+        liveness: Liveness,
+        metrics: Arc<ManagerMetrics>,
+        leads: watch::Receiver<bool>,
+    ) -> Self {
+        let (news, _) = broadcast::channel(QUEUE);
+        let inner = Inner { remembered: VecDeque::new(), news };
+        Self { store, liveness, metrics, leads, inner: Arc::new(Mutex::new(inner)) }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        // Every change leaves it whole.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is remembered, and what comes after it.
+    pub(crate) fn follow(&self) -> (Vec<Arc<v1::Event>>, broadcast::Receiver<Arc<v1::Event>>) {
+        let inner = self.inner();
+        (inner.remembered.iter().cloned().collect(), inner.news.subscribe())
+    }
+
+    /// Whether this manager leads, and is followed.
+    pub(crate) fn leads(&self) -> watch::Receiver<bool> {
+        self.leads.clone()
+    }
+
+    fn add(&self, events: Vec<v1::Event>) {
+        let mut inner = self.inner();
+        for event in events {
+            self.metrics.events.add(1, &[KeyValue::new("type", event.r#type.clone())]);
+            let event = Arc::new(event);
+            inner.remembered.push_back(Arc::clone(&event));
+            if inner.remembered.len() > REMEMBERED {
+                inner.remembered.pop_front();
+            }
+            // Nobody may be following.
+            let _ = inner.news.send(event);
+        }
+    }
+
+    /// Watches, while this manager leads. Never ends.
+    pub(crate) async fn run(self) {
+        let mut state = self.store.watch();
+        let mut leads = self.leads.clone();
+        loop {
+            if leads.wait_for(|leads| *leads).await.is_err() {
+                return;
+            }
+            let view = state.borrow_and_update().clone();
+            let mut position = Position::of(&view, &self.liveness);
+            // What its predecessors saw of containers and nodes is gone; what was changed is in the state.
+            self.inner().remembered = view.events().map(|event| Arc::new(told(event))).collect();
+            loop {
+                tokio::select! {
+                    changed = state.changed() => if changed.is_err() { return },
+                    changed = leads.changed() => if changed.is_err() { return },
+                    () = tokio::time::sleep(LOOK) => {}
+                }
+                if !*leads.borrow_and_update() {
+                    break;
+                }
+                let view = state.borrow_and_update().clone();
+                self.add(position.advance(&view));
+                self.add(position.look(&view, &self.liveness, self.store.now()));
+            }
+        }
+    }
+}
