@@ -4,9 +4,10 @@ use clap::Args;
 use tonic::transport::Channel;
 use warren_pki::Dialer;
 use warren_proto::v1::{
-    cluster_client::ClusterClient, containers_client::ContainersClient, exec_client::ExecClient,
-    logs_client::LogsClient, nodes_client::NodesClient, secrets_client::SecretsClient, services_client::ServicesClient,
-    stats_client::StatsClient, volumes_client::VolumesClient,
+    cluster_client::ClusterClient, containers_client::ContainersClient, events_client::EventsClient,
+    exec_client::ExecClient, lock_client::LockClient, logs_client::LogsClient, nodes_client::NodesClient,
+    secrets_client::SecretsClient, services_client::ServicesClient, stats_client::StatsClient,
+    volumes_client::VolumesClient,
 };
 
 use crate::error::Error;
@@ -86,6 +87,14 @@ impl ClientArguments {
 
     pub(crate) async fn volumes(&self) -> Result<VolumesClient<Channel>, Error> {
         Ok(VolumesClient::new(self.channel().await?))
+    }
+
+    pub(crate) async fn lock(&self) -> Result<LockClient<Channel>, Error> {
+        Ok(LockClient::new(self.channel().await?))
+    }
+
+    pub(crate) async fn events(&self) -> Result<EventsClient<Channel>, Error> {
+        Ok(EventsClient::new(self.channel().await?))
     }
 
     pub(crate) async fn cluster(&self) -> Result<ClusterClient<Channel>, Error> {

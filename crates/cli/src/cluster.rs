@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 use warren_agent::membership;
-use warren_manager::formation;
+use warren_manager::{backup, formation};
 use warren_pki::{Dialer, Request, Token};
 use warren_proto::v1::{self, cluster_client::ClusterClient};
 
@@ -50,6 +50,75 @@ pub(crate) enum Command {
     /// Works with tokens, with which machines join.
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Writes all of the cluster's state to a file, from which `warren cluster restore` makes a cluster again.
+    ///
+    /// The file holds what opens the cluster's secrets; only where managers are locked (`warren cluster autolock`) nobody can use
+    /// that without the unlock key.
+    Backup {
+        /// Where to write it; what is there is replaced.
+        file: PathBuf,
+    },
+    /// Makes this machine's manager the first of a cluster that is as a backup says.
+    ///
+    /// Managers that the cluster had are no longer in it: they must not run any more. Nodes still are, and find the manager if it
+    /// is reached where one of the others was.
+    Restore {
+        /// As `warren cluster backup` wrote it.
+        file: PathBuf,
+        /// Where the others reach this manager, as HOST:PORT; this machine's address unless given.
+        #[arg(long)]
+        advertise_addr: Option<String>,
+        /// The unlock key, if the cluster's managers were locked.
+        #[arg(long, env = "WARREN_UNLOCK_KEY", hide_env_values = true)]
+        unlock_key: Option<String>,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Has the cluster go on with this machine's manager alone, when a majority of the others is lost for good.
+    ///
+    /// Without --force it only looks and says what it would do. The manager must not be running. What only the lost managers
+    /// knew is lost.
+    Recover {
+        /// Do it.
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Locks what opens secrets on the disks of managers, or does not: a locked one that is started waits for the unlock key.
+    Autolock {
+        /// Whether.
+        #[arg(value_enum)]
+        state: Switch,
+    },
+    /// Shows the unlock key.
+    UnlockKey {
+        /// Make another one first; the old one is of no use any more.
+        #[arg(long)]
+        rotate: bool,
+    },
+    /// Unlocks this machine's manager. Reads the unlock key from standard input, unless WARREN_UNLOCK_KEY has it.
+    Unlock,
+    /// Works with the cluster's certificate authority.
+    #[command(subcommand)]
+    Ca(CaCommand),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    /// Lock them.
+    On,
+    /// Do not.
+    Off,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CaCommand {
+    /// Replaces the authority: all members get certificates of another one, while everything goes on.
+    ///
+    /// It ends when every manager and node has followed; `warren cluster info` shows whom it waits for. Join tokens are no longer
+    /// valid then.
+    Rotate,
 }
 
 #[derive(Args, Debug)]
@@ -120,6 +189,32 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         Command::Join { token, address, place } => join(&token, &address, &place).await,
         Command::Info { format } => info(client, format.format).await,
         Command::Rm { id } => remove(client, id).await,
+        Command::Backup { file } => backup(client, &file).await,
+        Command::Restore { file, advertise_addr, unlock_key, place } => {
+            restore(&file, advertise_addr.as_deref(), unlock_key.as_deref(), &place)
+        }
+        Command::Recover { force, place } => recover(&place, force),
+        Command::Autolock { state } => {
+            let request = v1::SetLockRequest { locked: state == Switch::On, rotate: false };
+            let key = client.cluster().await?.set_lock(request).await?.into_inner().unlock_key;
+            if key.is_empty() {
+                say!("managers are not locked");
+            } else {
+                say!("managers are locked; one that is started waits for `warren cluster unlock` with");
+                say!("");
+                say!("  {key}");
+                say!("");
+                say!("keep it: without it a cluster whose managers have all stopped cannot be started again");
+            }
+            Ok(())
+        }
+        Command::UnlockKey { rotate } => unlock_key(client, rotate).await,
+        Command::Unlock => unlock(client).await,
+        Command::Ca(CaCommand::Rotate) => {
+            client.cluster().await?.rotate_authority(v1::RotateAuthorityRequest {}).await?;
+            say!("members learn of the new authority; `warren cluster info` shows whom it waits for");
+            Ok(())
+        }
         Command::Token(TokenCommand::Create { wanted }) => create(client, &wanted).await,
         Command::Token(TokenCommand::Ls { format }) => list(client, format.format).await,
         Command::Token(TokenCommand::Rotate { wanted }) => {
@@ -189,7 +284,15 @@ async fn info(client: &ClientArguments, format: Format) -> Result<(), Error> {
         ("leader", leader),
         ("term", info.term.to_string()),
         ("applied", format!("{} of {}", info.applied_index, info.last_log_index)),
+        ("locked", if info.locked { "yes" } else { "no" }.to_owned()),
     ]);
+    if let Some(rotation) = &info.rotation {
+        let phase = match rotation.phase() {
+            v1::RotationPhase::Renewing => "members get certificates of the new authority",
+            _ => "members learn of the new authority",
+        };
+        say!("{phase}; waiting for {}", rotation.waits_for.join(", "));
+    }
     say!("");
     let rows = info.managers.iter().map(|manager| {
         let role = match (manager.leader, manager.voter) {
@@ -210,23 +313,131 @@ async fn info(client: &ClientArguments, format: Format) -> Result<(), Error> {
 }
 
 /// A leader that hands over says so by being unavailable: its successor does the rest.
-const REMOVAL_ATTEMPTS: usize = 20;
-const REMOVAL_PAUSE: std::time::Duration = std::time::Duration::from_millis(500);
+const HANDING_OVER_ATTEMPTS: usize = 20;
+const HANDING_OVER_PAUSE: std::time::Duration = std::time::Duration::from_millis(500);
 
-async fn remove(client: &ClientArguments, manager: u64) -> Result<(), Error> {
-    let mut cluster = client.cluster().await?;
-    let mut attempt = 1;
-    loop {
-        match cluster.remove_manager(v1::RemoveManagerRequest { id: manager }).await {
-            Err(status) if status.code() == tonic::Code::Unavailable && attempt < REMOVAL_ATTEMPTS => {
-                attempt += 1;
-                tokio::time::sleep(REMOVAL_PAUSE).await;
-            }
-            Err(status) => return Err(status.into()),
-            Ok(_) => break,
+/// Calls until somebody leads who does it.
+async fn insist<T>(mut call: impl AsyncFnMut() -> Result<T, tonic::Status>) -> Result<T, Error> {
+    for _ in 1..HANDING_OVER_ATTEMPTS {
+        match call().await {
+            Err(status) if status.code() == tonic::Code::Unavailable => tokio::time::sleep(HANDING_OVER_PAUSE).await,
+            done => return Ok(done?),
         }
     }
+    Ok(call().await?)
+}
+
+async fn remove(client: &ClientArguments, manager: u64) -> Result<(), Error> {
+    let cluster = client.cluster().await?;
+    insist(async || cluster.clone().remove_manager(v1::RemoveManagerRequest { id: manager }).await).await?;
     say!("{manager}");
+    Ok(())
+}
+
+/// Gives the manager of this number, or on this machine, a vote, or takes it.
+pub(crate) async fn set_voter(client: &ClientArguments, named: &str, voter: bool) -> Result<(), Error> {
+    let mut cluster = client.cluster().await?;
+    let info = cluster.get_cluster_info(v1::GetClusterInfoRequest {}).await?.into_inner();
+    let id = match named.parse::<u64>() {
+        Ok(id) => id,
+        Err(_) => {
+            let mut on_it = info.managers.iter().filter(|manager| manager.hostname == named);
+            match (on_it.next(), on_it.next()) {
+                (Some(only), None) => only.id,
+                (None, _) => return Err(Error::NoSuchManager(named.to_owned())),
+                (Some(_), Some(_)) => return Err(Error::SeveralManagers(named.to_owned())),
+            }
+        }
+    };
+    insist(async || cluster.clone().update_manager(v1::UpdateManagerRequest { id, voter }).await).await?;
+    say!("{named}");
+    Ok(())
+}
+
+async fn backup(client: &ClientArguments, file: &Path) -> Result<(), Error> {
+    let mut parts = client.cluster().await?.backup(v1::BackupRequest {}).await?.into_inner();
+    let mut bytes = Vec::new();
+    while let Some(part) = parts.message().await? {
+        bytes.extend(part.data);
+    }
+    let failed = |source| Error::File { path: file.to_owned(), source };
+    warren_durable::replace(file, &bytes).map_err(failed)?;
+    // What cannot be read back is no backup.
+    let about = backup::check(file)?;
+    say!("{} bytes of cluster {}, as of revision {}", bytes.len(), about.cluster_id, about.revision);
+    Ok(())
+}
+
+fn restore(file: &Path, address: Option<&str>, unlock_key: Option<&str>, place: &Place) -> Result<(), Error> {
+    let address = match address {
+        Some(address) => address.to_owned(),
+        None => {
+            let own = warren_pki::own_address().unwrap_or(std::net::Ipv4Addr::LOCALHOST.into());
+            std::net::SocketAddr::new(own, 7443).to_string()
+        }
+    };
+    warren_pki::check_address(&address)?;
+    let unlock = unlock_key.map(str::parse).transpose()?;
+    let hostname = warren_manager::hostname();
+    let (about, id) = backup::restore(&place.manager(), file, &hostname, &address, unlock.as_ref())?;
+    let age = output::coarse(about.age());
+    say!("cluster {} is restored as it was {age} ago; its only manager is {id}, on this machine", about.cluster_id);
+    say!("managers that it had must not run any more; containers that were made since then will be removed");
+    Ok(())
+}
+
+fn recover(place: &Place, force: bool) -> Result<(), Error> {
+    let survivor = backup::survey(&place.manager())?;
+    let others = survivor.reach.members.iter().filter(|member| member.id != survivor.id);
+    let others: Vec<_> = others.map(|member| format!("{} ({})", member.id, member.address)).collect();
+    let reach = &survivor.reach;
+    output::fields(&[
+        ("manager", survivor.id.to_string()),
+        ("its log reaches to", format!("entry {} of term {}", reach.last_index, reach.last_term)),
+        ("of these committed", format!("{}, as far as it knows", reach.committed_index)),
+        ("other managers", if others.is_empty() { "none".to_owned() } else { others.join(", ") }),
+    ]);
+    say!("");
+    if !force {
+        say!(
+            "WARNING: recovering makes this manager the whole cluster. What only the others know is lost, and none of them"
+        );
+        say!("may ever run again with the data that it has. If several are left, recover the one whose log reaches");
+        say!("furthest (the highest term, then the highest entry), and let the others join anew.");
+        say!("");
+        say!("nothing was changed; repeat with --force to do it");
+        return Ok(());
+    }
+    let id = survivor.id;
+    let before = survivor.go_on_alone(&place.manager(), &warren_manager::hostname())?;
+    say!("manager {id} is the whole cluster now; what it had before is in {}", before.display());
+    say!("start it, and let other managers join it anew, with empty directories");
+    Ok(())
+}
+
+async fn unlock_key(client: &ClientArguments, rotate: bool) -> Result<(), Error> {
+    let mut cluster = client.cluster().await?;
+    let mut key = cluster.get_unlock_key(v1::GetUnlockKeyRequest {}).await?.into_inner().unlock_key;
+    if key.is_empty() {
+        return Err(Error::NotLocked);
+    }
+    if rotate {
+        key = cluster.set_lock(v1::SetLockRequest { locked: true, rotate }).await?.into_inner().unlock_key;
+    }
+    say!("{key}");
+    Ok(())
+}
+
+async fn unlock(client: &ClientArguments) -> Result<(), Error> {
+    let unlock_key = match std::env::var("WARREN_UNLOCK_KEY") {
+        Ok(key) => key,
+        Err(_) => {
+            let mut line = String::new();
+            std::io::stdin().read_line(&mut line)?;
+            line
+        }
+    };
+    client.lock().await?.unlock(v1::UnlockRequest { unlock_key: unlock_key.trim().to_owned() }).await?;
     Ok(())
 }
 

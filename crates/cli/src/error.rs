@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tonic::{Code, Status};
 use warren_agent::membership;
-use warren_manager::formation;
+use warren_manager::{VaultError, backup, formation};
 use warren_proto::v1;
 
 /// Why a command failed.
@@ -51,6 +51,18 @@ pub(crate) enum Error {
     NotReady { service: String, running: u32, desired: u32, after: Duration, why: String },
     #[error("containers of {service} are still there after {} s", timeout.as_secs())]
     NotGone { service: String, timeout: Duration },
+    #[error("node {node} still has {containers} containers after {} s", timeout.as_secs())]
+    NotEmpty { node: String, containers: u32, timeout: Duration },
+    #[error("there is no manager {0:?}")]
+    NoSuchManager(String),
+    #[error("several managers are on {0:?}: name one by its number")]
+    SeveralManagers(String),
+    #[error("managers are not locked: `warren cluster autolock on` locks them")]
+    NotLocked,
+    #[error(transparent)]
+    Backup(#[from] warren_manager::backup::Error),
+    #[error(transparent)]
+    Vault(#[from] warren_manager::VaultError),
     #[error("the command cannot be started: {}", failed.message)]
     NotStarted { failed: v1::ExecFailed },
     #[error("the manager has no more to say, and no exit code")]
@@ -96,7 +108,18 @@ impl Error {
                 Code::PermissionDenied => 6,
                 _ => 1,
             },
-            Self::NotReady { .. } | Self::NotGone { .. } | Self::Io(_) | Self::File { .. } | Self::Json(_) => 1,
+            Self::NotLocked => 1,
+            Self::NoSuchManager(_) => 3,
+            Self::SeveralManagers(_) => 2,
+            Self::Backup(backup::Error::Formation(formation::Error::Taken(_))) => 5,
+            Self::Backup(backup::Error::Vault(VaultError::UnlockKey)) | Self::Vault(VaultError::UnlockKey) => 6,
+            Self::Backup(_) | Self::Vault(_) => 8,
+            Self::NotEmpty { .. }
+            | Self::NotReady { .. }
+            | Self::NotGone { .. }
+            | Self::Io(_)
+            | Self::File { .. }
+            | Self::Json(_) => 1,
             Self::NotStarted { failed } => {
                 if failed.not_found {
                     127

@@ -7,6 +7,7 @@ mod client;
 mod cluster;
 mod container;
 mod error;
+mod events;
 mod exec;
 mod image;
 mod logs;
@@ -75,6 +76,10 @@ enum Command {
     /// Works with nodes.
     #[command(subcommand)]
     Node(node::Command),
+    /// Shows what was changed, by whom and from where, and what became of containers and nodes.
+    ///
+    /// Of changes the cluster remembers the latest 10,000; of containers and nodes the manager that leads, since it leads.
+    Events(events::Arguments),
     /// Works with this node's images.
     #[command(subcommand)]
     Image(image::Command),
@@ -134,6 +139,7 @@ async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Top(arguments) => top::run(arguments, &client).await,
         Command::Cluster(command) => cluster::run(command, &client).await,
         Command::Node(command) => node::run(command, &client).await,
+        Command::Events(arguments) => events::run(arguments, &client).await,
         Command::Image(command) => image::run(command).await,
         Command::Version { format } => version(&client, format.format).await,
         Command::Completion { shell } => {

@@ -1,10 +1,13 @@
 //! `warren node ...`
 
+use std::time::Duration;
+
 use clap::Subcommand;
 use warren_proto::v1;
 
 use crate::{
     client::{ClientArguments, all_pages},
+    cluster,
     error::Error,
     output::{self, Format, FormatArguments, say},
 };
@@ -23,6 +26,45 @@ pub(crate) enum Command {
         node: String,
         #[command(flatten)]
         format: FormatArguments,
+    },
+    /// Has a node take no more containers; those that it has stay.
+    Cordon {
+        /// Hostname, id, or unique beginning of an id.
+        node: String,
+    },
+    /// Has a node take containers again.
+    Uncordon {
+        /// Hostname, id, or unique beginning of an id.
+        node: String,
+    },
+    /// Empties a node: its containers move to others, of each service one after the other, each when all of its service are up.
+    Drain {
+        /// Hostname, id, or unique beginning of an id.
+        node: String,
+        /// Wait until the node has no containers left.
+        #[arg(long)]
+        wait: bool,
+        /// How long to wait.
+        #[arg(long, value_name = "SECONDS", default_value_t = 300, requires = "wait")]
+        timeout: u64,
+    },
+    /// Sets labels of a node, over those of its agent's configuration.
+    Label {
+        /// Hostname, id, or unique beginning of an id.
+        node: String,
+        /// NAME=VALUE sets a label, NAME- removes it.
+        #[arg(required = true, value_name = "LABEL", value_parser = label)]
+        labels: Vec<(String, Option<String>)>,
+    },
+    /// Gives the manager on a machine a vote.
+    Promote {
+        /// The machine's name, or the manager's number.
+        machine: String,
+    },
+    /// Takes the vote of the manager on a machine; it follows all the same. One that leads hands over first.
+    Demote {
+        /// The machine's name, or the manager's number.
+        machine: String,
     },
     /// Removes the record of a node that is down; its containers are replaced elsewhere.
     Rm {
@@ -43,6 +85,21 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
                 }
             }
         }
+        Command::Cordon { node } => set(client, node, v1::Availability::Cordoned).await.map(drop),
+        Command::Uncordon { node } => set(client, node, v1::Availability::Active).await.map(drop),
+        Command::Drain { node, wait, timeout } => {
+            let drained = set(client, node, v1::Availability::Drained).await?;
+            if wait { until_empty(client, &drained, Duration::from_secs(timeout)).await } else { Ok(()) }
+        }
+        Command::Label { node, labels } => {
+            let set_labels = labels.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))).collect();
+            let removed = labels.into_iter().filter(|(_, value)| value.is_none());
+            let remove_labels = removed.map(|(name, _)| name).collect();
+            update(client, v1::UpdateNodeRequest { node, set_labels, remove_labels, ..Default::default() }).await?;
+            Ok(())
+        }
+        Command::Promote { machine } => cluster::set_voter(client, &machine, true).await,
+        Command::Demote { machine } => cluster::set_voter(client, &machine, false).await,
         Command::Rm { node } => {
             client.nodes().await?.remove_node(v1::RemoveNodeRequest { node: node.clone() }).await?;
             say!("{node}");
@@ -62,6 +119,45 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
     }
 }
 
+fn label(text: &str) -> Result<(String, Option<String>), String> {
+    if let Some((name, value)) = text.split_once('=') {
+        return Ok((name.to_owned(), Some(value.to_owned())));
+    }
+    let name = text.strip_suffix('-').ok_or_else(|| format!("{text:?} is neither NAME=VALUE nor NAME-"))?;
+    Ok((name.to_owned(), None))
+}
+
+async fn set(client: &ClientArguments, node: String, availability: v1::Availability) -> Result<v1::Node, Error> {
+    update(client, v1::UpdateNodeRequest { node, availability: availability.into(), ..Default::default() }).await
+}
+
+async fn update(client: &ClientArguments, request: v1::UpdateNodeRequest) -> Result<v1::Node, Error> {
+    let named = request.node.clone();
+    let node = client.nodes().await?.update_node(request).await?.into_inner().node.unwrap_or_default();
+    say!("{named}");
+    Ok(node)
+}
+
+/// Between looks at what a node still has.
+const LOOK: Duration = Duration::from_millis(250);
+
+async fn until_empty(client: &ClientArguments, node: &v1::Node, timeout: Duration) -> Result<(), Error> {
+    let mut nodes = client.nodes().await?;
+    let end = tokio::time::Instant::now() + timeout;
+    loop {
+        let request = v1::GetNodeRequest { node: node.id.clone() };
+        let now = nodes.get_node(request).await?.into_inner().node.unwrap_or_default();
+        if now.containers == 0 {
+            return Ok(());
+        }
+        if tokio::time::Instant::now() >= end {
+            let node = now.description.unwrap_or_default().hostname;
+            return Err(Error::NotEmpty { node, containers: now.containers, timeout });
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
 /// All nodes, page by page.
 pub(crate) async fn list(client: &ClientArguments) -> Result<Vec<v1::Node>, Error> {
     let mut client = client.nodes().await?;
@@ -72,11 +168,16 @@ pub(crate) async fn list(client: &ClientArguments) -> Result<Vec<v1::Node>, Erro
     .await
 }
 
-fn status_name(node: &v1::Node) -> &'static str {
-    match node.status() {
+fn status_name(node: &v1::Node) -> String {
+    let status = match node.status() {
         v1::NodeStatus::Unspecified => "unknown",
         v1::NodeStatus::Ready => "ready",
         v1::NodeStatus::Down => "down",
+    };
+    match node.availability() {
+        v1::Availability::Active | v1::Availability::Unspecified => status.to_owned(),
+        v1::Availability::Cordoned => format!("{status}, cordoned"),
+        v1::Availability::Drained => format!("{status}, drained"),
     }
 }
 
@@ -96,7 +197,7 @@ fn table(nodes: &[v1::Node]) {
         [
             output::short(&node.id),
             description.hostname,
-            status_name(node).to_owned(),
+            status_name(node),
             node.containers.to_string(),
             format!("{:.1}/{:.1}", reserved.cpu_millis as f64 / 1e3, has.cpu_millis as f64 / 1e3),
             format!("{}/{}", output::bytes(reserved.memory_bytes), output::bytes(has.memory_bytes)),
@@ -116,8 +217,8 @@ fn inspect(node: &v1::Node) {
     output::fields(&[
         ("id", node.id.clone()),
         ("hostname", description.hostname),
-        ("status", format!("{} {}", status_name(node), node.status_message)),
-        ("labels", output::pairs(&description.labels)),
+        ("status", [status_name(node), node.status_message.clone()].join(" ").trim_end().to_owned()),
+        ("labels", output::pairs(&node.labels)),
         ("containers", node.containers.to_string()),
         ("CPU", format!("{} of {} millicores reserved", reserved.cpu_millis, has.cpu_millis)),
         ("memory", format!("{} of {} reserved", output::bytes(reserved.memory_bytes), output::bytes(has.memory_bytes))),

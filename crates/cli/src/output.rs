@@ -90,6 +90,12 @@ pub(crate) fn pairs(map: &BTreeMap<String, String>) -> String {
     map.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(", ")
 }
 
+/// A point in time in UTC, to the second, as RFC 3339 has it.
+pub(crate) fn time(time: &pbjson_types::Timestamp) -> String {
+    let at = time::OffsetDateTime::from_unix_timestamp(time.seconds).unwrap_or(time::OffsetDateTime::UNIX_EPOCH);
+    at.format(&time::format_description::well_known::Rfc3339).unwrap_or_default()
+}
+
 /// How long ago something was, in its largest unit.
 pub(crate) fn ago(time: Option<&pbjson_types::Timestamp>) -> String {
     let Some(time) = time else { return "-".to_owned() };

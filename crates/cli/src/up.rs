@@ -9,7 +9,7 @@ use warren_agent::{
     agent,
     cli::{AgentArguments, NodeArguments, cancelled_by_signals},
 };
-use warren_manager::cli::ManagerArguments;
+use warren_manager::cli::{ManagerArguments, ProfileArgument};
 use warren_telemetry::{cli::TelemetryArguments, signals::Identity};
 
 use crate::error::Error;
@@ -55,6 +55,9 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
         socket: arguments.socket.clone(),
         metrics_addr: arguments.metrics_addr,
         snapshot_after: 5000,
+        snapshot_after_mib: 64,
+        unlock_key: None,
+        profile: ProfileArgument::Lan,
         allow_privileged: arguments.allow_privileged,
         registries: arguments.node.registries.clone(),
         container_network: None,

@@ -16,7 +16,7 @@ use warren_manager::{
     Policy, Vault,
     clock::{Environment, Timestamp},
     core::{Core, Founding, Seams, Settings},
-    liveness::{self, Health, Liveness},
+    liveness::{self, Liveness},
     pinning::Unasked,
     state::State,
 };
@@ -93,6 +93,8 @@ pub(crate) async fn run(hardware: Hardware, seed: u64, shared: Shared) -> turmoi
         id,
         address: name(id),
         snapshot_after: 100,
+        snapshot_after_bytes: 64 << 20,
+        profile: warren_raft::Profile::Lan,
         liveness: liveness::Timing { heartbeat: Duration::from_millis(500), ..liveness::Timing::default() },
         policy: Policy::default(),
         registries: Arc::new(Unasked),
@@ -130,7 +132,7 @@ pub(crate) async fn run(hardware: Hardware, seed: u64, shared: Shared) -> turmoi
 async fn hear(id: u64, state: watch::Receiver<State>, liveness: Liveness, shared: Shared) {
     loop {
         let nodes: Vec<_> = state.borrow().nodes().map(|node| node.id.clone()).collect();
-        let heard = nodes.iter().filter(|node| liveness.health(node) == Health::Ready);
+        let heard = nodes.iter().filter(|node| liveness.health(node).is_reachable());
         shared.hears(id, heard.map(ToString::to_string).collect());
         tokio::time::sleep(HEAR_PERIOD).await;
     }

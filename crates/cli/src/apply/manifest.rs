@@ -49,6 +49,8 @@ pub(super) struct ServiceSpec {
     health_check: Option<HealthCheck>,
     resources: Resources,
     restart_policy: Option<RestartPolicy>,
+    constraints: Vec<String>,
+    lost_after: Option<Duration>,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -521,6 +523,8 @@ impl ServiceSpec {
                 Some(EndpointMode::Dnsrr) | None => v1::EndpointMode::Dnsrr,
             }
             .into(),
+            constraints: self.constraints,
+            lost_after: self.lost_after.map(|after| after.0),
         })
     }
 }

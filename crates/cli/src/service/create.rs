@@ -175,6 +175,13 @@ pub(crate) struct Arguments {
     /// How long failures do not count, until a container has answered once.
     #[arg(long, value_name = "DURATION", value_parser = parse::duration, requires = "health")]
     health_start_period: Option<pbjson_types::Duration>,
+    /// Which nodes may run it, as node.labels.NAME==VALUE, node.hostname==NAME, node.id==ID or node.architecture==NAME, each
+    /// also with !=; may be repeated, and all must hold.
+    #[arg(long, value_name = "CONSTRAINT")]
+    constraint: Vec<String>,
+    /// How long a node must have been down before its containers are replaced elsewhere, like 5m; at once unless given.
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    lost_after: Option<pbjson_types::Duration>,
     /// When nodes ask the image's registry.
     #[arg(long, value_enum, default_value = "if-not-present")]
     pull: Pull,
@@ -269,6 +276,8 @@ fn spec(arguments: &Arguments) -> v1::ServiceSpec {
         }),
         ports: arguments.publish.clone(),
         endpoint_mode: endpoint_mode.into(),
+        constraints: arguments.constraint.clone(),
+        lost_after: arguments.lost_after,
     }
 }
 

@@ -1,0 +1,65 @@
+//! `warren events`
+
+use clap::Args;
+use warren_proto::v1;
+
+use crate::{
+    client::ClientArguments,
+    error::Error,
+    output::{self, Format, FormatArguments, say},
+};
+
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// Go on with what happens.
+    #[arg(long, short)]
+    follow: bool,
+    /// Only types that begin like this: service, node.down, container.failed; may be repeated.
+    #[arg(long = "type", value_name = "TYPE")]
+    types: Vec<String>,
+    /// Only what came after this revision.
+    #[arg(long, value_name = "REVISION", default_value_t = 0)]
+    since: u64,
+    #[command(flatten)]
+    format: FormatArguments,
+}
+
+pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Result<(), Error> {
+    let request = v1::StreamEventsRequest {
+        event_types: arguments.types,
+        follow: arguments.follow,
+        since_revision: arguments.since,
+    };
+    let mut events = client.events().await?.stream_events(request).await?.into_inner();
+    while let Some(response) = events.message().await? {
+        let event = response.event.unwrap_or_default();
+        match arguments.format.format {
+            // One a line: what follows an endless stream wants to read each as it comes.
+            Format::Json => say!("{}", serde_json::to_string(&event)?),
+            Format::Table => line(&event),
+        }
+    }
+    Ok(())
+}
+
+fn line(event: &v1::Event) {
+    let at = event.at.as_ref().map(output::time).unwrap_or_default();
+    let name = match (event.object_name.as_str(), event.object_id.as_str()) {
+        ("", id) => output::short(id),
+        (name, _) => name.to_owned(),
+    };
+    let by = match &event.actor {
+        None => String::new(),
+        Some(v1::Actor { id, role, address }) => {
+            let who = match (role.as_str(), id.as_str()) {
+                ("", _) => "a newcomer".to_owned(),
+                ("admin", id) => id.to_owned(),
+                (role, id) => format!("{role} {}", output::short(id)),
+            };
+            if address.is_empty() { format!("by {who}") } else { format!("by {who} at {address}") }
+        }
+    };
+    let words = [event.message.as_str(), by.as_str()];
+    let words = words.into_iter().filter(|words| !words.is_empty()).collect::<Vec<_>>().join("; ");
+    say!("{at}  {:22} {name:24} {words}", event.r#type);
+}
