@@ -1,9 +1,11 @@
 //! The harness of the end-to-end tests. Every test has its own containerd, directories, ports, cgroup and pins, and takes
 //! all of it away again, also when it fails.
 
+pub mod cluster;
 mod dns;
 mod inside;
 mod metrics;
+mod outside;
 mod process;
 mod registry;
 mod terminal;
@@ -14,6 +16,7 @@ mod world;
 pub use dns::{Answer, DnsServer, Transport, ask, ask_silently, script_that_asks};
 pub use inside::Inside;
 pub use metrics::{Metrics, Prometheus};
+pub use outside::{Outside, both_ready, start_second, two_nodes};
 pub use process::{Process, find, free_port, until, until_within};
 pub use registry::{Registry, RegistryOptions};
 pub use terminal::Terminal;

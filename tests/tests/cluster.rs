@@ -1,85 +1,12 @@
 //! Several managers: how they come together, and what their cluster survives.
 
-use std::{
-    path::PathBuf,
-    time::{Duration, Instant},
+use std::time::{Duration, Instant};
+
+use warren_tests::{
+    Output, WELL_BEHAVED, World,
+    cluster::{Manager, all_vote, leader, tokens},
+    image_name, until, until_within,
 };
-
-use serde_json::Value;
-use warren_tests::{Output, Process, WELL_BEHAVED, World, free_port, image_name, until, until_within};
-
-/// A manager of several.
-struct Manager {
-    name: String,
-    directory: PathBuf,
-    port: u16,
-    metrics_port: u16,
-    process: Option<Process>,
-}
-
-impl Manager {
-    fn new(world: &World, name: &str) -> Self {
-        let directory = world.path(name);
-        std::fs::create_dir(&directory).expect("writable");
-        Self { name: name.to_owned(), directory, port: free_port(), metrics_port: free_port(), process: None }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.directory.join("w.sock")
-    }
-
-    fn address(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
-    }
-
-    fn start(&mut self) {
-        let mut command = World::binary("warren-manager");
-        command
-            .arg("--data-dir")
-            .arg(self.directory.join("manager"))
-            .arg("--socket")
-            .arg(self.socket())
-            .args(["--listen-addr", &self.address(), "--snapshot-after", "100"])
-            .args(["--metrics-addr", &format!("127.0.0.1:{}", self.metrics_port)]);
-        self.process = Some(Process::start(&self.name, &mut command, &self.directory));
-    }
-
-    fn kill(&mut self) {
-        self.process.take().expect("it runs").kill();
-    }
-
-    fn warren(&self, arguments: &[&str]) -> Output {
-        let mut command = World::binary("warren");
-        World::run(command.args(["--manager", &format!("unix://{}", self.socket().display())]).args(arguments))
-    }
-
-    /// `warren cluster init` or `join`, for this manager's directory.
-    fn cluster(&self, arguments: &[&str]) -> Output {
-        let mut command = World::binary("warren");
-        World::run(command.arg("cluster").args(arguments).arg("--data-dir").arg(&self.directory))
-    }
-
-    fn info(&self) -> Option<Value> {
-        let shown = self.warren(&["cluster", "info", "--format", "json"]);
-        if shown.code == 0 { serde_json::from_str(&shown.stdout).ok() } else { None }
-    }
-
-    /// How many managers vote, as this one sees it.
-    fn voters(&self) -> usize {
-        let managers = self.info().and_then(|info| info["managers"].as_array().cloned()).unwrap_or_default();
-        managers.iter().filter(|manager| manager["voter"] == true).count()
-    }
-
-    fn id(&self) -> String {
-        self.info().expect("it answers")["managerId"].as_str().expect("an id").to_owned()
-    }
-}
-
-/// The tokens that founding printed: for managers, and for agents.
-fn tokens(printed: &str) -> (String, String) {
-    let mut found = printed.split_whitespace().filter(|word| word.starts_with("WRN-1-")).map(str::to_owned);
-    (found.next().expect("a manager's token"), found.next().expect("a worker's token"))
-}
 
 /// Three managers that have found each other; the worker's token.
 fn three(world: &World) -> (Vec<Manager>, String) {
@@ -87,7 +14,7 @@ fn three(world: &World) -> (Vec<Manager>, String) {
     // The first was running before there was a cluster, the second joins before it runs, the third waits too.
     managers[0].start();
     until("it says that it waits", || {
-        let (status, body) = world.get(managers[0].metrics_port, "/ready")?;
+        let (status, body) = world.get(managers[0].metrics_port(), "/ready")?;
         (status == 503 && body.contains("in no cluster yet")).then_some(())
     });
     assert!(managers[0].warren(&["cluster", "info"]).failed(4).contains("no manager answers"));
@@ -98,22 +25,8 @@ fn three(world: &World) -> (Vec<Manager>, String) {
     managers[1].start();
     managers[2].start();
     let _ = managers[2].cluster(&["join", "--token", &manager_token, &first]).succeeded();
-    for manager in &managers {
-        until("all three vote", || (manager.voters() == 3).then_some(()));
-    }
+    all_vote(&managers);
     (managers, worker_token)
-}
-
-/// Which of them leads, as the others see it too.
-fn leader(managers: &[Manager]) -> usize {
-    until("one leads", || {
-        let running = managers.iter().enumerate().filter(|(_, manager)| manager.process.is_some());
-        let seen: Vec<_> = running.map(|(at, manager)| (at, manager.info())).collect();
-        let (at, _) =
-            seen.iter().find(|(_, info)| info.as_ref().is_some_and(|info| info["leaderId"] == info["managerId"]))?;
-        let id = managers[*at].info()?["managerId"].clone();
-        seen.iter().all(|(_, info)| info.as_ref().is_some_and(|info| info["leaderId"] == id)).then_some(*at)
-    })
 }
 
 /// An agent that joins with a token, on containerd of the world.
@@ -130,20 +43,6 @@ fn create(manager: &Manager, name: &str, replicas: u32) -> Output {
     manager.warren(&[&arguments[..], &["--", "sh", "-c", WELL_BEHAVED]].concat())
 }
 
-fn running(manager: &Manager, service: &str) -> Vec<(String, u64)> {
-    let shown = manager.warren(&["service", "ps", service, "--format", "json"]);
-    let containers: Value = serde_json::from_str(&shown.stdout).unwrap_or_default();
-    let running = |container: &&Value| container["status"]["state"] == "CONTAINER_STATE_RUNNING";
-    let containers = containers.as_array().cloned().unwrap_or_default();
-    let mut found: Vec<_> = containers
-        .iter()
-        .filter(running)
-        .map(|c| (c["id"].as_str().unwrap_or_default().to_owned(), c["status"]["pid"].as_u64().unwrap_or(0)))
-        .collect();
-    found.sort();
-    found
-}
-
 #[test]
 fn three_managers_and_an_agent_survive_the_leader() {
     let mut world = World::with_containerd("three");
@@ -152,7 +51,7 @@ fn three_managers_and_an_agent_survive_the_leader() {
     start_agent(&mut world, &worker_token, &managers[followers[0]].address());
     // Any manager answers, a follower too.
     let _ = create(&managers[followers[0]], "web", 2).succeeded();
-    let before = running(&managers[followers[1]], "web");
+    let before = managers[followers[1]].running("web");
     assert_eq!(before.len(), 2, "{before:?}");
 
     let led = leader(&managers);
@@ -164,16 +63,13 @@ fn three_managers_and_an_agent_survive_the_leader() {
         (managers[other].warren(&["service", "scale", "web", "3"]).code == 0).then_some(())
     });
     eprintln!("the next write after the leader's death was acknowledged after {:?}", began.elapsed());
-    let after = until("a third runs", || Some(running(&managers[other], "web")).filter(|running| running.len() == 3));
+    let after = until("a third runs", || Some(managers[other].running("web")).filter(|running| running.len() == 3));
     assert!(before.iter().all(|container| after.contains(container)), "{before:?} became {after:?}");
 
     // It comes back and follows.
     managers[led].start();
-    until("it has caught up", || {
-        let info = managers[led].info()?;
-        (info["appliedIndex"] == info["lastLogIndex"] && info["leaderId"] != "0").then_some(())
-    });
-    assert_eq!(running(&managers[led], "web"), after);
+    until("it has caught up", || managers[led].has_caught_up().then_some(()));
+    assert_eq!(managers[led].running("web"), after);
     // All at once.
     for manager in &mut managers {
         manager.kill();
@@ -181,10 +77,10 @@ fn three_managers_and_an_agent_survive_the_leader() {
     for manager in &mut managers {
         manager.start();
     }
-    until("they answer again", || (running(&managers[0], "web") == after).then_some(()));
+    until("they answer again", || (managers[0].running("web") == after).then_some(()));
     let _ = create(&managers[1], "more", 1).succeeded();
     // What is the cluster's is counted once, what is a manager's by each.
-    let scraped: Vec<_> = managers.iter().map(|manager| world.metrics(manager.metrics_port)).collect();
+    let scraped: Vec<_> = managers.iter().map(|manager| world.metrics(manager.metrics_port())).collect();
     let sum = |metric: &str| scraped.iter().map(|metrics| metrics.sum(metric, &[])).sum::<f64>();
     assert_eq!((sum("warren_services_total"), sum("warren_raft_peers_total")), (2.0, 9.0));
     assert_eq!((sum("warren_raft_is_leader"), sum("warren_raft_quorum_ok")), (1.0, 3.0));
@@ -199,7 +95,7 @@ fn three_managers_and_an_agent_survive_the_leader() {
     assert!(managers[two].info().is_some(), "it still says what it knows");
     managers[one].start();
     until("two of three decide", || (managers[two].warren(&["service", "scale", "web", "2"]).code == 0).then_some(()));
-    until("one of three went", || (running(&managers[two], "web").len() == 2).then_some(()));
+    until("one of three went", || (managers[two].running("web").len() == 2).then_some(()));
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Containers' addresses, the ways between them, and what is left of it all.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
-use warren_tests::{Inside, Output, Process, World, find, run, until};
+use warren_tests::{Inside, Output, Outside, World, both_ready, run, start_second, two_nodes, until};
 
 /// A web server that says where it is.
 const SERVER: &str =
@@ -128,75 +128,9 @@ fn a_virtual_address_leads_to_every_healthy_container() {
     assert_ne!(refused.0, 0);
 }
 
-/// A machine beyond the node: a network of its own, with one wire to it.
-struct Outside {
-    name: String,
-}
-
-impl Outside {
-    const HERE: &'static str = "192.0.2.1";
-    const THERE: &'static str = "192.0.2.2";
-
-    fn new(world: &World) -> Self {
-        let name = world.cgroup_parent().trim_start_matches('/').to_owned();
-        let ip = |arguments: &str| drop(run("ip", &arguments.split(' ').collect::<Vec<_>>()).succeeded());
-        ip(&format!("netns add {name}"));
-        ip(&format!("link add wire type veth peer name wire netns {name}"));
-        ip(&format!("addr add {}/24 dev wire", Self::HERE));
-        ip("link set wire up");
-        ip(&format!("-n {name} addr add {}/24 dev wire", Self::THERE));
-        ip(&format!("-n {name} link set wire up"));
-        ip(&format!("-n {name} link set lo up"));
-        Self { name }
-    }
-
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new("nsenter");
-        command.arg(format!("--net=/run/netns/{}", self.name)).arg(find(program));
-        command
-    }
-
-    fn fetch(&self, url: &str) -> String {
-        let mut command = self.command("busybox");
-        let output =
-            command.args(["timeout", "2", "busybox", "wget", "-q", "-O", "-", &format!("http://{url}/")]).output();
-        String::from_utf8_lossy(&output.expect("busybox").stdout).trim().to_owned()
-    }
-}
-
-impl Drop for Outside {
-    fn drop(&mut self) {
-        let _ = run("ip", &["netns", "del", &self.name]);
-    }
-}
-
 /// Runs a command in a container's network, whichever node it is on.
 fn fetch_inside(from: &Inside, url: &str) -> String {
     from.enter(&["busybox", "timeout", "2", "busybox", "wget", "-q", "-O", "-", &format!("http://{url}/")])
-}
-
-/// A world and the outside as two nodes of one cluster; the other node's agent.
-fn two_nodes(name: &str, options: &[&str]) -> (World, Outside, Process) {
-    let world = World::empty(name);
-    let other = Outside::new(&world);
-    let mut world = world.and_containerd();
-    world.start_manager();
-    world.start_agent(&[&["--advertise-addr", Outside::HERE], options].concat());
-    let second = start_second(&world, &other, options);
-    world.wait_ready();
-    both_ready(&world);
-    (world, other, second)
-}
-
-fn start_second(world: &World, other: &Outside, options: &[&str]) -> Process {
-    world.start_other_agent("node-2", &other.name, &[&["--advertise-addr", Outside::THERE], options].concat())
-}
-
-fn both_ready(world: &World) {
-    until("both nodes are ready", || {
-        let nodes = world.warren(&["node", "ls"]).succeeded();
-        (nodes.matches("ready").count() == 2).then_some(())
-    });
 }
 
 /// Containers of two nodes answer each other, under their own addresses and under their service's.

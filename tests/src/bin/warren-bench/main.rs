@@ -279,8 +279,13 @@ fn raft() {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
     let (one, many) = runtime.block_on(async {
-        let options =
-            Options { id: 1, address: "nowhere".to_owned(), profile: Profile::Lan, snapshot_after: 1_000_000 };
+        let options = Options {
+            id: 1,
+            address: "nowhere".to_owned(),
+            profile: Profile::Lan,
+            snapshot_after: 1_000_000,
+            snapshot_after_bytes: u64::MAX,
+        };
         let node = {
             let files = Arc::new(Files::new(directory.path().join("raft")));
             Node::start(&options, files, Box::new(Nothing), Arc::new(Disconnected), Arc::new(Unobserved)).await

@@ -1,0 +1,370 @@
+//! The care of a cluster's state: backup and restore, what becomes of it when a majority is lost, of a version before, and of
+//! damaged files; the authority's change, and locked managers.
+
+use std::{fs, path::Path, process::Stdio, time::Duration};
+
+use serde_json::Value;
+use warren_tests::{
+    WELL_BEHAVED, World,
+    cluster::{self, Manager, all_vote, leader},
+    image_name, run, until, until_within,
+};
+
+fn create(manager: &Manager, name: &str, replicas: u32, options: &[&str]) {
+    let replicas = replicas.to_string();
+    let arguments = ["service", "create", name, "--image", image_name(), "--replicas", &replicas];
+    let _ = manager.warren(&[&arguments[..], options, &["--", "sh", "-c", WELL_BEHAVED]].concat()).succeeded();
+}
+
+fn names(manager: &Manager) -> Vec<String> {
+    let listed = manager.warren(&["service", "ls", "--format", "json"]).succeeded();
+    let listed: Vec<Value> = serde_json::from_str(&listed).expect("a list");
+    listed.iter().map(|service| service["spec"]["name"].as_str().expect("a name").to_owned()).collect()
+}
+
+fn join(world: &World, token: &str, manager: &str) {
+    let mut join = World::binary("warren");
+    join.args(["cluster", "join", "--token", token, manager]).arg("--data-dir").arg(world.directory.path());
+    let _ = World::run(&mut join).succeeded();
+}
+
+/// A cluster of one manager.
+fn one(world: &World, name: &str) -> (Manager, String) {
+    let mut managers = [Manager::new(world, name)];
+    let worker_token = cluster::found(&mut managers);
+    let [manager] = managers;
+    (manager, worker_token)
+}
+
+#[test]
+fn a_cluster_begins_again_from_its_backup() {
+    let mut world = World::with_containerd("backup");
+    let (mut manager, worker_token) = one(&world, "m1");
+    join(&world, &worker_token, &manager.address());
+    world.start_agent(&[]);
+    let secret = world.path("secret");
+    fs::write(&secret, "what only containers read").expect("writable");
+    let _ = manager.warren(&["secret", "create", "key", &secret.display().to_string()]).succeeded();
+    create(&manager, "web", 2, &["--secret", "key", "--wait"]);
+    let before = manager.running("web");
+    assert_eq!(before.len(), 2);
+    let file = world.path("backup");
+    let made = manager.warren(&["cluster", "backup", &file.display().to_string()]).succeeded();
+    assert!(made.contains("bytes of cluster"), "{made}");
+    use std::os::unix::fs::PermissionsExt as _;
+    assert_eq!(fs::metadata(&file).expect("a file").permissions().mode() & 0o777, 0o600);
+    // What comes after it is not in it.
+    create(&manager, "late", 1, &["--wait"]);
+    assert_eq!(world.tasks().len(), 3);
+    let address = manager.address();
+    manager.kill();
+    fs::remove_dir_all(manager.directory.join("manager")).expect("there");
+
+    // Not a bit may be another, and none missing.
+    let bytes = fs::read(&file).expect("readable");
+    let wrong = world.path("wrong");
+    for (content, why) in [
+        (bytes[..bytes.len() - 1].to_vec(), "its checksum does not match"),
+        ([&bytes[..100], b"x", &bytes[101..]].concat(), "its checksum does not match"),
+        (b"nonsense".to_vec(), "it is cut off"),
+    ] {
+        fs::write(&wrong, content).expect("writable");
+        let refused = manager.cluster(&["restore", &wrong.display().to_string()]).failed(8);
+        assert!(refused.contains(why) && refused.contains(&wrong.display().to_string()), "{refused}");
+    }
+    let restored = manager.cluster(&["restore", &file.display().to_string(), "--advertise-addr", &address]).succeeded();
+    assert!(restored.contains("its only manager is 2"), "{restored}");
+    assert!(manager.cluster(&["restore", &file.display().to_string()]).failed(5).contains("is a manager's already"));
+    manager.start();
+    until("it leads", || manager.info().filter(|info| info["leaderId"] == "2"));
+    assert_eq!(names(&manager), ["web"]);
+    // The node finds it, keeps what is in the backup and removes what is not.
+    until_within(Duration::from_secs(60), "the later one is gone", || (world.tasks().len() == 2).then_some(()));
+    until("the others are known as before", || (manager.running("web") == before).then_some(()));
+    // Its secrets can be opened: another container gets it.
+    let _ = manager.warren(&["service", "scale", "web", "3"]).succeeded();
+    until("a third runs", || (manager.running("web").len() == 3).then_some(()));
+    let read = manager.warren(&["container", "exec", "web-3", "--", "cat", "/run/secrets/key"]);
+    assert_eq!(read.stdout, "what only containers read", "{}", read.stderr);
+    // Others join it, under numbers that nobody had.
+    let token = manager.warren(&["cluster", "token", "create", "--role", "manager"]).succeeded();
+    let mut second = Manager::new(&world, "m2");
+    let _ = second.cluster(&["join", "--token", token.trim(), &manager.address()]).succeeded();
+    second.start();
+    all_vote(&[manager, second]);
+}
+
+#[test]
+fn a_cluster_goes_on_with_what_one_manager_has() {
+    let mut world = World::with_containerd("recover");
+    let mut managers: Vec<_> = ["m1", "m2", "m3"].iter().map(|name| Manager::new(&world, name)).collect();
+    let worker_token = cluster::found(&mut managers);
+    let led = leader(&managers);
+    let (left, other) = ((led + 1) % 3, (led + 2) % 3);
+    join(&world, &worker_token, &managers[left].address());
+    world.start_agent(&[]);
+    create(&managers[left], "web", 2, &["--wait"]);
+    let before = managers[left].running("web");
+    until("the one that is left has it too", || managers[left].has_caught_up().then_some(()));
+    let running = managers[left].cluster(&["recover"]).failed(8);
+    assert!(running.contains("another manager uses it"), "{running}");
+    for at in [led, other] {
+        managers[at].kill();
+    }
+    assert_eq!(managers[left].warren(&["service", "ls"]).code, 4, "there is no majority");
+    managers[left].stop();
+
+    let looked = managers[left].cluster(&["recover"]).succeeded();
+    assert!(looked.contains("WARNING") && looked.contains("nothing was changed"), "{looked}");
+    assert!(!managers[left].directory.join("manager/raft.recovered").exists());
+    let done = managers[left].cluster(&["recover", "--force"]).succeeded();
+    assert!(done.contains("is the whole cluster now"), "{done}");
+    managers[left].start();
+    until("it leads alone", || (managers[left].voters() == 1 && managers[left].has_caught_up()).then_some(()));
+    assert_eq!(managers[left].running("web"), before);
+    until_within(Duration::from_secs(60), "the node is back", || {
+        let listed = managers[left].warren(&["node", "ls"]).stdout;
+        listed.contains("ready").then_some(())
+    });
+    let _ = managers[left].warren(&["service", "scale", "web", "3"]).succeeded();
+    until("a third runs", || (managers[left].running("web").len() == 3).then_some(()));
+    assert!(before.iter().all(|container| managers[left].running("web").contains(container)));
+    // One that was given up is not believed any more.
+    managers[other].start();
+    until("it is refused", || managers[other].log().contains("is not, or no longer, in this cluster").then_some(()));
+    assert_eq!(managers[left].voters(), 1);
+    // And a new one takes a number that nobody had.
+    let token = managers[left].warren(&["cluster", "token", "create", "--role", "manager"]).succeeded();
+    let mut fourth = Manager::new(&world, "m4");
+    let _ = fourth.cluster(&["join", "--token", token.trim(), &managers[left].address()]).succeeded();
+    fourth.start();
+    until("two vote", || (fourth.voters() == 2).then_some(()));
+    assert_eq!(fourth.id(), "4");
+}
+
+/// What the version before left: a snapshot and a log behind it, of a manager that was killed.
+const SCHEMA_3: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/manager-schema-3.tar.gz");
+
+#[test]
+fn what_the_version_before_wrote_is_read() {
+    let world = World::empty("upgrade");
+    let mut manager = Manager::new(&world, "m1");
+    let directory = manager.directory.display().to_string();
+    let _ = run("tar", &["-xzf", SCHEMA_3, "-C", &directory]).succeeded();
+    manager.start();
+    until("it leads", || manager.info().filter(|info| info["leaderId"] == "1"));
+    let mut expected: Vec<_> = (1..=16).filter(|number| *number != 12).map(|number| format!("svc-{number}")).collect();
+    expected.sort();
+    assert_eq!(names(&manager), expected);
+    let shown = manager.warren(&["service", "inspect", "svc-3", "--format", "json"]).succeeded();
+    let shown: Value = serde_json::from_str(&shown).expect("JSON");
+    assert_eq!(shown["spec"]["replicated"]["replicas"], "5");
+    assert!(manager.warren(&["secret", "ls"]).succeeded().contains("password"));
+    assert!(manager.warren(&["volume", "ls"]).succeeded().contains("data"));
+    // It goes on in its own words, and reads both after a restart.
+    create(&manager, "new", 0, &["--constraint", "node.labels.a==b"]);
+    manager.kill();
+    manager.start();
+    until("it leads again", || manager.info().filter(|info| info["leaderId"] == "1"));
+    assert!(names(&manager).contains(&"new".to_owned()));
+    let identity = fs::read_to_string(manager.directory.join("manager/manager.json")).expect("readable");
+    assert!(identity.contains("\"format\": 4"), "an older version must not use it any more: {identity}");
+}
+
+/// The files below a directory, with their sizes.
+fn files(directory: &Path) -> Vec<std::path::PathBuf> {
+    let entries = fs::read_dir(directory).expect("readable").flatten().map(|entry| entry.path());
+    entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn a_damaged_file_is_named() {
+    let world = World::empty("damaged");
+    let (mut manager, _) = one(&world, "m1");
+    manager.kill();
+    let mut manager = manager.with(&["--snapshot-after", "20"]);
+    manager.start();
+    until("it leads again", || manager.info().filter(|info| info["leaderId"] == "1"));
+    for number in 0..60 {
+        create(&manager, &format!("svc-{number}"), 0, &[]);
+    }
+    let data = manager.directory.join("manager");
+    until("there is a snapshot", || data.join("raft/snapshot/current.snapshot").exists().then_some(()));
+    manager.stop();
+    let kept = world.path("kept");
+    let _ = run("cp", &["-a", &data.display().to_string(), &kept.display().to_string()]).succeeded();
+    let mut tried = 0;
+    for file in files(&kept) {
+        let whole = fs::read(&file).expect("readable");
+        let relative = file.strip_prefix(&kept).expect("below").to_owned();
+        if whole.is_empty() {
+            continue;
+        }
+        // Another byte in its middle, and its end missing. A log's end may be missing: it was never acknowledged.
+        let mut other = whole.clone();
+        other[whole.len() / 2] ^= 0x55;
+        let mut damages = vec![other];
+        if !relative.starts_with("raft/log") {
+            damages.push(whole[..whole.len() / 2].to_vec());
+        }
+        for damaged in damages {
+            fs::remove_dir_all(&data).expect("there");
+            let _ = run("cp", &["-a", &kept.display().to_string(), &data.display().to_string()]).succeeded();
+            fs::write(data.join(&relative), &damaged).expect("writable");
+            let mut command = manager.command();
+            let output = World::run(command.stdin(Stdio::null()).env("RUST_BACKTRACE", "0"));
+            let said = format!("{}{}", output.stdout, output.stderr);
+            assert_eq!(output.code, 8, "{}: {said}", relative.display());
+            let last = output.stderr.trim_end().lines().last().unwrap_or_default().to_owned();
+            let part = match relative.components().nth(1).map(|part| part.as_os_str().to_string_lossy().into_owned()) {
+                Some(_) if relative.starts_with("raft") => data.join("raft").display().to_string(),
+                _ => data.join(&relative).display().to_string(),
+            };
+            assert!(last.contains(&part), "{} is not named: {said}", relative.display());
+            tried += 1;
+        }
+    }
+    assert!(tried >= 8, "only {tried}");
+}
+
+#[test]
+fn the_authority_is_replaced_while_everything_goes_on() {
+    let mut world = World::with_containerd("authority");
+    let mut managers: Vec<_> = ["m1", "m2", "m3"].iter().map(|name| Manager::new(&world, name)).collect();
+    let worker_token = cluster::found(&mut managers);
+    join(&world, &worker_token, &managers[0].address());
+    world.start_agent(&[]);
+    create(&managers[0], "web", 2, &["--wait"]);
+    let before = managers[0].running("web");
+    let identities = |managers: &[Manager]| {
+        let own = managers.iter().map(|manager| manager.directory.join("manager/identity/identity.pem"));
+        let all = own.chain([world.path("agent/identity/identity.pem")]);
+        all.map(|path| fs::read_to_string(path).expect("an identity")).collect::<Vec<_>>()
+    };
+    // The certificates behind one's own are the authorities.
+    let authorities = |identity: &str| identity.matches("BEGIN CERTIFICATE").count() - 1;
+    let old = identities(&managers);
+    let _ = managers[1].warren(&["cluster", "ca", "rotate"]).succeeded();
+    let again = managers[1].warren(&["cluster", "ca", "rotate"]);
+    assert!(again.code == 0 || again.stderr.contains("is being changed already"), "{}", again.stderr);
+    until_within(Duration::from_secs(60), "every member has followed", || {
+        let info = managers[0].info()?;
+        info["rotation"].is_null().then_some(())
+    });
+    until_within(Duration::from_secs(60), "nobody believes the old one", || {
+        let now = identities(&managers);
+        let done = now.iter().zip(&old).all(|(new, old)| {
+            let last = |identity: &str| identity.rsplit("-----BEGIN CERTIFICATE-----").next().map(str::to_owned);
+            authorities(new) == 1 && last(new) != last(old)
+        });
+        done.then_some(())
+    });
+    // Everybody still reaches everybody, also anew.
+    let _ = managers[2].warren(&["service", "scale", "web", "3"]).succeeded();
+    until("a third runs", || (managers[2].running("web").len() == 3).then_some(()));
+    assert!(before.iter().all(|container| managers[2].running("web").contains(container)));
+    for manager in &mut managers {
+        manager.kill();
+        manager.start();
+    }
+    until("they answer again", || (managers[0].running("web").len() == 3).then_some(()));
+    until_within(Duration::from_secs(60), "the node is in session", || {
+        managers[0].warren(&["node", "ls"]).stdout.contains("ready").then_some(())
+    });
+    // What was signed by the old one lets nobody in.
+    let refused = Manager::new(&world, "m4").cluster(&["join", "--token", &worker_token, &managers[0].address()]);
+    assert!(refused.stderr.contains("not of the cluster that the token is for"), "{}", refused.stderr);
+    let token = managers[0].warren(&["cluster", "token", "create", "--role", "manager"]).succeeded();
+    let mut fourth = Manager::new(&world, "m5");
+    let _ = fourth.cluster(&["join", "--token", token.trim(), &managers[0].address()]).succeeded();
+    fourth.start();
+    until("four vote", || (fourth.voters() == 4).then_some(()));
+}
+
+#[test]
+fn a_locked_manager_waits_for_its_key() {
+    let world = World::empty("locked");
+    let (mut manager, _) = one(&world, "m1");
+    let key_file = manager.directory.join("manager/secrets.key");
+    let open = fs::read_to_string(&key_file).expect("a key");
+    let printed = manager.warren(&["cluster", "autolock", "on"]).succeeded();
+    let key = printed.split_whitespace().find(|word| word.starts_with("WRNKEY-1-")).expect("a key").to_owned();
+    until("its key is locked", || (fs::read_to_string(&key_file).expect("a key") != open).then_some(()));
+    assert_eq!(manager.warren(&["cluster", "unlock-key"]).succeeded().trim(), key);
+    manager.kill();
+
+    manager.start();
+    let refused = until("it waits", || {
+        let asked = manager.warren(&["service", "ls"]);
+        asked.stderr.contains("is locked").then_some(asked)
+    });
+    assert!(refused.failed(4).contains("`warren cluster unlock`"));
+    let unlock = |key: &str| {
+        let mut command = manager.warren_command();
+        World::run(command.args(["cluster", "unlock"]).env("WARREN_UNLOCK_KEY", key))
+    };
+    assert!(unlock("WRNKEY-1-wrong").failed(6).contains("does not fit"));
+    let _ = unlock(&key).succeeded();
+    until("it leads", || manager.info().filter(|info| info["leaderId"] == "1"));
+    assert!(unlock(&key).failed(1).contains("not locked"));
+    // Another key: the old one is of no use.
+    let rotated = manager.warren(&["cluster", "unlock-key", "--rotate"]).succeeded().trim().to_owned();
+    assert_ne!(rotated, key);
+    // One that joins a locked cluster is locked too, once it knows.
+    let token = manager.warren(&["cluster", "token", "create", "--role", "manager"]).succeeded();
+    let mut second = Manager::new(&world, "m2");
+    let _ = second.cluster(&["join", "--token", token.trim(), &manager.address()]).succeeded();
+    second.start();
+    let key_of_second = second.directory.join("manager/secrets.key");
+    until("it is locked", || fs::read_to_string(&key_of_second).ok()?.contains("locked").then_some(()));
+    // A backup of it is of no use without the key either.
+    let file = world.path("backup").display().to_string();
+    let _ = manager.warren(&["cluster", "backup", &file]).succeeded();
+    let elsewhere = Manager::new(&world, "elsewhere");
+    assert!(elsewhere.cluster(&["restore", &file]).failed(6).contains("does not fit"));
+    let _ = elsewhere.cluster(&["restore", &file, "--unlock-key", &rotated]).succeeded();
+
+    manager.kill();
+    let mut command = manager.command();
+    command.env("WARREN_UNLOCK_KEY", &key);
+    assert!(World::run(&mut command).failed(8).contains("does not fit"));
+    let mut manager = manager.with(&["--unlock-key", &rotated]);
+    manager.start();
+    until("both vote", || (manager.voters() == 2).then_some(()));
+    let _ = manager.warren(&["cluster", "autolock", "off"]).succeeded();
+    until("its key is open", || fs::read_to_string(&key_file).ok()?.contains("open").then_some(()));
+    assert!(manager.warren(&["cluster", "unlock-key"]).failed(1).contains("not locked"));
+}
+
+#[test]
+fn a_manager_loses_its_vote_and_gets_it_back() {
+    let world = World::empty("voters");
+    let mut managers: Vec<_> = ["m1", "m2", "m3"].iter().map(|name| Manager::new(&world, name)).collect();
+    let _ = cluster::found(&mut managers);
+    let led = leader(&managers);
+    let other = (led + 1) % 3;
+    let id = managers[led].id();
+    // The one that leads hands over first.
+    let _ = managers[other].warren(&["node", "demote", &id]).succeeded();
+    until("two vote", || (managers[other].voters() == 2).then_some(()));
+    assert_ne!(leader(&managers), led);
+    create(&managers[led], "web", 0, &[]);
+    until("it follows all the same", || managers[led].has_caught_up().then_some(()));
+    // It stays so when it starts again.
+    managers[led].kill();
+    managers[led].start();
+    until("it follows again", || managers[led].has_caught_up().then_some(()));
+    create(&managers[led], "more", 0, &[]);
+    assert_eq!(managers[led].voters(), 2);
+    let _ = managers[led].warren(&["node", "promote", &id]).succeeded();
+    all_vote(&managers);
+    assert!(managers[other].warren(&["node", "demote", "9"]).failed(3).contains("there is no manager"));
+    let several = managers[other].warren(&["node", "demote", &hostname()]).failed(2);
+    assert!(several.contains("name one by its number"), "{several}");
+    let events = managers[other].warren(&["events", "--type", "manager"]).succeeded();
+    assert!(events.contains("manager.demoted") && events.contains("manager.promoted"), "{events}");
+}
+
+fn hostname() -> String {
+    run("uname", &["-n"]).succeeded().trim().to_owned()
+}
