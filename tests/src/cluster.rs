@@ -65,7 +65,9 @@ impl Manager {
         self.metrics_port
     }
 
-    fn socket(&self) -> PathBuf {
+    /// Its socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
         self.directory.join("w.sock")
     }
 

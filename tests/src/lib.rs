@@ -3,7 +3,9 @@
 
 pub mod cluster;
 mod dns;
+mod hosts;
 mod inside;
+mod load;
 mod metrics;
 mod outside;
 mod process;
@@ -14,7 +16,9 @@ mod watch;
 mod world;
 
 pub use dns::{Answer, DnsServer, Transport, ask, ask_silently, script_that_asks};
+pub use hosts::Hosts;
 pub use inside::Inside;
+pub use load::Load;
 pub use metrics::{Metrics, Prometheus};
 pub use outside::{Outside, both_ready, start_second, two_nodes};
 pub use process::{Process, find, free_port, until, until_within};

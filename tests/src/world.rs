@@ -2,7 +2,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -74,6 +74,9 @@ fn own_network() {
 pub fn run(program: &str, arguments: &[&str]) -> Output {
     Output::of(Command::new(find(program)).args(arguments))
 }
+
+/// How long a command may take.
+const RUN_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A machine of a test's own: containerd, and places for a manager and an agent.
 #[derive(Debug)]
@@ -414,15 +417,19 @@ impl World {
     /// Runs a daemon that is expected to fail at once; one that does not is killed.
     #[must_use]
     pub fn run(command: &mut Command) -> Output {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the command can be run");
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while child.try_wait().expect("a child").is_none() {
-            if Instant::now() > deadline {
-                let _ = child.kill();
+        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let child = child.expect("the command can be run");
+        let pid = Pid::from_child(&child);
+        let (done, ended) = std::sync::mpsc::channel::<()>();
+        let watchdog = std::thread::spawn(move || {
+            if let Err(std::sync::mpsc::RecvTimeoutError::Timeout) = ended.recv_timeout(RUN_PATIENCE) {
+                let _ = kill_process(pid, Signal::KILL);
             }
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        });
+        // Reads both while it waits: who fills a pipe that nobody reads never ends.
         let output = child.wait_with_output().expect("a child");
+        drop(done);
+        watchdog.join().expect("the watchdog does not panic");
         Output::from(&output)
     }
 

@@ -113,6 +113,8 @@ impl Networks {
 /// How long a stopping manager waits for its loops.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
 
+const HAND_OVER_LOOK: Duration = Duration::from_millis(10);
+
 /// A running manager that nobody can reach but through [`Core::routes`].
 #[derive(Debug)]
 pub struct Core {
@@ -240,6 +242,25 @@ impl Core {
     #[must_use]
     pub fn ready(&self) -> Checks {
         ready(&self.store)
+    }
+
+    /// Has another manager lead, if this one does and there is another: for one that is to stop, which would be missed for an
+    /// election otherwise.
+    pub async fn hand_over(&self) {
+        let raft = self.raft();
+        let status = raft.status();
+        let is_other = |member: &warren_raft::Member| member.voter && member.id != status.id;
+        if !status.is_leader || !status.members.iter().any(is_other) {
+            return;
+        }
+        if let Err(error) = raft.hand_over().await {
+            tracing::warn!(%error, "nobody else could be asked to lead");
+            return;
+        }
+        let end = tokio::time::Instant::now() + STOP_PATIENCE;
+        while raft.status().leader.is_none_or(|leader| leader == status.id) && tokio::time::Instant::now() < end {
+            tokio::time::sleep(HAND_OVER_LOOK).await;
+        }
     }
 
     /// Waits for its loops, which end with `shutdown`, and stops taking part in consensus.

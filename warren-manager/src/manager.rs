@@ -167,15 +167,16 @@ pub fn identity(data_dir: &Path) -> Identity {
     own_identity(data_dir::known_id(data_dir).unwrap_or_default())
 }
 
-/// Runs a manager until `shutdown` is cancelled; `started` is called once it serves.
+/// Runs a manager until `asked_to_stop` is cancelled; `started` is called once it serves.
 ///
 /// # Errors
 ///
 /// When it cannot start. What fails later is logged and shown by `/ready`.
-pub async fn run(options: Options, shutdown: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
+pub async fn run(options: Options, asked_to_stop: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
     let address = advertised(&options)?;
-    let Some(id) = own_id(&options, &shutdown).await? else { return Ok(()) };
-    let Some(vault) = shutdown.run_until_cancelled(open_vault(&options)).await.transpose()? else { return Ok(()) };
+    let shutdown = CancellationToken::new();
+    let Some(id) = own_id(&options, &asked_to_stop).await? else { return Ok(()) };
+    let Some(vault) = asked_to_stop.run_until_cancelled(open_vault(&options)).await.transpose()? else { return Ok(()) };
     // Addresses first: they are what a second manager on this machine would trip over, before it touches anything.
     let metrics_listener = endpoint::bind(options.metrics_addr).await?;
     let tcp = TcpListener::bind(options.listen_addr).await.map_err(listen_error(options.listen_addr))?;
@@ -247,7 +248,10 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     tracing::info!(api = %options.listen_addr, reached_at = address, metrics = %options.metrics_addr, "the manager serves");
     started();
 
-    shutdown.cancelled().await;
+    asked_to_stop.cancelled().await;
+    // While it still answers: who asks it is passed on to the next.
+    core.hand_over().await;
+    shutdown.cancel();
     tasks.close();
     // Streams like agents' sessions do not end by themselves.
     let _ = tokio::time::timeout(SHUTDOWN_PATIENCE, tasks.wait()).await;
