@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Runs of the simulation.
-const SEEDS: u64 = 20;
+const SEEDS: u64 = 200;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
