@@ -107,6 +107,12 @@ impl Load {
         self.written.lock().unwrap_or_else(PoisonError::into_inner).names.len()
     }
 
+    /// When the last of them was.
+    #[must_use]
+    pub fn last_acknowledged(&self) -> Option<Instant> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner).acknowledged_at.last().copied()
+    }
+
     /// Ends: the names that were acknowledged, and the longest time in which none was.
     ///
     /// # Panics

@@ -10,7 +10,7 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Only these: containers, hundred, network, names, packets, raft, memory.
+    /// Only these: containers, hundred, network, names, packets, raft, scale, failover, memory.
     sections: Vec<String>,
 }
 

@@ -2,9 +2,11 @@
 //!
 //! Run by `cargo xtask bench`, which builds everything optimised first.
 
+mod failover;
 mod hundred;
 mod names;
 mod network;
+mod scale;
 
 use std::{
     fs::File,
@@ -26,13 +28,15 @@ use warren_raft::{Disconnected, Files, Freeze, Node, Options, Profile, StateMach
 use warren_tests::{DnsServer, Transport, World, ask, image_name, until};
 
 fn main() {
-    const SECTIONS: [(&str, fn()); 7] = [
+    const SECTIONS: [(&str, fn()); 9] = [
         ("containers", containers),
         ("hundred", hundred::measure),
         ("network", network::measure),
         ("names", names::measure),
         ("packets", packets),
         ("raft", raft),
+        ("scale", scale::measure),
+        ("failover", failover::measure),
         ("memory", memory),
     ];
     let wanted: Vec<String> = std::env::args().skip(1).collect();
