@@ -97,7 +97,7 @@ impl Dispatcher {
         let mut directory = self.directory.clone();
         let mut position = None;
         let mut leads = self.leads.clone();
-        let mut believed = None;
+        let (mut believed, mut told) = (None, None);
         loop {
             let view = state.borrow_and_update().clone();
             if view.node(&node).is_none() {
@@ -105,7 +105,10 @@ impl Dispatcher {
                 let _ = to.send(Err(Status::not_found("this node was removed from the cluster"))).await;
                 return;
             }
-            if let Some(message) = assigned.next(&view, &node, |secret| self.open(secret))
+            let revision = view.assignments_revision(&node);
+            // A cluster's changes are mostly other nodes'.
+            if told.replace(revision) != Some(revision)
+                && let Some(message) = assigned.next(&view, &node, |secret| self.open(secret))
                 && to.send(Ok(wrap(manager_message::Message::Assignments(message)))).await.is_err()
             {
                 return;

@@ -12,7 +12,7 @@ use std::{
 
 use crate::{
     clock::Timestamp,
-    ids::{ContainerId, NodeId},
+    ids::{ContainerId, NodeId, ServiceId},
     liveness::{Health, Standing},
     state::{Availability, Change, Container, Desired, Mode, Node, RestartCondition, Service, State},
 };
@@ -65,13 +65,19 @@ pub struct Plan {
     pub create: Vec<Creation>,
     /// Other changes.
     pub changes: Vec<Change>,
-    /// When to look again, if nothing else happens before.
-    pub wake_at: Option<Timestamp>,
+    /// When to look at which services again, if nothing else happens before.
+    pub wakes: BTreeMap<ServiceId, Timestamp>,
 }
 
 impl Plan {
-    fn wake(&mut self, at: Timestamp) {
-        self.wake_at = Some(self.wake_at.map_or(at, |known| known.min(at)));
+    fn wake(&mut self, service: &Service, at: Timestamp) {
+        self.wakes.entry(service.id.clone()).and_modify(|known| *known = at.min(*known)).or_insert(at);
+    }
+
+    /// When to look again at the first of them.
+    #[must_use]
+    pub fn wake_at(&self) -> Option<Timestamp> {
+        self.wakes.values().min().copied()
     }
 
     fn remove(&mut self, container: &Container) {
@@ -97,7 +103,12 @@ struct Nodes<'a, F> {
     some_is_ready: bool,
 }
 
-impl<F: Fn(&NodeId) -> Standing> Nodes<'_, F> {
+impl<'a, F: Fn(&NodeId) -> Standing> Nodes<'a, F> {
+    fn new(state: &'a State, standing: F) -> Self {
+        let some_is_ready = state.nodes().any(|node| standing(&node.id).health == Health::Ready);
+        Self { state, standing, some_is_ready }
+    }
+
     fn is_reachable(&self, node: &NodeId) -> bool {
         (self.standing)(node).health.is_reachable()
     }
@@ -129,29 +140,56 @@ impl<F: Fn(&NodeId) -> Standing> Nodes<'_, F> {
 #[must_use]
 pub fn plan<S: Into<Standing>>(state: &State, standing: impl Fn(&NodeId) -> S, now: Timestamp) -> Plan {
     let mut plan = Plan::default();
-    let standing = |node: &NodeId| standing(node).into();
-    let some_is_ready = state.nodes().any(|node| standing(&node.id).health == Health::Ready);
-    let nodes = Nodes { state, standing, some_is_ready };
+    let nodes = Nodes::new(state, |node: &NodeId| standing(node).into());
     for service in state.services() {
-        let mut slots = BTreeMap::<(u32, Option<NodeId>), Slot>::new();
-        for container in state.containers_of(&service.id) {
-            let key = (container.slot, container.pinned.clone());
-            slots.entry(key).or_default().push(Arc::clone(container));
-        }
-        for slot in slots.values_mut() {
-            slot.sort_by(|a, b| (b.created_at, &b.id).cmp(&(a.created_at, &a.id)));
-        }
-        let wanted: Vec<(u32, Option<NodeId>)> = match service.spec.mode {
-            Mode::Replicated(replicas) => (1..=replicas).map(|slot| (slot, None)).collect(),
-            Mode::Global => {
-                let own = state.nodes().filter(|node| is_for(node, service));
-                own.map(|node| (0, Some(node.id.clone()))).collect()
-            }
-        };
-        service_slots(&mut plan, service, &slots, &wanted, &nodes, now);
+        plan_service(&mut plan, service, &nodes, now);
     }
-    orphans(&mut plan, state);
+    orphans(&mut plan, state.containers().filter(|container| state.service(&container.service).is_none()));
     plan
+}
+
+/// Decides what must change of these services, be they there or gone: what [`plan`] decides of them.
+#[must_use]
+pub fn plan_some<S: Into<Standing>>(
+    state: &State,
+    services: &BTreeSet<ServiceId>,
+    standing: impl Fn(&NodeId) -> S,
+    now: Timestamp,
+) -> Plan {
+    let mut plan = Plan::default();
+    let nodes = Nodes::new(state, |node: &NodeId| standing(node).into());
+    for id in services {
+        match state.service(id) {
+            Some(service) => plan_service(&mut plan, service, &nodes, now),
+            None => orphans(&mut plan, state.containers_of(id)),
+        }
+    }
+    plan
+}
+
+fn plan_service(
+    plan: &mut Plan,
+    service: &Arc<Service>,
+    nodes: &Nodes<'_, impl Fn(&NodeId) -> Standing>,
+    now: Timestamp,
+) {
+    let state = nodes.state;
+    let mut slots = BTreeMap::<(u32, Option<NodeId>), Slot>::new();
+    for container in state.containers_of(&service.id) {
+        let key = (container.slot, container.pinned.clone());
+        slots.entry(key).or_default().push(Arc::clone(container));
+    }
+    for slot in slots.values_mut() {
+        slot.sort_by(|a, b| (b.created_at, &b.id).cmp(&(a.created_at, &a.id)));
+    }
+    let wanted: Vec<(u32, Option<NodeId>)> = match service.spec.mode {
+        Mode::Replicated(replicas) => (1..=replicas).map(|slot| (slot, None)).collect(),
+        Mode::Global => {
+            let own = state.nodes().filter(|node| is_for(node, service));
+            own.map(|node| (0, Some(node.id.clone()))).collect()
+        }
+    };
+    service_slots(plan, service, &slots, &wanted, nodes, now);
 }
 
 fn service_slots(
@@ -177,7 +215,7 @@ fn service_slots(
             match nodes.lost(container, service) {
                 Ok(true) => plan.remove(container),
                 Ok(false) => {}
-                Err(left) => plan.wake(now.after(left)),
+                Err(left) => plan.wake(service, now.after(left)),
             }
         }
         // A global service's container on a node that is away changes when the node is back; nobody waits for it.
@@ -251,7 +289,7 @@ fn vacant(
         let delay = policy.delay.saturating_mul(1 << doublings).min(MAX_DELAY.max(policy.delay));
         let due = last.status.finished_at.unwrap_or(last.status.changed_at).after(delay);
         if due > now {
-            plan.wake(due);
+            plan.wake(service, due);
             return true;
         }
     }
@@ -285,8 +323,8 @@ fn tidy(plan: &mut Plan, slot: &Slot, keep: usize) {
 }
 
 /// Containers of services that are gone.
-fn orphans(plan: &mut Plan, state: &State) {
-    for container in state.containers().filter(|container| state.service(&container.service).is_none()) {
+fn orphans<'a>(plan: &mut Plan, containers: impl Iterator<Item = &'a Arc<Container>>) {
+    for container in containers {
         if container.status.state.is_terminal() || container.node.is_none() {
             plan.changes.push(Change::DeleteContainer { id: container.id.clone() });
         } else {

@@ -126,6 +126,9 @@ pub struct State {
     live: OrdMap<SlotKey, ContainerId>,
     /// Containers that are to run and that no node has yet.
     waiting: OrdSet<ContainerId>,
+    /// When what a node has last changed; and what nodes share, as secrets.
+    node_revisions: OrdMap<NodeId, u64>,
+    shared_revision: u64,
     history: Vector<(u64, ContainerChange)>,
     /// Changes up to here are not in the history.
     forgotten: u64,
@@ -323,6 +326,12 @@ impl State {
         self.nodes.get(id)
     }
 
+    /// When anything last changed that a node is told of what it is to run.
+    #[must_use]
+    pub fn assignments_revision(&self, node: &NodeId) -> u64 {
+        self.node_revisions.get(node).copied().unwrap_or(0).max(self.shared_revision)
+    }
+
     /// All containers, by id.
     pub fn containers(&self) -> impl Iterator<Item = &Arc<Container>> {
         self.containers.values()
@@ -380,9 +389,11 @@ impl State {
             && container.node.as_ref() != Some(node)
         {
             self.by_node.remove(&(node.clone(), id.clone()));
+            self.node_revisions.insert(node.clone(), self.revision);
         }
         if let Some(node) = &container.node {
             self.by_node.insert((node.clone(), id.clone()));
+            self.node_revisions.insert(node.clone(), self.revision);
         }
         self.by_service.insert((container.service.clone(), id.clone()));
         let key = slot_key(&container);
@@ -405,6 +416,7 @@ impl State {
         let Some(container) = self.containers.remove(id) else { return };
         if let Some(node) = &container.node {
             self.by_node.remove(&(node.clone(), id.clone()));
+            self.node_revisions.insert(node.clone(), self.revision);
         }
         self.by_service.remove(&(container.service.clone(), id.clone()));
         let key = slot_key(&container);
@@ -495,6 +507,7 @@ impl State {
         for container in stored.containers {
             state.put_container(Arc::unwrap_or_clone(container));
         }
+        state.shared_revision = state.revision;
         state.history.clear();
         state.forgotten = state.revision;
         Ok(state)

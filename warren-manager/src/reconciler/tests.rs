@@ -121,7 +121,7 @@ fn a_container_that_keeps_failing_is_replaced_later_and_later() {
         world.fail(&id);
         let plan = world.plan();
         assert!(plan.create.is_empty());
-        let due = plan.wake_at.expect("a time");
+        let due = plan.wake_at().expect("a time");
         delays.push((due.0 - world.now) / 1000);
         world.now = due.0;
         assert_eq!(world.cycle().create.len(), 1);
@@ -261,10 +261,10 @@ fn a_service_waits_for_its_node_as_long_as_it_says() {
     };
     let waits = plan_when_down_for(&world, 20);
     assert_eq!((waits.create.len(), waits.changes.len()), (0, 0), "{waits:?}");
-    assert_eq!(waits.wake_at, Some(Timestamp(world.now + 40_000)));
+    assert_eq!(waits.wake_at(), Some(Timestamp(world.now + 40_000)));
     let gives_up = plan_when_down_for(&world, 60);
     assert_eq!(gives_up.changes.len(), 1, "{gives_up:?}");
-    assert_eq!(gives_up.wake_at, None);
+    assert_eq!(gives_up.wake_at(), None);
 }
 
 #[test]

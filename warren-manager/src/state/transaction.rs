@@ -330,6 +330,13 @@ impl State {
     }
 
     fn change(&mut self, change: &Change) -> Result<(), Rejection> {
+        if let Change::PutSecret { .. }
+        | Change::DeleteSecret { .. }
+        | Change::CreateVolume(_)
+        | Change::DeleteVolume { .. } = change
+        {
+            self.shared_revision = self.revision;
+        }
         match change {
             Change::FoundCluster(cluster) => {
                 self.cluster.get_or_insert_with(|| Arc::new((**cluster).clone()));
@@ -432,6 +439,7 @@ impl State {
             Change::DeleteNode { id } => {
                 let node = self.nodes.remove(id).ok_or_else(|| Rejection::NotFound(format!("node {id}")))?;
                 self.subnets.taken.remove(&node.subnet_index);
+                self.node_revisions.remove(id);
                 if self.admitted.remove(id).is_some() {
                     self.departed.insert(id.clone());
                 }
@@ -691,6 +699,7 @@ impl State {
             volume.node = Some(node.clone());
             volume.version = self.revision;
             self.volumes.insert(volume.id.clone(), Arc::new(volume));
+            self.shared_revision = self.revision;
         }
         self.update(id, |container| {
             if container.status.state < ContainerState::Assigned && container.desired == Desired::Running {
