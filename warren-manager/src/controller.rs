@@ -161,7 +161,7 @@ impl Controller {
                 reconciler::plan(&state, standing, now)
             }
             Stale::Services(services) => {
-                services.iter().for_each(|id| drop(seen.due.remove(id)));
+                seen.due.retain(|id, _| !services.contains(id));
                 reconciler::plan_some(&state, &services, standing, now)
             }
         };
