@@ -307,14 +307,25 @@ impl Round {
         self.of_service.get(service).and_then(|counts| counts.get(&at)).copied().unwrap_or(0)
     }
 
-    fn give(&mut self, container: &Container, wanted: &Wanted, at: usize) {
+    /// Gives a container to a node; the orders by load and by service are the caller's to set right.
+    fn fill(&mut self, container: &Container, wanted: &Wanted, at: usize) {
         let candidate = &mut self.candidates[at];
-        self.order.remove(&(candidate.load(), at));
         candidate.take(wanted.reservations, wanted.has_address, &wanted.ports);
-        self.order.insert((candidate.load(), at));
         self.claims.take(&wanted.volumes, &candidate.node.id);
-        *self.of_service.entry(container.service.clone()).or_default().entry(at).or_default() += 1;
         self.plan.assignments.push((container.id.clone(), candidate.node.id.clone()));
+    }
+
+    /// A node's load was this and its service had so many containers fewer: the orders follow.
+    fn reorder(&mut self, service: &ServiceId, at: usize, load: (u64, u32), more: u32) {
+        self.order.remove(&(load, at));
+        self.order.insert((self.candidates[at].load(), at));
+        *self.of_service.entry(service.clone()).or_default().entry(at).or_default() += more;
+    }
+
+    fn give(&mut self, container: &Container, wanted: &Wanted, at: usize) {
+        let load = self.candidates[at].load();
+        self.fill(container, wanted, at);
+        self.reorder(&container.service, at, load, 1);
     }
 
     /// One that waits alone: the least loaded node without its service's containers, if there is one that will do.
@@ -341,20 +352,28 @@ impl Round {
         let service = &containers[0].service;
         let all = self.order.iter().map(|(load, at)| Reverse((self.count(service, *at), *load, *at)));
         let mut heap: BinaryHeap<_> = all.collect();
-        for (done, container) in containers.iter().enumerate() {
+        // The load that each node had before, and how many it got: the orders are set right once for all of them.
+        let mut filled = HashMap::<usize, ((u64, u32), u32)>::new();
+        let mut rest = containers;
+        while let Some((container, others)) = rest.split_first() {
             while let Some(Reverse((_, _, at))) = heap.peek()
                 && self.candidates[*at].refuses(wanted, &self.claims).is_some()
             {
                 heap.pop();
             }
-            let Some(mut top) = heap.peek_mut() else {
-                let rest: Vec<&Container> = containers[done..].iter().map(|container| &***container).collect();
-                self.refuse(&rest, wanted);
-                return;
-            };
-            let Reverse((count, _, at)) = *top;
-            self.give(container, wanted, at);
+            let Some(mut top) = heap.peek_mut() else { break };
+            let Reverse((count, load, at)) = *top;
+            filled.entry(at).or_insert((load, 0)).1 += 1;
+            self.fill(container, wanted, at);
             *top = Reverse((count + 1, self.candidates[at].load(), at));
+            rest = others;
+        }
+        for (at, (load, more)) in filled {
+            self.reorder(service, at, load, more);
+        }
+        if !rest.is_empty() {
+            let refused: Vec<&Container> = rest.iter().map(|container| &***container).collect();
+            self.refuse(&refused, wanted);
         }
     }
 
