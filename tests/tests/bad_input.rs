@@ -90,9 +90,11 @@ fn a_manager_that_cannot_start_says_why_and_changes_nothing() {
     // A data directory that a later version wrote.
     let identity = world.path("manager/manager.json");
     let kept = fs::read_to_string(&identity).expect("readable");
-    fs::write(&identity, kept.replace("\"format\": 3", "\"format\": 9")).expect("writable");
+    let mut later: serde_json::Value = serde_json::from_str(&kept).expect("JSON");
+    later["format"] = 9.into();
+    fs::write(&identity, later.to_string()).expect("writable");
     let version = World::run(&mut world.manager_command()).failed(8);
-    assert!(version.contains("has format 9, this version reads format 3"), "{version}");
+    assert!(version.contains("has format 9, this version reads 3 to 4"), "{version}");
     fs::write(&identity, kept).expect("writable");
 
     // A snapshot that is damaged is named, not guessed at.

@@ -46,6 +46,8 @@ const DISTINCT: u32 = 50_000;
 const SERVICES: usize = 1000;
 const IDLE_AGENTS: usize = 5000;
 const IDLE: Duration = Duration::from_secs(30);
+/// So long without a log entry and without a message to an agent, everybody knows everything.
+const QUIET: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(600);
 
 pub(crate) fn measure() {
@@ -187,8 +189,8 @@ async fn manager(directory: &Path, id: u64, here: &Here) -> Core {
     core
 }
 
-/// An agent without containers: it says at once that what it is to run runs.
-async fn agent(channel: Channel, number: usize, running: Arc<AtomicUsize>) {
+/// An agent without containers: it says at once that what it is to run runs. Counts what it is told.
+async fn agent(channel: Channel, number: usize, told: Arc<AtomicUsize>) {
     let about = node(number);
     let description = v1::NodeDescription {
         hostname: about.description.hostname.clone(),
@@ -209,6 +211,7 @@ async fn agent(channel: Channel, number: usize, running: Arc<AtomicUsize>) {
         tokio::select! {
             message = down.message() => {
                 let Ok(Some(message)) = message else { return };
+                told.fetch_add(1, Ordering::Relaxed);
                 match message.message {
                     Some(manager_message::Message::Assignments(assigned)) => {
                         let status = v1::ContainerStatus {
@@ -220,7 +223,6 @@ async fn agent(channel: Channel, number: usize, running: Arc<AtomicUsize>) {
                             .into_iter()
                             .map(|a| v1::ReportedStatus { container_id: a.container_id, status: Some(status.clone()) })
                             .collect();
-                        running.fetch_add(statuses.len(), Ordering::Relaxed);
                         let report = agent_message::Message::Status(v1::StatusReport { statuses });
                         if up.send(say(report)).await.is_err() {
                             return;
@@ -305,14 +307,14 @@ fn control_plane() {
         }
     });
     crate::until("the API is served", || socket.exists().then_some(()));
-    let running = Arc::new(AtomicUsize::new(0));
+    let told = Arc::new(AtomicUsize::new(0));
     let channels: Vec<_> = agents
         .block_on(async { (0..50).map(|_| Dialer::socket(&socket).expect("a path").lazy()).collect::<Vec<Channel>>() });
     let start = |range: std::ops::Range<usize>| {
         let sessions: Vec<_> = range
             .map(|number| {
                 let channel = channels[number % channels.len()].clone();
-                agents.spawn(agent(channel, number, Arc::clone(&running)))
+                agents.spawn(agent(channel, number, Arc::clone(&told)))
             })
             .collect();
         agents.block_on(wait("all nodes are there", || leader.state().nodes().count() >= sessions.len()));
@@ -360,7 +362,7 @@ fn control_plane() {
     );
     println!("  all reported as running                     {:8.1} s", run.as_secs_f64());
 
-    idle("1000 nodes with 100,000 containers", MANAGERS, leader);
+    idle("1000 nodes with 100,000 containers", MANAGERS, leader, &told);
     agents.block_on(async {
         let mut services = ServicesClient::new(channels[0].clone());
         for number in 0..SERVICES {
@@ -386,18 +388,20 @@ fn used_in(threads: &str, time: Duration) -> f64 {
     (processor_time(threads) - before).as_secs_f64() / began.elapsed().as_secs_f64()
 }
 
-fn idle(what: &str, threads: &str, leader: &Core) {
-    // What is still being written, and told to agents, is not idleness: it is over when no less is used than before.
+fn idle(what: &str, threads: &str, leader: &Core, told: &AtomicUsize) {
+    // What is still being written, or told to agents, is not idleness.
     let began = Instant::now();
-    let mut before = f64::INFINITY;
-    let settled = loop {
-        let index = leader.raft().status().last_log_index;
-        let used = used_in(threads, Duration::from_secs(3));
-        if (index == leader.raft().status().last_log_index && used >= before * 0.8) || began.elapsed() > PATIENCE {
-            break began.elapsed();
+    let state = || (leader.raft().status().last_log_index, told.load(Ordering::Relaxed));
+    let mut before = state();
+    let mut quiet_since = Instant::now();
+    while quiet_since.elapsed() < QUIET && began.elapsed() < PATIENCE {
+        std::thread::sleep(Duration::from_millis(100));
+        let now = state();
+        if now != before {
+            (before, quiet_since) = (now, Instant::now());
         }
-        before = used;
-    };
+    }
+    let settled = began.elapsed() - quiet_since.elapsed();
     let index = leader.raft().status().last_log_index;
     let used = used_in(threads, IDLE);
     let written = leader.raft().status().last_log_index - index;
@@ -425,18 +429,18 @@ fn idle_agents() {
         }
     });
     crate::until("the API is served", || socket.exists().then_some(()));
-    let running = Arc::new(AtomicUsize::new(0));
+    let told = Arc::new(AtomicUsize::new(0));
     agents.block_on(async {
         let channels: Vec<Channel> = (0..50).map(|_| Dialer::socket(&socket).expect("a path").lazy()).collect();
         for number in 0..IDLE_AGENTS {
-            tokio::spawn(agent(channels[number % channels.len()].clone(), number, Arc::clone(&running)));
+            tokio::spawn(agent(channels[number % channels.len()].clone(), number, Arc::clone(&told)));
         }
         wait("all nodes are there", || core.state().nodes().count() == IDLE_AGENTS).await;
     });
     println!(
         "{IDLE_AGENTS} agents in session with one manager, heartbeats only (goal: no log entry, below 10 % of a core)"
     );
-    idle("5000 nodes without containers", ONE_MANAGER, &core);
+    idle("5000 nodes without containers", ONE_MANAGER, &core, &told);
     println!();
     agents.shutdown_background();
     managers.shutdown_background();
