@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::{
     build_ebpf,
-    run::{cargo, step},
+    run::{cargo, step, target},
     setup,
 };
 
@@ -19,20 +19,5 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     build_ebpf::run()?;
     // Not --quiet: the first optimised build takes minutes.
     step("building everything optimised", cargo().args(["build", "--locked", "--workspace", "--release"]))?;
-    step(
-        "measuring",
-        cargo()
-            .args([
-                "run",
-                "--quiet",
-                "--locked",
-                "--release",
-                "--package",
-                "warren-tests",
-                "--bin",
-                "warren-bench",
-                "--",
-            ])
-            .args(&arguments.sections),
-    )
+    step("measuring", std::process::Command::new(target().join("release/warren-bench")).args(&arguments.sections))
 }

@@ -18,7 +18,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
-    step("building", cargo().args(["build", "--quiet", "--package", "warren-sim", "--locked"]))?;
+    step("building", cargo().args(["build", "--quiet", "--workspace", "--bin", "warren-sim", "--locked"]))?;
     let mut sim = std::process::Command::new(target().join("debug/warren-sim"));
     match arguments.seed {
         Some(seed) => sim.args(["--seed", &seed.to_string()]),

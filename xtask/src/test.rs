@@ -1,5 +1,7 @@
 //! Everything that must hold before a change lands.
 
+use std::fs;
+
 use anyhow::Result;
 
 use crate::{
@@ -64,20 +66,42 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         step("unit and property tests", cargo().args(exclude))?;
     }
     sim::run(sim::Arguments { seeds: SEEDS, first: 1, seed: None })?;
-    // One after the other: they share the kernel and two of them time things.
-    step(
-        "end-to-end tests",
-        cargo().args(["test", "--package", "warren-tests", "--locked", "--", "--test-threads", "1"]),
-    )?;
+    // One after the other: they share the kernel and two of them time things. Of the whole workspace, so that nothing is built with
+    // fewer features than before, and with that again.
+    let mut tests = cargo();
+    tests.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
+    for suite in suites()? {
+        tests.args(["--test", &suite]);
+    }
+    step("end-to-end tests", tests.args(["--", "--test-threads", "1"]))?;
     // The emulation is at odds with 6.12; see CONTRIBUTING.md.
     kernels::run(kernels::Arguments { versions: ["5.10", "6.1"].map(str::to_owned).into() })
+}
+
+/// The end-to-end tests' targets.
+fn suites() -> Result<Vec<String>> {
+    let mut suites = Vec::new();
+    for file in fs::read_dir(workspace().join("tests/tests"))? {
+        let path = file?.path();
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            suites.extend(path.file_stem().map(|name| name.to_string_lossy().into_owned()));
+        }
+    }
+    suites.sort();
+    Ok(suites)
 }
 
 #[cfg(test)]
 mod tests {
     use std::{collections::BTreeSet, fs};
 
-    use super::workspace;
+    use super::{suites, workspace};
+
+    #[test]
+    fn end_to_end_suites_are_found() {
+        let suites = suites().expect("readable");
+        assert!(suites.contains(&"up".to_owned()) && suites.contains(&"cluster".to_owned()), "{suites:?}");
+    }
 
     #[test]
     fn no_banned_crate_is_locked() {

@@ -208,7 +208,7 @@ fn strip(from: &Path, to: &Path) -> Result<()> {
 fn test_executable(suite: &str) -> Result<PathBuf> {
     println!("==> building the suite {suite}");
     let built = cargo()
-        .args(["test", "--no-run", "--quiet", "--locked", "--package", "warren-tests", "--test", suite])
+        .args(["test", "--no-run", "--quiet", "--locked", "--workspace", "--test", suite])
         .args(["--message-format", "json"])
         .stderr(Stdio::inherit())
         .output()?;
