@@ -2,11 +2,7 @@
 //! subnets. One task keeps it up for all sessions; each session asks what changed since it last asked, which costs what
 //! changed and not what there is.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use imbl::OrdMap;
 use tokio::sync::watch;
@@ -87,16 +83,19 @@ impl Directory {
                 self.touch(Key::Service(id));
             }
         }
-        let entries: BTreeMap<_, _> = new.nodes().map(|node| (node.id.clone(), node_entry(new, node))).collect();
-        let gone: Vec<_> = self.nodes.keys().filter(|id| !entries.contains_key(*id)).cloned().collect();
+        let gone: Vec<_> = self.nodes.keys().filter(|id| new.node(id).is_none()).cloned().collect();
         for id in gone {
             self.nodes.remove(&id);
             self.touch(Key::Node(id));
         }
-        for (id, entry) in entries {
-            if self.nodes.get(&id).is_none_or(|known| **known != entry) {
-                self.nodes.insert(id.clone(), Arc::new(entry));
-                self.touch(Key::Node(id));
+        for node in new.nodes() {
+            if old.node(&node.id).is_some_and(|known| Arc::ptr_eq(known, node)) {
+                continue;
+            }
+            let entry = node_entry(new, node);
+            if self.nodes.get(&node.id).is_none_or(|known| **known != entry) {
+                self.nodes.insert(node.id.clone(), Arc::new(entry));
+                self.touch(Key::Node(node.id.clone()));
             }
         }
         self.forget();
@@ -215,6 +214,8 @@ pub(super) fn keep(store: &Store) -> watch::Receiver<Directory> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use crate::{
         clock::Timestamp,
@@ -267,6 +268,10 @@ mod tests {
         let web = service("web", "web", 1);
         let begin = vec![put(web.clone()), put(service("db", "db", 1)), Change::PutNode(Box::new(node("n", 1, 1)))];
         assert_eq!(world.apply(begin), 3);
+        let mut moved = node("n", 1, 1);
+        moved.description.address = Some("192.0.2.7".parse().expect("an address"));
+        assert_eq!(world.apply(vec![Change::PutNode(Box::new(moved.clone()))]), 1);
+        assert_eq!(world.apply(vec![Change::PutNode(Box::new(moved))]), 0, "as it was");
         let made = vec![
             Change::CreateContainer(Box::new(container("c", &web, 1, 1))),
             Change::Assign { id: "c".into(), node: "n".into(), at: Timestamp(2) },
