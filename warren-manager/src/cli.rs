@@ -17,11 +17,11 @@ pub const FILE: &str = "manager.toml";
 /// How far apart managers are.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum ProfileArgument {
-    /// One site, disks of servers: elections begin after half a second.
+    /// One site, disks of servers: elections begin a second after the leader was heard last.
     Lan,
-    /// Several sites: after 2.5 seconds.
+    /// Several sites: after 3 seconds.
     Wan,
-    /// Slow or worn disks, like SD cards: after 5 seconds.
+    /// Slow or worn disks, like SD cards: after 7.5 seconds.
     Edge,
 }
 

@@ -217,7 +217,7 @@ fn raft_gauges(meters: &Meters, store: &Store, metrics: &Arc<ManagerMetrics>) {
 /// Whether writes can be made: a leader is known and, on the leader, a majority answered lately.
 #[must_use]
 pub(crate) fn quorum_ok(status: &warren_raft::Status) -> bool {
-    /// Longer than any profile's election timeout.
+    /// As long as any profile waits before an election.
     const STALE: std::time::Duration = std::time::Duration::from_secs(10);
     status.failure.is_none()
         && status.leader.is_some()

@@ -5,7 +5,7 @@ use openraft::SnapshotPolicy;
 /// How far apart the managers are, and on what disks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Profile {
-    /// One site, disks of servers: failover in about a second.
+    /// One site, disks of servers: failover in 1 to 1.5 seconds.
     #[default]
     Lan,
     /// Several sites.
@@ -15,13 +15,14 @@ pub enum Profile {
 }
 
 impl Profile {
-    /// Heartbeat, and the shortest time without one before an election.
+    /// Heartbeat, and the shortest election timeout. A leader is followed for twice that timeout after its last heartbeat; who then
+    /// waits another, of once to twice its length, becomes a candidate: three to four of them after the leader has gone.
     fn times(self) -> (Duration, Duration) {
         let ms = Duration::from_millis;
         match self {
-            Self::Lan => (ms(100), ms(500)),
-            Self::Wan => (ms(500), ms(2500)),
-            Self::Edge => (ms(500), ms(5000)),
+            Self::Lan => (ms(100), ms(350)),
+            Self::Wan => (ms(350), ms(1000)),
+            Self::Edge => (ms(500), ms(2500)),
         }
     }
 }
