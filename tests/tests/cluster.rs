@@ -53,6 +53,10 @@ fn three_managers_and_an_agent_survive_the_leader() {
     let _ = create(&managers[followers[0]], "web", 2).succeeded();
     let before = managers[followers[1]].running("web");
     assert_eq!(before.len(), 2, "{before:?}");
+    let healthy = managers[followers[0]].warren(&["cluster", "health"]).succeeded();
+    for words in ["3 of 3 voters answer, 1 of them may fail", "1 of 1 are ready", "1 of 1 have all their containers"] {
+        assert!(healthy.contains(words), "{healthy}");
+    }
 
     let led = leader(&managers);
     managers[led].kill();
@@ -65,6 +69,12 @@ fn three_managers_and_an_agent_survive_the_leader() {
     eprintln!("the next write after the leader's death was acknowledged after {:?}", began.elapsed());
     let after = until("a third runs", || Some(managers[other].running("web")).filter(|running| running.len() == 3));
     assert!(before.iter().all(|container| after.contains(container)), "{before:?} became {after:?}");
+
+    let health = || managers[other].warren(&["cluster", "health"]);
+    let sick = until("it is noticed", || Some(health()).filter(|health| health.stdout.contains(" has not answered ")));
+    let voters = format!("2 of 3 voters answer, none of them may fail; manager {} ", led + 1);
+    assert!(sick.stdout.contains(&voters), "{sick:?}");
+    assert!(sick.failed(1).contains("not as it should be"));
 
     // It comes back and follows.
     managers[led].start();

@@ -4,6 +4,7 @@ mod cluster;
 mod containers;
 mod events;
 mod exec;
+mod health;
 mod layer;
 mod lock;
 mod logs;

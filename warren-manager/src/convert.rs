@@ -83,16 +83,22 @@ fn wire_spec(spec: &ServiceSpec) -> v1::ServiceSpec {
     }
 }
 
-/// A service with its containers counted.
+/// How many containers a service is to have.
 #[must_use]
-pub(crate) fn service(service: &Service, state: &State) -> v1::Service {
-    let desired = match service.spec.mode {
+pub(crate) fn desired(service: &Service, state: &State) -> u32 {
+    match service.spec.mode {
         Mode::Replicated(replicas) => replicas,
         Mode::Global => {
             let nodes = state.nodes().filter(|node| reconciler::is_for(node, service));
             u32::try_from(nodes.count()).unwrap_or(u32::MAX)
         }
-    };
+    }
+}
+
+/// A service with its containers counted.
+#[must_use]
+pub(crate) fn service(service: &Service, state: &State) -> v1::Service {
+    let desired = desired(service, state);
     let running = state
         .containers_of(&service.id)
         .filter(|container| container.status.state == ContainerState::Running && container.desired == Desired::Running)

@@ -42,6 +42,11 @@ pub(crate) enum Command {
         #[command(flatten)]
         format: FormatArguments,
     },
+    /// Says whether managers, nodes and services are as they should be; ends with exit code 1 if they are not.
+    Health {
+        #[command(flatten)]
+        format: FormatArguments,
+    },
     /// Takes a manager out of the cluster, for good. One that leads hands over first.
     Rm {
         /// Its number, as `warren cluster info` shows it.
@@ -188,6 +193,7 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         Command::Init { place } => init(&place),
         Command::Join { token, address, place } => join(&token, &address, &place).await,
         Command::Info { format } => info(client, format.format).await,
+        Command::Health { format } => health(client, format.format).await,
         Command::Rm { id } => remove(client, id).await,
         Command::Backup { file } => backup(client, &file).await,
         Command::Restore { file, advertise_addr, unlock_key, place } => {
@@ -310,6 +316,19 @@ async fn info(client: &ClientArguments, format: Format) -> Result<(), Error> {
     });
     output::table(["MANAGER", "HOSTNAME", "ADDRESS", "ROLE", "BEHIND"], rows);
     Ok(())
+}
+
+async fn health(client: &ClientArguments, format: Format) -> Result<(), Error> {
+    let request = v1::GetClusterHealthRequest {};
+    let checks = client.cluster().await?.get_cluster_health(request).await?.into_inner().checks;
+    if let Format::Json = format {
+        output::json(&checks)?;
+    } else {
+        let words = |ok| if ok { "ok" } else { "not ok" }.to_owned();
+        let rows = checks.iter().map(|check| [check.name.clone(), words(check.ok), check.message.clone()]);
+        output::table(["CHECK", "STATUS", "MESSAGE"], rows);
+    }
+    if checks.iter().all(|check| check.ok) { Ok(()) } else { Err(Error::Unhealthy) }
 }
 
 /// A leader that hands over says so by being unavailable: its successor does the rest.

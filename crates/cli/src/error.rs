@@ -59,6 +59,8 @@ pub(crate) enum Error {
     SeveralManagers(String),
     #[error("managers are not locked: `warren cluster autolock on` locks them")]
     NotLocked,
+    #[error("the cluster is not as it should be")]
+    Unhealthy,
     #[error(transparent)]
     Backup(#[from] warren_manager::backup::Error),
     #[error(transparent)]
@@ -108,7 +110,7 @@ impl Error {
                 Code::PermissionDenied => 6,
                 _ => 1,
             },
-            Self::NotLocked => 1,
+            Self::NotLocked | Self::Unhealthy => 1,
             Self::NoSuchManager(_) => 3,
             Self::SeveralManagers(_) => 2,
             Self::Backup(backup::Error::Formation(formation::Error::Taken(_))) => 5,

@@ -74,6 +74,8 @@ pub struct Status {
     pub is_joint: bool,
     /// On the leader: entries that each other member has not acknowledged.
     pub lag: BTreeMap<u64, u64>,
+    /// On the leader: since each other member last answered, for those that did since it leads.
+    pub heard: BTreeMap<u64, Duration>,
     /// Why consensus has stopped here, if it has.
     pub failure: Option<String>,
 }
@@ -217,6 +219,7 @@ impl Node {
         let membership = metrics.membership_config.membership();
         let voters: Vec<u64> = membership.voter_ids().collect();
         let lag = metrics.replication.iter().flatten().filter(|(id, _)| **id != metrics.id);
+        let heard = metrics.heartbeat.iter().flatten().filter(|(id, _)| **id != metrics.id);
         Status {
             id: metrics.id,
             term: metrics.current_term,
@@ -237,6 +240,7 @@ impl Node {
             lag: lag
                 .map(|(id, acked)| (*id, last_log_index - acked.index().unwrap_or(0).min(last_log_index)))
                 .collect(),
+            heard: heard.filter_map(|(id, at)| Some((*id, at.as_ref()?.into_inner().elapsed()))).collect(),
             failure: metrics.running_state.err().map(|error| error.to_string()),
         }
     }

@@ -10,7 +10,7 @@ use warren_pki::{Authority, Identity, Role, Secret, Token};
 use warren_proto::v1::{self, cluster_server};
 use warren_telemetry::build;
 
-use super::{Context, Error};
+use super::{Context, Error, health};
 use crate::{
     backup,
     core::TOKEN_LIFETIME,
@@ -310,6 +310,17 @@ impl cluster_server::Cluster for Cluster {
             locked: state.cluster().is_some_and(|cluster| cluster.lock.is_some()),
             rotation: rotation(&state),
         }))
+    }
+
+    async fn get_cluster_health(
+        &self,
+        _request: Request<v1::GetClusterHealthRequest>,
+    ) -> Result<Response<v1::GetClusterHealthResponse>, Status> {
+        // Waits for a majority: without one there is nothing to say but that.
+        let state = self.0.store.read().await.map_err(super::status)?;
+        let status = self.0.store.raft().status();
+        let checks = health::checks(&status, &state, |node| self.0.liveness.health(node));
+        Ok(Response::new(v1::GetClusterHealthResponse { checks }))
     }
 
     async fn generate_join_token(
