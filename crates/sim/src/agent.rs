@@ -21,6 +21,8 @@ use crate::{network, shared::Shared};
 pub(crate) struct Container {
     /// Which service's, and which of its slots.
     pub(crate) slot: (String, u32),
+    /// The service's name.
+    name: String,
     pub(crate) state: ContainerState,
     stopping: bool,
 }
@@ -84,6 +86,12 @@ impl Agent {
         running.map(|(id, container)| (container.slot.clone(), id.clone())).collect()
     }
 
+    /// The services that its containers with a process are of, by name.
+    pub(crate) fn services(&self) -> Vec<String> {
+        let inner = self.inner();
+        inner.containers.values().filter(|container| container.runs()).map(|container| container.name.clone()).collect()
+    }
+
     /// The manager it is in a session with, and since when it has had all that it is to run.
     pub(crate) fn settled(&self) -> Option<(String, Duration)> {
         self.inner().settled.clone()
@@ -123,11 +131,16 @@ impl Agent {
             let id = assignment.container_id.clone();
             let runs = assignment.desired_state() == ContainerState::Running;
             let known = self.inner().containers.get(&id).cloned();
+            let new = |state, stopping| Container {
+                slot: (assignment.service_id.clone(), assignment.slot),
+                name: assignment.service_name.clone(),
+                state,
+                stopping,
+            };
             match (runs, known) {
-                (true, None) => self.start(id, (assignment.service_id, assignment.slot)),
+                (true, None) => self.start(id, new(ContainerState::Starting, false)),
                 (false, None) => {
-                    let slot = (assignment.service_id, assignment.slot);
-                    let container = Container { slot, state: ContainerState::Shutdown, stopping: true };
+                    let container = new(ContainerState::Shutdown, true);
                     let mut inner = self.inner();
                     inner.containers.insert(id.clone(), container);
                     inner.unsent.push(id);
@@ -145,8 +158,7 @@ impl Agent {
         self.inner().containers.remove(id);
     }
 
-    fn start(&self, id: String, slot: (String, u32)) {
-        let container = Container { slot, state: ContainerState::Starting, stopping: false };
+    fn start(&self, id: String, container: Container) {
         self.inner().containers.insert(id.clone(), container);
         let (agent, takes) = (self.clone(), Duration::from_millis(self.roll(5..200)));
         let fails = self.roll(0..50) == 0;

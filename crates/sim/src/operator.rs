@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng, seq::SliceRandom as _};
 use tonic::{Code, Status};
-use warren_proto::v1::{self, service_spec::Mode, services_client::ServicesClient};
+use warren_proto::v1::{self, service_spec::Mode, services_client::ServicesClient, volumes_client::VolumesClient};
 
 use crate::{
     history::{Call, Operation, Outcome},
@@ -12,17 +12,74 @@ use crate::{
     shared::Shared,
 };
 
-/// Services that operators quarrel about.
+/// Services that operators quarrel about, by name. Some have a port of their nodes each, and some an exclusive volume.
 const SERVICES: usize = 12;
+const WITH_PORT: std::ops::Range<usize> = 0..3;
+const WITH_VOLUME: std::ops::Range<usize> = 3..6;
 /// After this an operator no longer knows what became of a call.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+fn number(name: &str) -> Option<usize> {
+    name.strip_prefix("svc-")?.parse().ok()
+}
+
+/// The port of its node that a container of this service has.
+pub(crate) fn port(service: &str) -> Option<u32> {
+    number(service).filter(|number| WITH_PORT.contains(number)).map(|number| 8000 + number as u32)
+}
+
+/// The volume that a container of this service has to itself.
+pub(crate) fn volume(service: &str) -> Option<String> {
+    number(service).filter(|number| WITH_VOLUME.contains(number)).map(|number| format!("vol-{number}"))
+}
+
 fn spec(name: &str, replicas: u32) -> v1::ServiceSpec {
+    let published = |host_port| v1::Port {
+        container_port: 80,
+        host_port,
+        publish_mode: v1::PublishMode::Host.into(),
+        ..Default::default()
+    };
+    let mount = |source| v1::Mount {
+        r#type: v1::MountType::Volume.into(),
+        source,
+        target: "/data".to_owned(),
+        ..Default::default()
+    };
     v1::ServiceSpec {
         name: name.to_owned(),
         mode: Some(Mode::Replicated(v1::Replicated { replicas: replicas.into() })),
-        container: Some(v1::ContainerSpec { image: "demo".to_owned(), ..Default::default() }),
+        container: Some(v1::ContainerSpec {
+            image: "demo".to_owned(),
+            mounts: volume(name).map(mount).into_iter().collect(),
+            ..Default::default()
+        }),
+        ports: port(name).map(published).into_iter().collect(),
         ..Default::default()
+    }
+}
+
+/// Makes the volumes, which any node reaches.
+async fn create_volumes(shared: &Shared, dice: &mut SmallRng) {
+    let mut missing: Vec<String> = WITH_VOLUME.map(|number| format!("vol-{number}")).collect();
+    while let Some(name) = missing.last().filter(|_| !shared.is_calm()) {
+        let managers = shared.manager_names();
+        let manager = &managers[dice.random_range(0..managers.len())];
+        let options = [("type", "nfs"), ("device", ":/data"), ("o", "addr=192.0.2.1")];
+        let request = v1::CreateVolumeRequest {
+            name: name.clone(),
+            driver_options: options.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
+            exclusive: true,
+            ..Default::default()
+        };
+        let asked = async {
+            let channel = network::connect(manager).await.ok()?;
+            Some(VolumesClient::new(channel).create_volume(request).await.map_err(|status| status.code()))
+        };
+        match tokio::time::timeout(PATIENCE, asked).await {
+            Ok(Some(Ok(_) | Err(Code::AlreadyExists))) => drop(missing.pop()),
+            _ => tokio::time::sleep(Duration::from_millis(dice.random_range(20..200))).await,
+        }
     }
 }
 
@@ -36,14 +93,17 @@ fn replicas(service: Option<v1::Service>) -> Option<u32> {
 /// Works until the faults end.
 pub(crate) async fn run(number: u64, seed: u64, shared: Shared) -> turmoil::Result {
     let mut dice = SmallRng::seed_from_u64(seed ^ 0x0e7a ^ (number << 40));
+    create_volumes(&shared, &mut dice).await;
     while !shared.is_calm() {
         tokio::time::sleep(Duration::from_millis(dice.random_range(20..400))).await;
         let mut managers = shared.manager_names();
         managers.shuffle(&mut dice);
         let key = format!("svc-{}", dice.random_range(0..SERVICES));
+        // Of those that share a volume only one can run.
+        let most = if volume(&key).is_some() { 1 } else { 5 };
         let operation = match dice.random_range(0..10) {
-            0..3 => Operation::Create(dice.random_range(1..6)),
-            3..6 => Operation::Set(dice.random_range(1..6)),
+            0..3 => Operation::Create(dice.random_range(1..=most)),
+            3..6 => Operation::Set(dice.random_range(1..=most)),
             6 => Operation::Delete,
             _ => Operation::Read,
         };

@@ -140,6 +140,7 @@ impl World<'_> {
     }
 
     fn check(&mut self) -> Result<(), String> {
+        self.check_exclusive()?;
         let managers = self.shared.managers();
         let mut current = None;
         for (id, running) in &managers {
@@ -176,6 +177,22 @@ impl World<'_> {
             }
         }
         self.check_slots(leader)
+    }
+
+    /// No two containers have the same port of a node, nor the same exclusive volume, whoever knows of them.
+    fn check_exclusive(&self) -> Result<(), String> {
+        let mut held = BTreeMap::new();
+        for agent in &self.agents {
+            for service in agent.services() {
+                let port = operator::port(&service).map(|port| format!("port {port} of {}", agent.id));
+                for what in port.into_iter().chain(operator::volume(&service)) {
+                    if let Some(other) = held.insert(what.clone(), &agent.id) {
+                        return Err(format!("two containers hold {what}, on {other} and {}", agent.id));
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// No two containers have the same slot on nodes that the leader reaches.
