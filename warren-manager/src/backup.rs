@@ -7,14 +7,15 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 use warren_pki::{Authority, Credentials, Identity, Request, Role};
 use warren_raft::offline::{self, Reach};
 
 use crate::{
     clock::Timestamp,
-    data_dir,
-    formation::{self, CERTIFICATE_LIFETIME, IDENTITY, RAFT},
+    data_dir::{self, RAFT},
+    formation::{self, CERTIFICATE_LIFETIME, IDENTITY},
     state::{Actor, Change, Machine, Manager, Origin, State, Transaction},
     vault::{self, KeptKey, UnlockKey, Vault},
 };
@@ -120,6 +121,9 @@ fn read(file: &Path) -> Result<(About, State), Error> {
     decode(&bytes).map_err(unusable)
 }
 
+/// So many managers may have joined since a backup was made.
+const NUMBERS_SKIPPED: u64 = 100;
+
 /// Has a state go on with one manager: others are no longer in the cluster.
 fn go_on_with(state: &mut State, manager: Manager, by: &str) -> u64 {
     let others: Vec<u64> = state.managers().map(|known| known.id).filter(|id| *id != manager.id).collect();
@@ -162,6 +166,9 @@ pub fn restore(
     let cluster = state.cluster().cloned().ok_or(Error::NoAuthority)?;
     let sealed = cluster.authority.as_ref().ok_or(Error::NoAuthority)?;
     let authority = Authority::from_pem(&sealed.certificate, &vault.open_authority(&cluster.id, &sealed.key)?)?;
+    // What the cluster has done since the backup nobody knows: its tokens may have been revoked, and the next numbers used.
+    state.forget_tokens();
+    state.skip_managers(NUMBERS_SKIPPED);
     let id = state.next_manager();
     let manager = Manager { id, hostname: hostname.to_owned(), created_at: now(), voter: true };
     let index = go_on_with(&mut state, manager, "cluster restore");
@@ -172,12 +179,19 @@ pub fn restore(
     let authorities = cluster.authorities();
     Credentials::create(&directory.join(IDENTITY), &request.key_pem(), &certificate, &authorities)?;
     vault.keep(directory, unlock_key(&state, &vault)?.as_ref())?;
-    let path = directory.join(RAFT);
+    let (path, made) = (directory.join(RAFT), directory.join("raft.restored"));
     // What a restore that was cut short left is nobody's.
-    let raft = remove(&path).and_then(|()| offline::begin(&path, id, address, &state.to_bytes()?, 1, index));
-    raft.map_err(|source| Error::Raft { path, source })?;
+    let begun = remove(&made).and_then(|()| offline::begin(&made, id, address, &state.to_bytes()?, 1, index));
+    begun.and_then(|()| fs::rename(&made, &path)).map_err(|source| Error::Raft { path, source })?;
     data_dir::settle(directory, id)?;
     Ok((about, id))
+}
+
+fn set_aside(path: &Path, elsewhere: &Path) -> io::Result<()> {
+    match fs::rename(path, elsewhere) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 fn remove(path: &Path) -> io::Result<()> {
@@ -227,12 +241,16 @@ impl Survivor {
         let (made, before) =
             (directory.join("raft.recovered"), directory.join(format!("raft.before-recovery-{}", at.0)));
         let failed = |source| Error::Raft { path: path.clone(), source };
-        let begun = remove(&made).and_then(|()| {
+        // What a recovery that was cut short left may be all that there was.
+        let left = set_aside(&made, &directory.join(format!("raft.left-over-{}", at.0)));
+        let begun = left.and_then(|()| {
             let index = self.reach.last_index.max(self.state.revision()) + 1;
             offline::begin(&made, self.id, &address, &self.state.to_bytes()?, self.reach.term, index)
         });
         begun.map_err(failed)?;
-        fs::rename(&path, &before).and_then(|()| fs::rename(&made, &path)).map_err(failed)?;
+        // At no time is there no log, which a manager that is started would take for its having none.
+        let exchanged = renameat_with(CWD, &made, CWD, &path, RenameFlags::EXCHANGE).map_err(io::Error::from);
+        exchanged.and_then(|()| fs::rename(&made, &before)).map_err(failed)?;
         fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)?;
         Ok(before)
     }

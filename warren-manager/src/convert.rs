@@ -1,6 +1,6 @@
 //! Between the wire's messages and the state's types.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use warren_proto::v1;
 
@@ -89,8 +89,15 @@ pub(crate) fn desired(service: &Service, state: &State) -> u32 {
     match service.spec.mode {
         Mode::Replicated(replicas) => replicas,
         Mode::Global => {
-            let nodes = state.nodes().filter(|node| reconciler::is_for(node, service));
-            u32::try_from(nodes.count()).unwrap_or(u32::MAX)
+            // A cordoned node keeps what it has, and is missed by nobody if it has none.
+            let has = |node: &Node| {
+                let mut own = state.containers_on(&node.id).filter(|container| container.service == service.id);
+                own.any(|container| container.desired == Desired::Running && !container.status.state.is_terminal())
+            };
+            let wanted = |node: &&Arc<Node>| {
+                reconciler::is_for(node, service) && (node.availability == Availability::Active || has(node))
+            };
+            u32::try_from(state.nodes().filter(wanted).count()).unwrap_or(u32::MAX)
         }
     }
 }

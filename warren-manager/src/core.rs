@@ -349,9 +349,17 @@ async fn keep_members(store: Store, own: u64) {
             let is_demoted = |member: &&warren_raft::Member| {
                 member.voter && member.id != status.id && state.manager(member.id).is_some_and(|manager| !manager.voter)
             };
-            match status.members.iter().find(is_demoted) {
-                Some(member) => raft.demote(member.id).await,
-                None => Ok(()),
+            let is_promoted = |member: &&warren_raft::Member| {
+                !member.voter
+                    && status.answers(member.id)
+                    && state.manager(member.id).is_some_and(|manager| manager.voter)
+            };
+            if let Some(member) = status.members.iter().find(is_demoted) {
+                raft.demote(member.id).await
+            } else if let Some(member) = status.members.iter().find(is_promoted) {
+                raft.add_voter(member.id, &member.address).await
+            } else {
+                Ok(())
             }
         } else {
             Ok(())

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 const FORMAT: u32 = 4;
 const OLDEST_FORMAT: u32 = 3;
 const FILE: &str = "manager.json";
+/// Holds the log and its snapshots.
+pub(crate) const RAFT: &str = "raft";
 
 /// Why the directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -47,10 +49,14 @@ pub enum Error {
 
 /// What the file says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Identity {
     format: u32,
     /// This manager's id in consensus.
     pub id: u64,
+    /// Whether it has had a log.
+    #[serde(default)]
+    pub has_log: bool,
 }
 
 /// Just the format: all that versions must agree on.
@@ -77,11 +83,18 @@ pub(crate) fn open(directory: &Path) -> Result<Option<Identity>, Error> {
             let identity: Identity = serde_json::from_slice(&bytes).map_err(damaged)?;
             if format != FORMAT {
                 // What is written from now on, an older version must not take for its own.
-                settle(directory, identity.id)?;
+                write(directory, &Identity { format: FORMAT, ..identity.clone() })?;
             }
             Ok(Some(identity))
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::exists(directory.join(RAFT)) {
+            Ok(true) => {
+                let why = format!("it is missing, and {RAFT} beside it is somebody's: move both away");
+                Err(Error::Damaged { path, why })
+            }
+            Ok(false) => Ok(None),
+            Err(error) => Err(io_error(error)),
+        },
         Err(error) => Err(io_error(error)),
     }
 }
@@ -110,8 +123,21 @@ pub(crate) fn prepare(directory: &Path) -> Result<(), Error> {
 ///
 /// When it cannot be written.
 pub(crate) fn settle(directory: &Path, id: u64) -> Result<(), Error> {
+    write(directory, &Identity { format: FORMAT, id, has_log: false })
+}
+
+/// Notes that the directory's manager has a log from now on: that it has none is damage.
+///
+/// # Errors
+///
+/// When it cannot be written.
+pub(crate) fn has_log(directory: &Path, id: u64) -> Result<(), Error> {
+    write(directory, &Identity { format: FORMAT, id, has_log: true })
+}
+
+fn write(directory: &Path, identity: &Identity) -> Result<(), Error> {
     let failed = |source| Error::Io { directory: directory.to_owned(), source };
-    let identity = serde_json::to_vec_pretty(&Identity { format: FORMAT, id }).map_err(|error| failed(error.into()))?;
+    let identity = serde_json::to_vec_pretty(identity).map_err(|error| failed(error.into()))?;
     warren_durable::replace(&directory.join(FILE), &identity).map_err(failed)
 }
 

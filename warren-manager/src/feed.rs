@@ -41,6 +41,8 @@ pub(crate) struct Feed {
     metrics: Arc<ManagerMetrics>,
     leads: watch::Receiver<bool>,
     inner: Arc<Mutex<Inner>>,
+    /// Whether what is remembered is of this manager's leading.
+    begun: watch::Sender<bool>,
 }
 
 /// Where the feed is in the state.
@@ -172,7 +174,7 @@ impl Feed {
     ) -> Self {
         let (news, _) = broadcast::channel(QUEUE);
         let inner = Inner { remembered: VecDeque::new(), news };
-        Self { store, liveness, metrics, leads, inner: Arc::new(Mutex::new(inner)) }
+        Self { store, liveness, metrics, leads, inner: Arc::new(Mutex::new(inner)), begun: watch::Sender::new(false) }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -180,8 +182,10 @@ impl Feed {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is remembered, and what comes after it.
-    pub(crate) fn follow(&self) -> (Vec<Arc<v1::Event>>, broadcast::Receiver<Arc<v1::Event>>) {
+    /// What is remembered, and what comes after it. Waits until this manager leads.
+    pub(crate) async fn follow(&self) -> (Vec<Arc<v1::Event>>, broadcast::Receiver<Arc<v1::Event>>) {
+        // The sender is this value's own.
+        let _ = self.begun.subscribe().wait_for(|begun| *begun).await;
         let inner = self.inner();
         (inner.remembered.iter().cloned().collect(), inner.news.subscribe())
     }
@@ -217,6 +221,7 @@ impl Feed {
             let mut position = Position::of(&view, &self.liveness);
             // What its predecessors saw of containers and nodes is gone; what was changed is in the state.
             self.inner().remembered = view.events().map(|event| Arc::new(told(event))).collect();
+            self.begun.send_replace(true);
             loop {
                 tokio::select! {
                     changed = state.changed() => if changed.is_err() { return },
@@ -224,6 +229,7 @@ impl Feed {
                     () = tokio::time::sleep(LOOK) => {}
                 }
                 if !*leads.borrow_and_update() {
+                    self.begun.send_replace(false);
                     break;
                 }
                 let view = state.borrow_and_update().clone();

@@ -23,7 +23,6 @@ use crate::{
 /// Where a member's key and certificate are, below its data directory.
 pub const IDENTITY: &str = "identity";
 /// Where its log and snapshots are, below its data directory.
-pub(crate) const RAFT: &str = "raft";
 const FOUNDING: &str = "founding.json";
 const MANAGERS: &str = "managers.json";
 
@@ -152,6 +151,8 @@ pub fn found(directory: &Path, hostname: &str) -> Result<Founded, Error> {
 pub fn settle(directory: &Path, joined: &v1::JoinClusterResponse, key: &str) -> Result<(), Error> {
     check_free(directory)?;
     let id = joined.id.parse().map_err(|_| Error::Answer("a manager's id is a number"))?;
+    // What an `init` that was cut short left is nobody's.
+    founded(directory)?;
     Credentials::create(&directory.join(IDENTITY), key, &joined.certificate, &joined.authorities)?;
     Vault::create(directory, &joined.key_of_secrets)?;
     write(directory, MANAGERS, &joined.managers)?;

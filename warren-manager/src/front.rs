@@ -115,12 +115,12 @@ fn is_local(path: &str) -> bool {
 }
 
 /// Whether a certificate's owner is still a member.
-fn is_member(state: &State, identity: &Identity) -> bool {
-    match identity.role {
+fn is_member(state: &State, role: Role, id: &str) -> bool {
+    match role {
         // A manager that has just joined learns of the others from them.
         Role::Manager if state.cluster().is_none() => true,
-        Role::Manager => identity.id.parse().is_ok_and(|id| state.manager(id).is_some()),
-        Role::Worker => state.is_admitted(&NodeId::from(identity.id.as_str())),
+        Role::Manager => id.parse().is_ok_and(|id| state.manager(id).is_some()),
+        Role::Worker => state.is_admitted(&NodeId::from(id)),
         Role::Admin => false,
     }
 }
@@ -138,8 +138,16 @@ impl Front {
         Self { raft, state, peers }
     }
 
+    /// Whether a manager may have been let in after what this one knows so far, and be the one that it is to learn from.
+    fn may_be_news(&self, identity: &Identity, path: &str) -> bool {
+        path.starts_with("/warren.v1.Raft/")
+            && identity.role == Role::Manager
+            && !self.raft.status().is_leader
+            && identity.id.parse().is_ok_and(|id: u64| id >= self.state.borrow().next_manager())
+    }
+
     /// Who calls, and whether another manager passed it on.
-    fn caller(&self, extensions: &http::Extensions, headers: &HeaderMap) -> Result<(Caller, bool), Status> {
+    fn caller(&self, path: &str, extensions: &http::Extensions, headers: &HeaderMap) -> Result<(Caller, bool), Status> {
         if let Some(socket) = extensions.get::<UdsConnectInfo>() {
             // The socket's permissions say the same, but root may have given them away. Who runs the manager can do all of this
             // without asking.
@@ -147,20 +155,31 @@ impl Front {
             if socket.peer_cred.is_none_or(|credentials| ![0, own].contains(&credentials.uid())) {
                 return Err(Status::permission_denied("only root may use this socket"));
             }
-            let address = "this machine".to_owned();
+            let own = self.raft.status().id;
+            let hostname = self.state.borrow().manager(own).map(|manager| manager.hostname.clone());
+            let address =
+                hostname.map_or_else(|| "this machine".to_owned(), |hostname| format!("the socket of {hostname}"));
             return Ok((Caller { role: Some(Role::Admin), id: "root".to_owned(), address }, false));
         }
         let peer = extensions.get::<Peer>().ok_or_else(|| Status::unauthenticated("who calls is not known"))?;
         let address = peer.address.to_string();
         let Some(identity) = &peer.identity else { return Ok((Caller::nobody(address), false)) };
-        if !is_member(&self.state.borrow(), identity) {
-            return Err(Status::permission_denied(format!("{identity} is not, or no longer, in this cluster")));
+        let stranger = |who: String| Status::permission_denied(format!("{who} is not, or no longer, in this cluster"));
+        if !is_member(&self.state.borrow(), identity.role, &identity.id) && !self.may_be_news(identity, path) {
+            return Err(stranger(identity.to_string()));
         }
         if identity.role == Role::Manager
             && let Some(passed_on) = headers.get(CALLER)
         {
             let caller = passed_on.to_str().ok().and_then(Caller::from_header);
-            return Ok((caller.ok_or_else(|| Status::internal("a manager passed on a call of nobody"))?, true));
+            let caller = caller.ok_or_else(|| Status::internal("a manager passed on a call of nobody"))?;
+            // Who passed it on may not have heard yet that the caller was removed. Root is its own operator.
+            if let Some(role @ (Role::Manager | Role::Worker)) = caller.role
+                && !is_member(&self.state.borrow(), role, &caller.id)
+            {
+                return Err(stranger(format!("{} {}", role.name(), caller.id)));
+            }
+            return Ok((caller, true));
         }
         Ok((Caller { role: Some(identity.role), id: identity.id.clone(), address }, false))
     }
@@ -222,7 +241,8 @@ where
         let mut inner = std::mem::replace(&mut self.inner, clone);
         let front = self.front.clone();
         Box::pin(async move {
-            let (caller, passed_on) = match front.caller(request.extensions(), request.headers()) {
+            let (caller, passed_on) = match front.caller(request.uri().path(), request.extensions(), request.headers())
+            {
                 Ok(found) => found,
                 Err(status) => return Ok(status.into_http()),
             };

@@ -13,7 +13,8 @@ use crate::ids::NodeId;
 /// How a node is, as far as its leader knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Health {
-    /// Nothing was heard of it since this manager began to lead, and it is too early to call it down.
+    /// It is too early to call it down: nothing was heard of it since this manager began to lead, or most nodes were silent and come
+    /// back just now.
     Unknown,
     /// It is heard of.
     Ready,
@@ -126,12 +127,19 @@ struct Table {
     timing: Timing,
     heard: HashMap<NodeId, Heard>,
     since: Instant,
+    /// Most nodes were silent together, and one has been heard again: until then the others may be as well.
+    returning_until: Instant,
 }
 
 impl Table {
+    fn new(timing: Timing, now: Instant) -> Self {
+        Self { timing, heard: HashMap::new(), since: now, returning_until: now }
+    }
+
     fn reset(&mut self, now: Instant) {
         self.heard.clear();
         self.since = now;
+        self.returning_until = now;
     }
 
     /// A node was heard; whether that is news.
@@ -151,6 +159,11 @@ impl Table {
             if let Some(doublings) = known.returns.checked_sub(tolerated + 1) {
                 known.unsteady_until = now + hold.saturating_mul(1 << doublings.min(16)).min(longest);
             }
+            // It was the network, not they: they come back one after the other.
+            let others_down = self.heard.values().filter(|other| now - other.last > patience).count();
+            if (others_down + 1) * 2 > self.heard.len() {
+                self.returning_until = now + patience;
+            }
         }
         was_down
     }
@@ -159,17 +172,19 @@ impl Table {
         let patience = self.timing.patience(self.heard.len());
         let (heard, patience) = match self.heard.get(node) {
             Some(heard) => (heard.last, patience),
-            None => (self.since, patience * 2),
+            None => (self.since, patience * 3),
         };
         let silent = now.saturating_duration_since(heard);
         let known = self.heard.get(node);
         let health = match known {
+            _ if silent > patience && now < self.returning_until => Health::Unknown,
             _ if silent > patience => Health::Down,
             None => Health::Unknown,
             Some(known) if now < known.unsteady_until => Health::Unsteady,
             Some(_) => Health::Ready,
         };
-        Standing { health, down_for: silent.saturating_sub(patience) }
+        let down_for = if health == Health::Down { silent.saturating_sub(patience) } else { Duration::ZERO };
+        Standing { health, down_for }
     }
 }
 
@@ -184,7 +199,7 @@ impl Liveness {
     /// Nobody has been heard of.
     #[must_use]
     pub fn new(timing: Timing) -> Self {
-        let table = Table { timing, heard: HashMap::new(), since: Instant::now() };
+        let table = Table::new(timing, Instant::now());
         Self { table: Arc::new(Mutex::new(table)), changes: watch::Sender::new(()) }
     }
 
@@ -238,39 +253,65 @@ mod tests {
     #[test]
     fn silence_means_down_and_a_new_leader_is_patient() {
         let start = Instant::now();
-        let mut table = Table { timing: Timing::default(), heard: HashMap::new(), since: start };
+        let mut table = Table::new(Timing::default(), start);
         let (a, b) = (NodeId::from("a"), NodeId::from("b"));
         assert!(table.heard(&a, start));
         let at = |seconds| start + Duration::from_secs(seconds);
         let health = |table: &Table, now| (table.standing(&a, now).health, table.standing(&b, now).health);
         assert_eq!(health(&table, at(10)), (Health::Ready, Health::Unknown));
         assert_eq!(health(&table, at(11)), (Health::Down, Health::Unknown));
-        assert_eq!(health(&table, at(21)), (Health::Down, Health::Down));
-        assert!(table.heard(&a, at(21)), "it was down");
-        assert!(!table.heard(&a, at(22)), "it was not");
-        table.heard(&b, at(22));
-        assert_eq!(health(&table, at(22)), (Health::Ready, Health::Ready));
-        table.reset(at(23));
-        assert_eq!(health(&table, at(23)), (Health::Unknown, Health::Unknown));
+        assert_eq!(health(&table, at(30)), (Health::Down, Health::Unknown));
+        assert_eq!(health(&table, at(31)), (Health::Down, Health::Down));
+        assert!(table.heard(&a, at(31)), "it was down");
+        assert!(!table.heard(&a, at(32)), "it was not");
+        table.heard(&b, at(32));
+        assert_eq!(health(&table, at(32)), (Health::Ready, Health::Ready));
+        table.reset(at(33));
+        assert_eq!(health(&table, at(33)), (Health::Unknown, Health::Unknown));
+    }
+
+    #[test]
+    fn nodes_that_were_silent_together_have_time_to_come_back() {
+        let start = Instant::now();
+        let mut table = Table::new(Timing::default(), start);
+        let nodes = ["a", "b", "c", "d"].map(NodeId::from);
+        for node in &nodes {
+            table.heard(node, start);
+        }
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let health = |table: &Table, seconds| nodes.clone().map(|node| table.standing(&node, at(seconds)).health);
+        let (ready, unknown, down) = (Health::Ready, Health::Unknown, Health::Down);
+        assert_eq!(health(&table, 15), [down; 4]);
+        table.heard(&nodes[0], at(15));
+        assert_eq!(health(&table, 15), [ready, unknown, unknown, unknown]);
+        assert_eq!(table.standing(&nodes[1], at(15)).down_for, Duration::ZERO);
+        table.heard(&nodes[1], at(20));
+        table.heard(&nodes[0], at(22));
+        assert_eq!(health(&table, 30), [ready, ready, down, down], "they had time");
+        // One that comes back by itself says nothing of the others.
+        table.heard(&nodes[1], at(30));
+        table.heard(&nodes[0], at(30));
+        table.heard(&nodes[2], at(31));
+        assert_eq!(health(&table, 31), [ready, ready, ready, down]);
     }
 
     #[test]
     fn how_long_a_node_has_been_down_is_known() {
         let start = Instant::now();
-        let mut table = Table { timing: Timing::default(), heard: HashMap::new(), since: start };
+        let mut table = Table::new(Timing::default(), start);
         let (a, b) = (NodeId::from("a"), NodeId::from("b"));
         table.heard(&a, start);
         let down_for = |node, seconds| table.standing(node, start + Duration::from_secs(seconds)).down_for;
         assert_eq!(down_for(&a, 10), Duration::ZERO);
         assert_eq!(down_for(&a, 13), Duration::from_secs(3));
-        assert_eq!(down_for(&b, 20), Duration::ZERO, "a new leader waits longer");
-        assert_eq!(down_for(&b, 24), Duration::from_secs(4));
+        assert_eq!(down_for(&b, 30), Duration::ZERO, "a new leader waits longer");
+        assert_eq!(down_for(&b, 34), Duration::from_secs(4));
     }
 
     #[test]
     fn a_node_that_flaps_is_given_nothing_for_a_while() {
         let start = Instant::now();
-        let mut table = Table { timing: Timing::default(), heard: HashMap::new(), since: start };
+        let mut table = Table::new(Timing::default(), start);
         let a = NodeId::from("a");
         table.heard(&a, start);
         // Down for a moment, again and again: tolerated twice, then longer and longer.

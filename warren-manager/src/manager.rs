@@ -124,6 +124,17 @@ pub enum Error {
         /// Why not.
         why: String,
     },
+    /// The log is not where it was.
+    #[error(
+        "{}/{} holds no log, although this manager had one: remove it from its cluster (`warren cluster rm {id}` at another \
+         manager), move the directory away, and let it join again", directory.display(), data_dir::RAFT
+    )]
+    NoLog {
+        /// This manager.
+        id: u64,
+        /// Its data directory.
+        directory: PathBuf,
+    },
     /// The metrics' address.
     #[error(transparent)]
     Metrics(#[from] endpoint::BindError),
@@ -140,7 +151,9 @@ impl Error {
         match self {
             Self::Advertised(_) | Self::Network(_) | Self::Registries(_) | Self::Otlp(_) => 2,
             Self::NoIdentity(_) | Self::Formation(_) | Self::Pki(_) => 8,
-            Self::DataDir(_) | Self::Vault(_) | Self::Raft(warren_raft::Error::Storage { .. }) => 8,
+            Self::NoLog { .. } | Self::DataDir(_) | Self::Vault(_) | Self::Raft(warren_raft::Error::Storage { .. }) => {
+                8
+            }
             Self::Listen { .. } | Self::Metrics(_) => 7,
             Self::Raft(_) | Self::Store(_) => 1,
         }
@@ -175,7 +188,9 @@ pub fn identity(data_dir: &Path) -> Identity {
 pub async fn run(options: Options, asked_to_stop: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
     let address = advertised(&options)?;
     let shutdown = CancellationToken::new();
-    let Some(id) = own_id(&options, &asked_to_stop).await? else { return Ok(()) };
+    let Some(data_dir::Identity { id, has_log, .. }) = own_identity_of(&options, &asked_to_stop).await? else {
+        return Ok(());
+    };
     let Some(vault) = asked_to_stop.run_until_cancelled(open_vault(&options)).await.transpose()? else { return Ok(()) };
     // Addresses first: they are what a second manager on this machine would trip over, before it touches anything.
     let metrics_listener = endpoint::bind(options.metrics_addr).await?;
@@ -200,19 +215,30 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
     };
     let seams = Seams {
         environment: Arc::new(System),
-        storage: Arc::new(Files::new(options.data_dir.join(formation::RAFT))),
+        storage: Arc::new(Files::new(options.data_dir.join(data_dir::RAFT))),
         transport: Arc::new(peers.clone()),
     };
     let meters = Meters::new(&own_identity(id), &[Emitter::Manager, Emitter::Agent, Emitter::Both]);
     meters.add_source(Arc::new(ProcessSource));
     let core = Core::start(settings, seams, &meters, shutdown.clone()).await?;
     formation::founded(&options.data_dir)?;
+    match (core.raft().status().members.is_empty(), has_log) {
+        // With the log it has lost whom it voted for, and what it has acknowledged.
+        (true, true) => return Err(Error::NoLog { id, directory: options.data_dir }),
+        (false, false) => data_dir::has_log(&options.data_dir, id)?,
+        _ => {}
+    }
 
     let tasks = TaskTracker::new();
     if let Some(otlp) = &options.telemetry.otlp {
         tasks.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
     }
     let mut ready = core.ready();
+    let (removed, is_removed) = watch::channel(false);
+    ready.add("membership", move || match *is_removed.borrow() {
+        true => Err("this manager was removed from the cluster".to_owned()),
+        false => Ok(()),
+    });
     let probe = options.data_dir.join("writable");
     ready.add("storage", move || {
         let written = fs::write(&probe, b"").and_then(|()| fs::remove_file(&probe));
@@ -235,9 +261,20 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
             .add_routes(core.routes())
             .serve_with_incoming_shutdown(UnixListenerStream::new(unix), shutdown.clone().cancelled_owned()),
     ));
+    if core.raft().status().members.is_empty() {
+        let noting = keep_log_noted(core.raft().clone(), options.data_dir.clone());
+        tasks.spawn(shutdown.clone().run_until_cancelled_owned(noting));
+    }
+    let noticing = notice_removal(core.raft().clone(), peers.clone(), options.data_dir.clone(), removed);
+    tasks.spawn(shutdown.clone().run_until_cancelled_owned(noticing));
     let (told, wanted) = watch::channel(None);
     let (keeping, believing) = (core.watch(), core.watch());
-    tasks.spawn(shutdown.clone().run_until_cancelled_owned(keep_key(keeping, vault, options.data_dir.clone())));
+    tasks.spawn(shutdown.clone().run_until_cancelled_owned(keep_key(
+        core.raft().clone(),
+        keeping,
+        vault,
+        options.data_dir.clone(),
+    )));
     let believing = believe(believing, id, own.clone(), told, peers.clone(), address.clone());
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(believing));
     let renewing = renew(own, options.data_dir.join(formation::IDENTITY), wanted, peers.clone(), address.clone());
@@ -312,14 +349,14 @@ fn advertised(options: &Options) -> Result<String, Error> {
 }
 
 /// Who this manager is, once its data directory says so; `None` when it is told to end before.
-async fn own_id(options: &Options, shutdown: &CancellationToken) -> Result<Option<u64>, Error> {
+async fn own_identity_of(options: &Options, shutdown: &CancellationToken) -> Result<Option<data_dir::Identity>, Error> {
     let mut waiting = None;
     loop {
         if let Some(identity) = data_dir::open(&options.data_dir)? {
             if let Some((served, task)) = waiting.take() {
                 stop_serving(served, task).await;
             }
-            return Ok(Some(identity.id));
+            return Ok(Some(identity));
         }
         if options.bootstrap {
             formation::found(&options.data_dir, &hostname())?;
@@ -372,7 +409,7 @@ pub fn hostname() -> String {
 
 /// The key of secrets: at once, or once somebody has unlocked it.
 async fn open_vault(options: &Options) -> Result<Vault, Error> {
-    match (Vault::open(&options.data_dir), &options.unlock_key) {
+    match (Vault::load(&options.data_dir), &options.unlock_key) {
         (Err(vault::Error::Locked { .. }), Some(key)) => Ok(Vault::unlock(&options.data_dir, &key.parse()?)?),
         (Err(vault::Error::Locked { .. }), None) => {
             tracing::info!("this manager is locked: waiting for `warren cluster unlock`");
@@ -387,7 +424,11 @@ async fn open_vault(options: &Options) -> Result<Vault, Error> {
 }
 
 /// Keeps this manager's key of secrets locked or open on its disk, as the cluster has it.
-async fn keep_key(mut state: watch::Receiver<State>, vault: Vault, directory: PathBuf) {
+async fn keep_key(raft: Node, mut state: watch::Receiver<State>, vault: Vault, directory: PathBuf) {
+    // After a start the state may be one of before the managers were locked, which must not open the key again.
+    while raft.recovered().await.is_err() {
+        tokio::time::sleep(ENTER_AGAIN).await;
+    }
     let mut kept = None;
     loop {
         let view = state.borrow_and_update().clone();
@@ -402,6 +443,45 @@ async fn keep_key(mut state: watch::Receiver<State>, vault: Vault, directory: Pa
         }
         if state.changed().await.is_err() {
             return;
+        }
+    }
+}
+
+/// Notes that a manager that has joined has a log, as soon as it does.
+async fn keep_log_noted(raft: Node, directory: PathBuf) {
+    while raft.status().members.is_empty() {
+        tokio::time::sleep(LOOK).await;
+    }
+    if let Err(error) = data_dir::has_log(&directory, raft.status().id) {
+        tracing::warn!(%error, "that there is a log is not noted");
+    }
+}
+
+/// Between looks at whether the others still know this manager, and how long they may take to answer.
+const REMOVAL_LOOK: Duration = Duration::from_secs(3);
+
+/// Nobody tells a manager that was removed: it asks, when no leader is heard.
+async fn notice_removal(raft: Node, peers: Peers, directory: PathBuf, removed: watch::Sender<bool>) {
+    loop {
+        tokio::time::sleep(REMOVAL_LOOK).await;
+        let status = raft.status();
+        if status.is_leader || status.leader_silent_for.is_some_and(|silent| silent < REMOVAL_LOOK) {
+            continue;
+        }
+        for member in status.members.iter().filter(|member| member.id != status.id) {
+            let Ok(channel) = peers.channel(&member.address) else { continue };
+            let mut cluster = ClusterClient::new(channel);
+            let asked = cluster.get_cluster_info(v1::GetClusterInfoRequest {});
+            if let Ok(Err(refused)) = tokio::time::timeout(REMOVAL_LOOK, asked).await
+                && refused.code() == tonic::Code::PermissionDenied
+            {
+                let directory = directory.display();
+                tracing::error!(
+                    "this manager was removed from the cluster: stop it; to join again, move {directory} away first"
+                );
+                removed.send_replace(true);
+                return;
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::{
     clock::Timestamp,
     ids::{ContainerId, NodeId, ServiceId},
     liveness::{Health, Standing},
-    state::{Availability, Change, Container, Desired, Mode, Node, RestartCondition, Service, State},
+    state::{Availability, Change, Container, Desired, Mode, Node, RestartCondition, Service, State, Volume},
 };
 
 #[cfg(test)]
@@ -100,13 +100,20 @@ pub(crate) fn is_for(node: &Node, service: &Service) -> bool {
 struct Nodes<'a, F> {
     state: &'a State,
     standing: F,
-    some_is_ready: bool,
 }
 
 impl<'a, F: Fn(&NodeId) -> Standing> Nodes<'a, F> {
     fn new(state: &'a State, standing: F) -> Self {
-        let some_is_ready = state.nodes().any(|node| standing(&node.id).health == Health::Ready);
-        Self { state, standing, some_is_ready }
+        Self { state, standing }
+    }
+
+    /// Whether a node would be given a service's container now, as far as that does not depend on what else it has.
+    fn takes(&self, node: &Node, service: &Service) -> bool {
+        let elsewhere = |volume: &Arc<Volume>| volume.node.as_ref().is_some_and(|at| *at != node.id);
+        node.availability == Availability::Active
+            && (self.standing)(&node.id).health == Health::Ready
+            && is_for(node, service)
+            && !self.state.volumes_of(&service.spec.container).any(elsewhere)
     }
 
     fn is_reachable(&self, node: &NodeId) -> bool {
@@ -120,7 +127,13 @@ impl<'a, F: Fn(&NodeId) -> Standing> Nodes<'a, F> {
     fn lost(&self, container: &Container, service: &Service) -> Result<bool, Duration> {
         let Some(node) = &container.node else { return Ok(false) };
         let standing = (self.standing)(node);
-        if standing.health != Health::Down || !self.some_is_ready || container.pinned.is_some() {
+        // What it has to itself nobody else is given while it may still use it.
+        let holds = || self.state.volumes_of(&container.spec).any(|volume| volume.exclusive);
+        if standing.health != Health::Down
+            || container.pinned.is_some()
+            || holds()
+            || !self.state.nodes().any(|other| self.takes(other, service))
+        {
             return Ok(false);
         }
         match service.spec.lost_after.checked_sub(standing.down_for) {
@@ -218,9 +231,14 @@ fn service_slots(
                 Err(left) => plan.wake(service, now.after(left)),
             }
         }
-        // A global service's container on a node that is away changes when the node is back; nobody waits for it.
-        let counts = key.1.as_ref().is_none_or(|node| nodes.is_reachable(node));
+        // A global service's container changes when its node takes containers again; nobody waits for it.
+        let pinned = key.1.as_ref().and_then(|node| nodes.state.node(node));
+        let counts = pinned.is_none_or(|node| nodes.takes(node, service));
         match slot.iter().find(runs) {
+            // Whether it serves nobody knows.
+            Some(container) if counts && !container.node.as_ref().is_none_or(|node| nodes.is_reachable(node)) => {
+                all_up = false;
+            }
             Some(container) => {
                 let current = container.generation == service.generation && !nodes.must_move(container, service);
                 match (current, container.status.serves()) {
@@ -235,7 +253,7 @@ fn service_slots(
                 }
             }
             // A slot that stays empty keeps nobody waiting either.
-            None => all_up &= !(vacant(plan, service, key, slot, &lost, now) && counts),
+            None => all_up &= !(counts && vacant(plan, service, key, slot, &lost, now)),
         }
         tidy(plan, slot, KEPT_PER_SLOT);
     }

@@ -134,6 +134,11 @@ pub struct State {
     forgotten: u64,
 }
 
+#[derive(Deserialize)]
+struct Schema {
+    schema: u32,
+}
+
 /// The state as a snapshot holds it.
 #[derive(Serialize, Deserialize)]
 struct Stored {
@@ -427,6 +432,16 @@ impl State {
         self.remember(ContainerChange::Deleted(id.clone(), container.service.clone()));
     }
 
+    /// Has nobody join any more with a token that there is.
+    pub(crate) fn forget_tokens(&mut self) {
+        self.tokens.clear();
+    }
+
+    /// Has the next managers' numbers be no manager's.
+    pub(crate) fn skip_managers(&mut self, count: u64) {
+        self.next_manager = self.next_manager() + count;
+    }
+
     /// The state as bytes: the same bytes for the same state, on every manager.
     ///
     /// # Errors
@@ -465,11 +480,13 @@ impl State {
     /// When they are of another schema or damaged.
     pub fn from_bytes(bytes: &[u8]) -> io::Result<Self> {
         let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
-        let stored: Stored = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
-        if !(OLDEST_SCHEMA..=SCHEMA).contains(&stored.schema) {
+        // First of all: what another version wrote may have another shape.
+        let Schema { schema } = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
+        if !(OLDEST_SCHEMA..=SCHEMA).contains(&schema) {
             let known = format!("this manager reads {OLDEST_SCHEMA} to {SCHEMA}");
-            return Err(invalid(format!("the state is of schema {}, {known}", stored.schema)));
+            return Err(invalid(format!("the state is of schema {schema}, {known}")));
         }
+        let stored: Stored = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
         let mut state = Self {
             revision: stored.revision,
             cluster: stored.cluster,

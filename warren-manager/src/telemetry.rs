@@ -214,12 +214,11 @@ fn raft_gauges(meters: &Meters, store: &Store, metrics: &Arc<ManagerMetrics>) {
     meters.gauge("warren_raft_snapshot_size_bytes", move |gauge| gauge.observe(size.snapshot_size() as f64, &[]));
 }
 
-/// Whether writes can be made: a leader is known and, on the leader, a majority answered lately.
+/// Whether writes can be made, as far as this manager knows: the leader was heard of lately or, on the leader, a majority was.
 #[must_use]
 pub(crate) fn quorum_ok(status: &warren_raft::Status) -> bool {
     /// As long as any profile waits before an election.
     const STALE: std::time::Duration = std::time::Duration::from_secs(10);
-    status.failure.is_none()
-        && status.leader.is_some()
-        && (!status.is_leader || status.quorum_age.is_some_and(|age| age < STALE))
+    let heard = if status.is_leader { status.quorum_age } else { status.leader_silent_for };
+    status.failure.is_none() && status.leader.is_some() && heard.is_some_and(|age| age < STALE)
 }

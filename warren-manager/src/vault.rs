@@ -231,6 +231,19 @@ impl Vault {
         Ok(Self(Arc::new(Key::new(random()?)?)))
     }
 
+    /// The vault of a data directory that has a key.
+    ///
+    /// # Errors
+    ///
+    /// When the key's file is missing, cannot be read, or holds no key; [`Error::Locked`] when it is locked.
+    pub fn load(directory: &Path) -> Result<Self, Error> {
+        if kept(directory)?.is_none() {
+            let source = io::Error::new(io::ErrorKind::NotFound, "it is missing; without it secrets cannot be opened");
+            return Err(Error::KeyFile { path: directory.join(FILE).display().to_string(), source });
+        }
+        Self::open(directory)
+    }
+
     /// The vault of a data directory; the first time its key is made.
     ///
     /// # Errors

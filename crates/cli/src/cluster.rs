@@ -49,8 +49,9 @@ pub(crate) enum Command {
     },
     /// Takes a manager out of the cluster, for good. One that leads hands over first.
     Rm {
-        /// Its number, as `warren cluster info` shows it.
-        id: u64,
+        /// Its number, as `warren cluster info` shows it, or its machine's name.
+        #[arg(value_name = "MANAGER")]
+        named: String,
     },
     /// Works with tokens, with which machines join.
     #[command(subcommand)]
@@ -98,7 +99,7 @@ pub(crate) enum Command {
     },
     /// Shows the unlock key.
     UnlockKey {
-        /// Make another one first; the old one is of no use any more.
+        /// Make another one first. The old one still opens backups that were made before, and managers that do not run now.
         #[arg(long)]
         rotate: bool,
     },
@@ -194,7 +195,7 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         Command::Join { token, address, place } => join(&token, &address, &place).await,
         Command::Info { format } => info(client, format.format).await,
         Command::Health { format } => health(client, format.format).await,
-        Command::Rm { id } => remove(client, id).await,
+        Command::Rm { named } => remove(client, &named).await,
         Command::Backup { file } => backup(client, &file).await,
         Command::Restore { file, advertise_addr, unlock_key, place } => {
             restore(&file, advertise_addr.as_deref(), unlock_key.as_deref(), &place)
@@ -244,9 +245,13 @@ fn init(place: &Place) -> Result<(), Error> {
 async fn join(token: &str, manager: &str, place: &Place) -> Result<(), Error> {
     let token: Token = token.parse()?;
     warren_pki::check_address(manager)?;
-    // A machine that can be neither has nothing to ask for.
-    if formation::check_free(&place.manager()).is_err() {
-        membership::check_free(&place.agent())?;
+    // Only the cluster knows what the token is for, and it must not let in whom there is no place for.
+    let (manager_free, agent_free) = (formation::check_free(&place.manager()), membership::check_free(&place.agent()));
+    let mut taken: Vec<i32> = manager_free.is_err().then_some(v1::Role::Manager.into()).into_iter().collect();
+    taken.extend(agent_free.is_err().then_some(i32::from(v1::Role::Worker)));
+    if taken.len() == 2 {
+        agent_free?;
+        return Ok(());
     }
     let request = Request::new()?;
     let channel = Dialer::newcomer(manager, &token)?.connect().await;
@@ -256,8 +261,17 @@ async fn join(token: &str, manager: &str, place: &Place) -> Result<(), Error> {
         certificate_request: request.pem().to_owned(),
         node_id: membership::known_id(&place.agent()).unwrap_or_default(),
         hostname: warren_manager::hostname(),
+        taken,
     };
-    let joined = ClusterClient::new(channel).join_cluster(asked).await?.into_inner();
+    let joined = match ClusterClient::new(channel).join_cluster(asked).await {
+        Err(refused) if refused.code() == tonic::Code::FailedPrecondition => {
+            // It says the same, and where.
+            manager_free?;
+            agent_free?;
+            return Err(refused.into());
+        }
+        joined => joined?.into_inner(),
+    };
     let settled: (&str, &Path) = if joined.role() == v1::Role::Manager {
         formation::settle(&place.manager(), &joined, &request.key_pem())?;
         ("manager", &place.manager())
@@ -306,15 +320,17 @@ async fn info(client: &ClientArguments, format: Format) -> Result<(), Error> {
             (_, true) => "voter",
             _ => "learner",
         };
-        [
-            manager.id.to_string(),
-            manager.hostname.clone(),
-            manager.address.clone(),
-            role.to_owned(),
-            manager.lag.to_string(),
-        ]
+        // Only the leader knows.
+        let (heard, behind) = match &manager.silent_for {
+            _ if info.leader_id != info.manager_id => ("-".to_owned(), "-".to_owned()),
+            _ if manager.leader => ("now".to_owned(), "0".to_owned()),
+            Some(silent) if silent.seconds < 1 => ("now".to_owned(), manager.lag.to_string()),
+            Some(silent) => (format!("{} s ago", silent.seconds), manager.lag.to_string()),
+            None => ("never".to_owned(), manager.lag.to_string()),
+        };
+        [manager.id.to_string(), manager.hostname.clone(), manager.address.clone(), role.to_owned(), heard, behind]
     });
-    output::table(["MANAGER", "HOSTNAME", "ADDRESS", "ROLE", "BEHIND"], rows);
+    output::table(["MANAGER", "HOSTNAME", "ADDRESS", "ROLE", "HEARD", "BEHIND"], rows);
     Ok(())
 }
 
@@ -346,10 +362,25 @@ async fn insist<T>(mut call: impl AsyncFnMut() -> Result<T, tonic::Status>) -> R
     Ok(call().await?)
 }
 
-async fn remove(client: &ClientArguments, manager: u64) -> Result<(), Error> {
-    let cluster = client.cluster().await?;
-    insist(async || cluster.clone().remove_manager(v1::RemoveManagerRequest { id: manager }).await).await?;
-    say!("{manager}");
+/// The number of a manager that is named by it, or by its machine.
+fn numbered(info: &v1::GetClusterInfoResponse, named: &str) -> Result<u64, Error> {
+    if let Ok(id) = named.parse() {
+        return Ok(id);
+    }
+    let mut on_it = info.managers.iter().filter(|manager| manager.hostname == named);
+    match (on_it.next(), on_it.next()) {
+        (Some(only), None) => Ok(only.id),
+        (None, _) => Err(Error::NoSuchManager(named.to_owned())),
+        (Some(_), Some(_)) => Err(Error::SeveralManagers(named.to_owned())),
+    }
+}
+
+async fn remove(client: &ClientArguments, named: &str) -> Result<(), Error> {
+    let mut cluster = client.cluster().await?;
+    let info = cluster.get_cluster_info(v1::GetClusterInfoRequest {}).await?.into_inner();
+    let id = numbered(&info, named)?;
+    insist(async || cluster.clone().remove_manager(v1::RemoveManagerRequest { id }).await).await?;
+    say!("{named}");
     Ok(())
 }
 
@@ -357,17 +388,7 @@ async fn remove(client: &ClientArguments, manager: u64) -> Result<(), Error> {
 pub(crate) async fn set_voter(client: &ClientArguments, named: &str, voter: bool) -> Result<(), Error> {
     let mut cluster = client.cluster().await?;
     let info = cluster.get_cluster_info(v1::GetClusterInfoRequest {}).await?.into_inner();
-    let id = match named.parse::<u64>() {
-        Ok(id) => id,
-        Err(_) => {
-            let mut on_it = info.managers.iter().filter(|manager| manager.hostname == named);
-            match (on_it.next(), on_it.next()) {
-                (Some(only), None) => only.id,
-                (None, _) => return Err(Error::NoSuchManager(named.to_owned())),
-                (Some(_), Some(_)) => return Err(Error::SeveralManagers(named.to_owned())),
-            }
-        }
-    };
+    let id = numbered(&info, named)?;
     insist(async || cluster.clone().update_manager(v1::UpdateManagerRequest { id, voter }).await).await?;
     say!("{named}");
     Ok(())

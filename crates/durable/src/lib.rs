@@ -12,13 +12,14 @@ use std::{
 };
 
 /// Replaces the file at `path`: after a power cut there is the old content or the new, never half of it. Durable when this
-/// returns. What is being written stands beside it, with the extension `new`; one writer at a time. Nobody but its owner reads it.
+/// returns. What is being written stands beside it, with `.new` behind its name; one writer at a time. Nobody but its owner reads it.
 ///
 /// # Errors
 ///
 /// When the file or its directory cannot be written.
 pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let temporary = path.with_extension("new");
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
     // What a write that was cut short left may have been anybody's to read.
     match fs::remove_file(&temporary) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -28,5 +29,31 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(temporary, path)?;
-    path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
+    match path.parent() {
+        // A name alone is one in the working directory.
+        Some(directory) if directory.as_os_str().is_empty() => File::open(".")?.sync_all(),
+        Some(directory) => File::open(directory)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_and_its_neighbours_are_not() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| directory.path().join(name);
+        fs::write(at("state.new"), "a neighbour").expect("writable");
+        replace(&at("state.bak"), b"one").expect("writes");
+        replace(&at("state.bak"), b"two").expect("writes");
+        assert_eq!(fs::read(at("state.bak")).expect("readable"), b"two");
+        assert_eq!(fs::read(at("state.new")).expect("readable"), b"a neighbour");
+        assert_eq!(fs::read_dir(directory.path()).expect("readable").count(), 2);
+        // By its name alone; a process has one working directory, and no other test here looks at it.
+        std::env::set_current_dir(directory.path()).expect("a directory");
+        replace(Path::new("here"), b"three").expect("writes");
+        assert_eq!(fs::read(at("here")).expect("readable"), b"three");
+    }
 }

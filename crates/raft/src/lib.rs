@@ -44,8 +44,8 @@ pub enum Error {
     /// The command is larger than a log entry may be.
     #[error("a change of {0} bytes is too large")]
     TooLarge(usize),
-    /// It may have been committed, or not: the leader changed meanwhile.
-    #[error("the leader changed; the change may have been made or not")]
+    /// It may have been committed, or not: the leader changed or lost its majority meanwhile.
+    #[error("the leader changed or lost its majority; the change may have been made or not")]
     Unknown,
     /// The members cannot be changed like this, or not now.
     #[error("the managers cannot be changed: {0}")]

@@ -1,7 +1,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -9,6 +9,7 @@ use openraft::{
     BasicNode, ChangeMembers, Instant as _, LogIdOptionExt as _, ReadPolicy, ServerState,
     async_runtime::WatchReceiver as _,
     errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError},
+    raft::AppendEntriesResponse,
 };
 use serde::Serialize;
 use tokio::sync::Notify;
@@ -32,6 +33,8 @@ pub struct Node {
     raft: Raft,
     /// A snapshot that another manager sends.
     incoming: Arc<Incoming>,
+    /// When a leader last sent something.
+    led: Arc<Mutex<Option<tokio::time::Instant>>>,
 }
 
 impl std::fmt::Debug for Node {
@@ -76,9 +79,29 @@ pub struct Status {
     pub lag: BTreeMap<u64, u64>,
     /// On the leader: since each other member last answered, for those that did since it leads.
     pub heard: BTreeMap<u64, Duration>,
+    /// On a follower: since it last heard a leader, if ever.
+    pub leader_silent_for: Option<Duration>,
     /// Why consensus has stopped here, if it has.
     pub failure: Option<String>,
 }
+
+impl Status {
+    /// On the leader: whether a member is itself, or has answered lately.
+    #[must_use]
+    pub fn answers(&self, id: u64) -> bool {
+        id == self.id || self.heard.get(&id).is_some_and(|silent| *silent < SILENT)
+    }
+}
+
+/// Many heartbeats, in every profile.
+const SILENT: Duration = Duration::from_secs(5);
+
+/// Entries that a manager may be behind and be given a vote.
+const CAUGHT_UP: u64 = 100;
+/// How long it is waited for one that does not answer, and for one that does; and between looks.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
+const CATCH_UP_PATIENCE: Duration = Duration::from_secs(120);
+const CATCH_UP_LOOK: Duration = Duration::from_millis(20);
 
 /// Escaped once more in the log it may grow by seven, still below what the log takes.
 const MAX_COMMAND: usize = 8 << 20;
@@ -139,7 +162,7 @@ impl Node {
         let raft = Raft::new(options.id, config, Network { transport }, log, machine).await;
         let raft = raft.map_err(|error| storage_error(io::Error::other(error.to_string())))?;
         tokio::spawn(snapshot_when_full(raft.clone(), full));
-        let node = Self { raft, incoming: Arc::default() };
+        let node = Self { raft, incoming: Arc::default(), led: Arc::default() };
         // A lone voter need not wait for anyone.
         if node.is_alone() {
             node.raft.trigger().elect(false).await.map_err(|error| Error::Stopped(error.to_string()))?;
@@ -164,8 +187,8 @@ impl Node {
         Ok(())
     }
 
-    /// Has a command committed and applied, and returns the state machine's reply. There is no time limit: one that gave up
-    /// would not know what became of the command.
+    /// Has a command committed and applied, and returns the state machine's reply. There is no time limit while a majority answers:
+    /// one that gave up would not know what became of the command.
     ///
     /// # Errors
     ///
@@ -175,13 +198,28 @@ impl Node {
         if command.len() > MAX_COMMAND {
             return Err(Error::TooLarge(command.len()));
         }
-        match self.raft.client_write(Proposal(command)).await {
+        let written = tokio::select! {
+            written = self.raft.client_write(Proposal(command)) => written,
+            () = self.majority_lost() => return Err(Error::Unknown),
+        };
+        match written {
             Ok(written) => Ok(written.data.0),
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {
                 Err(Error::NotLeader { leader: forward.leader_id })
             }
             Err(RaftError::APIError(ClientWriteError::LogEntryDiscarded(_))) => Err(Error::Unknown),
             Err(error) => Err(Error::Stopped(error.to_string())),
+        }
+    }
+
+    /// Returns when this manager leads, and no majority has answered it for long.
+    async fn majority_lost(&self) {
+        loop {
+            tokio::time::sleep(SILENT / 10).await;
+            let status = self.status();
+            if status.is_leader && status.quorum_age.is_some_and(|age| age > SILENT) {
+                return;
+            }
         }
     }
 
@@ -241,8 +279,13 @@ impl Node {
                 .map(|(id, acked)| (*id, last_log_index - acked.index().unwrap_or(0).min(last_log_index)))
                 .collect(),
             heard: heard.filter_map(|(id, at)| Some((*id, at.as_ref()?.into_inner().elapsed()))).collect(),
+            leader_silent_for: self.led().map(|at| at.elapsed()),
             failure: metrics.running_state.err().map(|error| error.to_string()),
         }
+    }
+
+    fn led(&self) -> MutexGuard<'_, Option<tokio::time::Instant>> {
+        self.led.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Calls `on_change` with every new status until consensus stops. Statuses that follow quickly may be skipped.
@@ -266,6 +309,7 @@ impl Node {
             serde_json::to_vec(&result.map_err(|error| error.to_string()))
         }
         if transfer::is_part(message) {
+            *self.led() = Some(tokio::time::Instant::now());
             return match self.incoming.take(message) {
                 Ok(Some((vote, snapshot))) => {
                     let installed = self.raft.install_full_snapshot(vote, snapshot).await;
@@ -276,7 +320,14 @@ impl Node {
             };
         }
         match serde_json::from_slice(message)? {
-            Message::Append(rpc) => answer(self.raft.append_entries(rpc).await),
+            Message::Append(rpc) => {
+                let appended = self.raft.append_entries(rpc).await;
+                // Who was deposed leads nobody.
+                if appended.as_ref().is_ok_and(|response| !matches!(response, AppendEntriesResponse::HigherVote(_))) {
+                    *self.led() = Some(tokio::time::Instant::now());
+                }
+                answer(appended)
+            }
             Message::Vote(rpc) => answer(self.raft.vote(rpc).await),
             Message::PreVote(rpc) => answer(self.raft.pre_vote(rpc).await),
             Message::TransferLeader(rpc) => answer(self.raft.handle_transfer_leader(rpc).await),
@@ -302,8 +353,34 @@ impl Node {
         if known.is_some_and(|known| known.voter) {
             return Ok(());
         }
-        self.raft.add_learner(id, node, true).await.map_err(changing)?;
+        self.raft.add_learner(id, node, false).await.map_err(changing)?;
+        self.caught_up(id, address).await?;
         self.change(ChangeMembers::AddVoterIds(BTreeSet::from([id]))).await
+    }
+
+    /// Waits until a member that follows answers and has nearly all of the log: with the vote of one that does not, there may be no
+    /// majority any more.
+    async fn caught_up(&self, id: u64, address: &str) -> Result<(), Error> {
+        let began = tokio::time::Instant::now();
+        loop {
+            let status = self.status();
+            if !status.is_leader {
+                return Err(Error::NotLeader { leader: status.leader });
+            }
+            let answers = status.answers(id);
+            let lag = status.lag.get(&id).copied();
+            if answers && lag.is_some_and(|lag| lag <= CAUGHT_UP) {
+                return Ok(());
+            }
+            if !answers && began.elapsed() > ANSWER_PATIENCE {
+                return Err(Error::Membership(format!("manager {id} cannot be reached at {address}")));
+            }
+            if began.elapsed() > CATCH_UP_PATIENCE {
+                let lag = lag.unwrap_or(status.last_log_index);
+                return Err(Error::Membership(format!("manager {id} is still {lag} entries behind")));
+            }
+            tokio::time::sleep(CATCH_UP_LOOK).await;
+        }
     }
 
     /// Takes a member's vote; it follows all the same. One that leads must hand over first.
@@ -331,13 +408,14 @@ impl Node {
     }
 
     /// Finishes a change of the voters that was left half done, because who made it, or the leader, went away between its two
-    /// steps.
+    /// steps. Whoever was to lose their vote follows on: to take them out is to be asked for again.
     ///
     /// # Errors
     ///
     /// When this manager does not lead, or no majority answers.
     pub async fn settle(&self) -> Result<(), Error> {
-        self.change(ChangeMembers::AddVoterIds(BTreeSet::new())).await
+        let nothing = ChangeMembers::AddVoterIds(BTreeSet::new());
+        self.raft.change_membership(nothing, true).await.map(drop).map_err(changing)
     }
 
     /// Takes a member out. One that leads must hand over first.
@@ -357,7 +435,7 @@ impl Node {
         self.raft.change_membership(change, false).await.map(drop).map_err(changing)
     }
 
-    /// Asks the voter that is least behind to lead instead of this manager. Whether it does shows in the status.
+    /// Asks the voter that answers and is least behind to lead instead of this manager. Whether it does shows in the status.
     ///
     /// # Errors
     ///
@@ -365,7 +443,9 @@ impl Node {
     pub async fn hand_over(&self) -> Result<(), Error> {
         let status = self.status();
         let others = status.members.iter().filter(|member| member.voter && member.id != status.id);
-        let next = others.min_by_key(|member| status.lag.get(&member.id).copied().unwrap_or(u64::MAX));
+        // In an idle cluster one that is dead is not behind.
+        let key = |id| (!status.answers(id), status.lag.get(&id).copied().unwrap_or(u64::MAX));
+        let next = others.min_by_key(|member| key(member.id));
         let next = next.ok_or(Error::NoQuorum)?;
         self.raft.trigger().transfer_leader(next.id).await.map_err(|error| Error::Stopped(error.to_string()))
     }

@@ -125,6 +125,22 @@ async fn three_managers_agree_and_survive_the_loss_of_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_cannot_be_reached_gets_no_vote() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let transport = Arc::new(warren_raft::Disconnected);
+    let own = options(1);
+    let started =
+        Node::start(&own, files(directory.path(), 1), Box::new(Journal::default()), transport, Arc::new(Unobserved));
+    let node = started.await.expect("starts");
+    until("it leads", || node.status().is_leader.then_some(())).await;
+    let refused = node.add_voter(2, "nowhere").await.expect_err("it is not there").to_string();
+    assert!(refused.contains("manager 2 cannot be reached at nowhere"), "{refused}");
+    assert_eq!(node.propose("it goes on".to_owned()).await.expect("commits"), "1");
+    assert_eq!(node.status().members.iter().filter(|member| member.voter).count(), 1);
+    node.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_manager_has_every_command_once() {
     let directory = tempfile::tempdir().expect("a directory");
     let start = async |journal: &Journal| {

@@ -44,7 +44,8 @@ pub(crate) fn checked(filter: &str) -> Result<String, String> {
 }
 
 pub(crate) fn parse(filter: &str) -> EnvFilter {
-    EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"))
+    // Consensus warns of a member that is away many times a second; who wants to hear it says so.
+    EnvFilter::try_new(format!("openraft=error,{filter}")).unwrap_or_else(|_| EnvFilter::new("info"))
 }
 
 /// A filter that leaves out what consensus's libraries say about every entry and file, unless the filter names them.

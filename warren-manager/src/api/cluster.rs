@@ -12,7 +12,7 @@ use warren_telemetry::build;
 
 use super::{Context, Error, health};
 use crate::{
-    backup,
+    backup, convert,
     core::TOKEN_LIFETIME,
     formation::CERTIFICATE_LIFETIME,
     front::Caller,
@@ -31,6 +31,8 @@ const MAX_TOKEN_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
 const MAX_NAME: usize = 253;
 /// How long a leader that is to go waits for its successor.
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a leader waits to hear of those that would be left.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 /// Bytes of a backup in one message.
 const BACKUP_PART: usize = 1 << 20;
 /// Letting somebody in is repeated when somebody else came first.
@@ -69,6 +71,12 @@ fn rotation(state: &State) -> Option<v1::Rotation> {
     };
     let digest = warren_pki::authorities_digest(&cluster.authorities());
     Some(v1::Rotation { phase: phase.into(), waits_for: state.uncertified(&digest).collect() })
+}
+
+/// Of the voters that would be left without one: how many answer this leader, and how many there are.
+fn left_without(status: &warren_raft::Status, id: u64) -> (usize, usize) {
+    let left = || status.members.iter().filter(|member| member.voter && member.id != id);
+    (left().filter(|member| status.answers(member.id)).count(), left().count())
 }
 
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
@@ -167,6 +175,10 @@ impl Cluster {
             let state = self.0.store.read().await?;
             let now = self.0.environment.now();
             let token = state.token(&secret.hash()).filter(|token| token.expires_at > now).ok_or_else(refused)?;
+            if request.taken().any(|taken| taken == wire_role(token.role)) {
+                let what = if token.role == TokenRole::Manager { "manager" } else { "node" };
+                return Err(Error::Precondition(format!("this machine is a {what} already")));
+            }
             let (change, admitted) = match token.role {
                 TokenRole::Manager => {
                     let id = state.next_manager();
@@ -228,11 +240,25 @@ impl Cluster {
     /// Whether a manager may go, or lose its vote. One that leads hands over first; then its successor is to be asked again.
     async fn let_go(&self, id: u64) -> Result<(), Error> {
         let raft = self.0.store.raft();
-        let status = raft.status();
-        let others = status.members.iter().filter(|member| member.voter && member.id != id).count();
-        if others == 0 {
-            return Err(Error::Precondition(format!("manager {id} is the only one that votes")));
-        }
+        let deadline = tokio::time::Instant::now() + ANSWER_PATIENCE;
+        let status = loop {
+            let status = raft.status();
+            let (answer, all) = left_without(&status, id);
+            if all == 0 {
+                return Err(Error::Precondition(format!("manager {id} is the only one that votes")));
+            }
+            let is_voter = status.members.iter().any(|member| member.id == id && member.voter);
+            if !is_voter || !status.is_leader || answer > all / 2 {
+                break status;
+            }
+            // Who has just begun to lead has not heard everybody yet.
+            if tokio::time::Instant::now() > deadline {
+                return Err(Error::Precondition(format!(
+                    "of the {all} managers that would be left to vote {answer} can be reached, which is no majority"
+                )));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
         if id != status.id {
             return Ok(());
         }
@@ -297,6 +323,11 @@ impl cluster_server::Cluster for Cluster {
             hostname: state.manager(member.id).map(|manager| manager.hostname.clone()).unwrap_or_default(),
             leader: status.leader == Some(member.id),
             lag: status.lag.get(&member.id).copied().unwrap_or(0),
+            silent_for: status
+                .heard
+                .get(&member.id)
+                .filter(|_| status.is_leader)
+                .map(|silent| convert::wire_duration(*silent)),
         });
         Ok(Response::new(v1::GetClusterInfoResponse {
             cluster_id: state.cluster().map(|cluster| cluster.id.clone()).unwrap_or_default(),

@@ -1,4 +1,4 @@
-use std::{pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use tokio::sync::{broadcast::error::RecvError, mpsc};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
@@ -22,6 +22,9 @@ fn is_asked_for(types: &[String], event: &v1::Event) -> bool {
 type Sent = Result<v1::StreamEventsResponse, Status>;
 
 /// Fails when nobody follows any more.
+/// How long a leader takes to begin to watch, at most.
+const BEGIN_PATIENCE: Duration = Duration::from_secs(2);
+
 async fn send(to: &mpsc::Sender<Sent>, event: Arc<v1::Event>) -> Result<(), ()> {
     let event = Some(v1::Event::clone(&event));
     to.send(Ok(v1::StreamEventsResponse { event })).await.map_err(drop)
@@ -41,12 +44,15 @@ impl events_server::Events for Events {
             return Err(super::Error::from(Invalid::new("event_types", why)).into());
         }
         self.0.store.read().await.map_err(super::status)?;
-        let (remembered, mut news) = self.1.follow();
+        let followed = tokio::time::timeout(BEGIN_PATIENCE, self.1.follow()).await;
+        let (remembered, mut news) = followed.map_err(|_| Status::unavailable("this manager no longer leads"))?;
         let mut leads = self.1.leads();
         let (sender, receiver) = mpsc::channel(QUEUE);
-        let wanted = move |event: &Arc<v1::Event>| event.revision > since_revision && is_asked_for(&event_types, event);
+        let wanted = move |event: &Arc<v1::Event>| is_asked_for(&event_types, event);
         tokio::spawn(async move {
-            for event in remembered.into_iter().filter(&wanted) {
+            // What happens from now on is news, whatever the revision: that of a node's silence is no other than before.
+            let since = |event: &Arc<v1::Event>| event.revision > since_revision && wanted(event);
+            for event in remembered.into_iter().filter(since) {
                 if send(&sender, event).await.is_err() {
                     return;
                 }

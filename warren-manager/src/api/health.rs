@@ -1,6 +1,6 @@
 //! Whether a cluster is as it should be, in a few words.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, sync::Arc};
 
 use warren_proto::v1;
 use warren_raft::Status;
@@ -9,11 +9,9 @@ use crate::{
     convert,
     ids::NodeId,
     liveness::Health,
-    state::{ContainerState, Desired, State},
+    state::{Container, ContainerState, Desired, RestartCondition, State},
 };
 
-/// Many heartbeats, in every profile.
-const SILENT: Duration = Duration::from_secs(5);
 /// Entries that a manager may be behind in passing.
 const BEHIND: u64 = 1000;
 /// So many are named; of more, how many they are.
@@ -21,7 +19,7 @@ const NAMED: usize = 5;
 
 /// What the leader finds.
 pub(super) fn checks(status: &Status, state: &State, health: impl Fn(&NodeId) -> Health) -> Vec<v1::ClusterCheck> {
-    vec![managers(status, state), nodes(state, health), services(state)]
+    vec![managers(status, state), nodes(state, &health), services(state, &health)]
 }
 
 fn check(name: &str, well: String, troubles: &[String]) -> v1::ClusterCheck {
@@ -41,15 +39,14 @@ fn managers(status: &Status, state: &State) -> v1::ClusterCheck {
     for member in &status.members {
         let hostname = state.manager(member.id).map_or("", |manager| manager.hostname.as_str());
         let named = format!("manager {} ({hostname})", member.id);
-        let silent_for =
-            if member.id == status.id { Some(Duration::ZERO) } else { status.heard.get(&member.id).copied() };
-        let answers = silent_for.is_some_and(|silent| silent < SILENT);
+        let silent_for = status.heard.get(&member.id).copied();
+        let answers = status.answers(member.id);
         let behind = status.lag.get(&member.id).copied().unwrap_or(0);
         match silent_for {
+            _ if answers && behind > BEHIND => troubles.push(format!("{named} is {behind} entries behind")),
+            _ if answers => {}
             None => troubles.push(format!("{named} has not answered this leader yet")),
-            Some(silent) if !answers => troubles.push(format!("{named} has been silent for {} s", silent.as_secs())),
-            Some(_) if behind > BEHIND => troubles.push(format!("{named} is {behind} entries behind")),
-            Some(_) => {}
+            Some(silent) => troubles.push(format!("{named} has been silent for {} s", silent.as_secs())),
         }
         if member.voter {
             voters += 1;
@@ -77,16 +74,31 @@ fn nodes(state: &State, health: impl Fn(&NodeId) -> Health) -> v1::ClusterCheck 
     check("nodes", format!("{ready} of {} are ready", state.nodes().count()), &troubles)
 }
 
-fn services(state: &State) -> v1::ClusterCheck {
+/// The containers that do what their service is for, or have done it.
+fn services(state: &State, health: impl Fn(&NodeId) -> Health) -> v1::ClusterCheck {
     let (mut whole, mut all) = (0, 0);
     let mut troubles = Vec::new();
     for service in state.services() {
-        // One that has done its work is not missing.
-        let serving = state.containers_of(&service.id).filter(|container| {
-            matches!(container.status.state, ContainerState::Running | ContainerState::Complete)
-                && container.desired == Desired::Running
-        });
-        let (serving, desired) = (serving.count(), convert::desired(service, state) as usize);
+        // Of each slot the newest.
+        let mut slots = BTreeMap::new();
+        for container in state.containers_of(&service.id) {
+            let newest = slots.entry((container.slot, &container.pinned)).or_insert(container);
+            if (container.created_at, &container.id) > (newest.created_at, &newest.id) {
+                *newest = container;
+            }
+        }
+        let is_well = |container: &&&Arc<Container>| match container.status.state {
+            ContainerState::Running => {
+                container.desired == Desired::Running
+                    && container.status.serves()
+                    && container.node.as_ref().is_some_and(|node| health(node).is_reachable())
+            }
+            ContainerState::Complete => {
+                container.desired == Desired::Running && service.spec.restart.condition != RestartCondition::Any
+            }
+            _ => false,
+        };
+        let (serving, desired) = (slots.values().filter(is_well).count(), convert::desired(service, state) as usize);
         all += 1;
         if serving < desired {
             troubles.push(format!("{} has {serving} of {desired} containers", service.spec.name));
@@ -100,7 +112,7 @@ fn services(state: &State) -> v1::ClusterCheck {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::time::Duration;
 
     use warren_raft::Member;
 
@@ -126,6 +138,7 @@ mod tests {
             members: (1..=4).map(member).collect(),
             is_joint: false,
             lag: BTreeMap::from([(2, lag)]),
+            leader_silent_for: None,
             heard: heard.iter().map(|(id, seconds)| (*id, Duration::from_secs(*seconds))).collect(),
             failure: None,
         }
@@ -151,7 +164,8 @@ mod tests {
     #[test]
     fn nodes_and_services_that_are_not_well_are_named() {
         let mut state = founded();
-        let (web, job) = (service("s1", "web", 2), service("s2", "job", 1));
+        let (web, mut job) = (service("s1", "web", 2), service("s2", "job", 1));
+        job.spec.restart.condition = RestartCondition::Never;
         let (running, done) = (container("c1", &web, 1, 1), container("c2", &job, 1, 1));
         let nodes = ["a", "b", "c", "d", "e", "f", "g"];
         let added = nodes.iter().map(|id| Change::PutNode(Box::new(node(id, 1000, 1))));
@@ -162,9 +176,11 @@ mod tests {
             &mut state,
             [observe("c1", "a", ContainerState::Running, 2), observe("c2", "a", ContainerState::Complete, 2)],
         );
-        let found = services(&state);
+        let found = services(&state, |_| Health::Ready);
         assert!(!found.ok);
         assert_eq!(found.message, "1 of 2 have all their containers; web has 1 of 2 containers");
+        let found = services(&state, |_| Health::Down);
+        assert_eq!(found.message, "1 of 2 have all their containers; web has 0 of 2 containers", "nobody knows of it");
 
         let found = super::nodes(&state, |id| if id.as_str() == "a" { Health::Ready } else { Health::Down });
         assert!(!found.ok && found.message.starts_with("1 of 7 are ready; "), "{}", found.message);

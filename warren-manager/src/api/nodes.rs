@@ -84,7 +84,15 @@ impl Nodes {
 
     async fn remove(&self, name: &str) -> Result<(), Error> {
         let state = self.0.store.read().await?;
-        let node = lookup::node(&state, name)?;
+        let node = match lookup::node(&state, name) {
+            // One that was let in and whose agent never came.
+            Err(Error::NotFound { .. }) if state.is_admitted(&NodeId::from(name)) => {
+                let changes = vec![Change::DeleteNode { id: NodeId::from(name) }];
+                self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
+                return Ok(());
+            }
+            found => found?,
+        };
         if self.0.liveness.health(&node.id) != Health::Down {
             let hostname = &node.description.hostname;
             return Err(Error::Precondition(format!("node {hostname} is not down: stop its agent first")));

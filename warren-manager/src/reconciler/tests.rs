@@ -245,6 +245,72 @@ fn a_drained_node_is_left_one_container_at_a_time() {
     assert_eq!((on(&world, "web", "a"), on(&world, "everywhere", "b"), on(&world, "everywhere", "a")), (6, 1, 1));
 }
 
+fn set(node: &str, availability: Availability) -> Change {
+    Change::SetNode { id: node.into(), availability: Some(availability), labels: BTreeMap::new() }
+}
+
+#[test]
+fn what_nobody_else_could_run_is_left_where_it_is() {
+    let mut world = World::new(&["a", "b"]);
+    let mut bound = service("s", "bound", 1);
+    bound.spec.constraints = vec!["node.hostname==a".parse().expect("a constraint")];
+    apply(&mut world.state, [put(bound)]);
+    world.settle();
+    world.down = vec!["a"];
+    assert_eq!(world.plan(), Plan::default(), "b is not for it");
+    apply(&mut world.state, [put(service("t", "web", 2))]);
+    world.down.clear();
+    world.settle();
+    world.down = vec!["a"];
+    apply(&mut world.state, [set("b", Availability::Cordoned)]);
+    assert_eq!(world.plan(), Plan::default(), "b takes nothing");
+    apply(&mut world.state, [set("b", Availability::Active)]);
+    assert_eq!(world.plan().changes.len(), 1);
+}
+
+#[test]
+fn a_cordoned_node_keeps_its_container_of_a_global_service_and_holds_nobody_up() {
+    let mut world = World::new(&["a", "b", "c"]);
+    let everywhere = |generation| {
+        let mut everywhere = service("g", "everywhere", 1);
+        everywhere.spec.mode = Mode::Global;
+        everywhere.generation = generation;
+        put(everywhere)
+    };
+    apply(&mut world.state, [everywhere(1)]);
+    world.settle();
+    apply(&mut world.state, [set("b", Availability::Cordoned), everywhere(2)]);
+    world.settle();
+    let generations = |world: &World| {
+        let live = world.live();
+        let running =
+            live.iter().filter(|c| c.status.state == ContainerState::Running && c.desired == Desired::Running);
+        running.map(|c| (c.node.as_ref().map(ToString::to_string), c.generation)).collect::<BTreeMap<_, _>>()
+    };
+    let on = |node: &str, generation| (Some(node.to_owned()), generation);
+    assert_eq!(generations(&world), BTreeMap::from([on("a", 2), on("b", 1), on("c", 2)]));
+    assert_eq!(world.plan(), Plan::default());
+    apply(&mut world.state, [set("b", Availability::Active)]);
+    world.settle();
+    assert_eq!(generations(&world), BTreeMap::from([on("a", 2), on("b", 2), on("c", 2)]));
+}
+
+#[test]
+fn a_container_of_which_nobody_hears_does_not_serve() {
+    let mut world = World::new(&["a", "b", "c"]);
+    let mut patient = service("s", "web", 2);
+    patient.spec.lost_after = Duration::from_secs(600);
+    apply(&mut world.state, [put(patient)]);
+    world.settle();
+    let nodes: Vec<String> = world.live().iter().filter_map(|c| c.node.as_ref().map(ToString::to_string)).collect();
+    let silent = ["a", "b", "c"].into_iter().find(|node| *node == nodes[0]).expect("one of them");
+    apply(&mut world.state, [set(&nodes[1], Availability::Drained)]);
+    world.down = vec![silent];
+    assert_eq!(world.plan().changes, [], "the other is the only one that serves");
+    world.down.clear();
+    assert_eq!(world.plan().changes.len(), 1);
+}
+
 #[test]
 fn a_service_waits_for_its_node_as_long_as_it_says() {
     let mut world = World::new(&["a", "b"]);

@@ -437,10 +437,16 @@ impl State {
                 self.nodes.insert(id.clone(), Arc::new(node));
             }
             Change::DeleteNode { id } => {
-                let node = self.nodes.remove(id).ok_or_else(|| Rejection::NotFound(format!("node {id}")))?;
-                self.subnets.taken.remove(&node.subnet_index);
+                let node = self.nodes.remove(id);
+                let was_admitted = self.admitted.remove(id).is_some();
+                if node.is_none() && !was_admitted {
+                    return Err(Rejection::NotFound(format!("node {id}")));
+                }
+                if let Some(node) = node {
+                    self.subnets.taken.remove(&node.subnet_index);
+                }
                 self.node_revisions.remove(id);
-                if self.admitted.remove(id).is_some() {
+                if was_admitted {
                     self.departed.insert(id.clone());
                 }
                 let containers: Vec<_> = self.containers_on(id).map(|container| container.id.clone()).collect();
