@@ -73,10 +73,10 @@ fn a_cluster_begins_again_from_its_backup() {
         assert!(refused.contains(why) && refused.contains(&wrong.display().to_string()), "{refused}");
     }
     let restored = manager.cluster(&["restore", &file.display().to_string(), "--advertise-addr", &address]).succeeded();
-    assert!(restored.contains("its only manager is 2"), "{restored}");
+    assert!(restored.contains("its only manager is 102"), "{restored}");
     assert!(manager.cluster(&["restore", &file.display().to_string()]).failed(5).contains("is a manager's already"));
     manager.start();
-    until("it leads", || manager.info().filter(|info| info["leaderId"] == "2"));
+    until("it leads", || manager.info().filter(|info| info["leaderId"] == "102"));
     assert_eq!(names(&manager), ["web"]);
     // The node finds it, keeps what is in the backup and removes what is not.
     until_within(Duration::from_secs(60), "the later one is gone", || (world.tasks().len() == 2).then_some(()));
@@ -225,6 +225,16 @@ fn a_damaged_file_is_named() {
         }
     }
     assert!(tried >= 8, "only {tried}");
+    // What is missing is not made anew, as if there had never been any.
+    for missing in ["raft", "secrets.key", "manager.json", "identity"] {
+        fs::remove_dir_all(&data).expect("there");
+        let _ = run("cp", &["-a", &kept.display().to_string(), &data.display().to_string()]).succeeded();
+        let _ = run("rm", &["-r", &data.join(missing).display().to_string()]).succeeded();
+        let output = World::run(manager.command().stdin(Stdio::null()).env("RUST_BACKTRACE", "0"));
+        assert_eq!(output.code, 8, "{missing}: {}{}", output.stdout, output.stderr);
+        let last = output.stderr.trim_end().lines().last().unwrap_or_default();
+        assert!(last.contains(&data.display().to_string()), "{missing}: {last}");
+    }
 }
 
 #[test]

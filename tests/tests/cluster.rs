@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use warren_tests::{
     Output, WELL_BEHAVED, World,
-    cluster::{Manager, all_vote, leader, tokens},
+    cluster::{Manager, all_vote, found, leader, tokens},
     image_name, until, until_within,
 };
 
@@ -75,6 +75,12 @@ fn three_managers_and_an_agent_survive_the_leader() {
     let voters = format!("2 of 3 voters answer, none of them may fail; manager {} ", led + 1);
     assert!(sick.stdout.contains(&voters), "{sick:?}");
     assert!(sick.failed(1).contains("not as it should be"));
+    // Without the third as well there would be no majority of those that are left.
+    let third = managers[3 - led - other].id();
+    let refused = managers[other].warren(&["cluster", "rm", &third]).failed(1);
+    assert!(refused.contains("of the 2 managers that would be left to vote 1 can be reached"), "{refused}");
+    let refused = managers[other].warren(&["node", "demote", &third]).failed(1);
+    assert!(refused.contains("which is no majority"), "{refused}");
 
     // It comes back and follows.
     managers[led].start();
@@ -106,6 +112,59 @@ fn three_managers_and_an_agent_survive_the_leader() {
     managers[one].start();
     until("two of three decide", || (managers[two].warren(&["service", "scale", "web", "2"]).code == 0).then_some(()));
     until("one of three went", || (managers[two].running("web").len() == 2).then_some(()));
+}
+
+#[test]
+fn five_managers_go_on_without_two() {
+    let world = World::empty("five");
+    let mut managers: Vec<_> = (1..=5).map(|number| Manager::new(&world, &format!("m{number}"))).collect();
+    let _ = found(&mut managers);
+    let led = leader(&managers);
+    let at = |further: usize| (led + further) % 5;
+    let write = |manager: &Manager, name: &str| {
+        manager.warren(&["service", "create", name, "--image", "x", "--pull", "never", "--replicas", "0"])
+    };
+    // The leader and another at once.
+    managers[led].kill();
+    managers[at(1)].kill();
+    until("three of five decide", || (write(&managers[at(2)], "by-three").code == 0).then_some(()));
+    managers[at(3)].kill();
+    assert_eq!(write(&managers[at(2)], "by-two").code, 4);
+    for back in [led, at(1), at(3)] {
+        managers[back].start();
+    }
+    until("five decide", || (write(&managers[led], "by-five").code == 0).then_some(()));
+    for manager in &managers {
+        until("it has caught up", || manager.has_caught_up().then_some(()));
+        let services = manager.warren(&["service", "ls"]).succeeded();
+        assert!(services.contains("by-three") && services.contains("by-five"), "{services}");
+    }
+}
+
+#[test]
+fn a_newcomer_learns_from_a_leader_that_it_does_not_know_yet() {
+    let world = World::empty("newcomer");
+    let (mut managers, _) = three(&world);
+    // The third was let in long after the log's beginning, which is what a newcomer gets first.
+    for id in ["1", "2"] {
+        let _ = managers[2].warren(&["node", "demote", id]).succeeded();
+    }
+    assert_eq!(leader(&managers), 2);
+    for id in ["1", "2"] {
+        let _ = managers[2].warren(&["node", "promote", id]).succeeded();
+    }
+    let token = managers[2].warren(&["cluster", "token", "create", "--role", "manager"]).succeeded();
+    let mut fourth = Manager::new(&world, "m4");
+    let _ = fourth.cluster(&["join", "--token", token.trim(), &managers[2].address()]).succeeded();
+    fourth.start();
+    until("it votes and has all", || (fourth.voters() == 4 && fourth.has_caught_up()).then_some(()));
+    managers[0].stop();
+    // One that was removed hears so.
+    let _ = managers[2].warren(&["cluster", "rm", "2"]).succeeded();
+    until("it says so", || {
+        let (_, body) = world.get(managers[1].metrics_port(), "/ready")?;
+        body.contains("this manager was removed from the cluster").then_some(())
+    });
 }
 
 #[test]
@@ -175,8 +234,19 @@ fn tokens_let_in_whom_they_are_for_and_nobody_else() {
     let wrong = manager.warren(&["cluster", "token", "create", "--role", "worker", "--lifetime", "721h"]).failed(2);
     assert!(wrong.contains("lifetime: is not 1 s to 30 days"), "{wrong}");
 
+    // One that was let in and never came can be removed.
+    let stranger = newcomer.cluster(&["join", "--token", &worker_token, &address]).succeeded();
+    let stranger = stranger.split(' ').nth(4).expect("an id");
+    let _ = manager.warren(&["node", "rm", stranger]).succeeded();
+    let _ = manager.warren(&["node", "rm", stranger]).failed(3);
+
     // The agent's own id is the node's from then on, and a node that was removed stays out.
     start_agent(&mut world, &worker_token, &address);
+    let mut again = World::binary("warren");
+    again.args(["cluster", "join", "--token", &worker_token, &address]).arg("--data-dir").arg(world.directory.path());
+    assert!(World::run(&mut again).failed(5).contains("is a node's already"));
+    let admitted = manager.warren(&["events", "--type", "node.admitted"]).succeeded();
+    assert_eq!(admitted.matches("node.admitted").count(), 2, "{admitted}");
     until("its node is ready", || manager.warren(&["node", "ls"]).stdout.contains("ready").then_some(()));
     let _ = create(&manager, "web", 1).succeeded();
     world.agent.take().expect("it runs").terminate();
