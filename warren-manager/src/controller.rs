@@ -52,9 +52,23 @@ impl Seen {
     /// What must be looked at in this state, which is then the one that was seen.
     fn stale(&mut self, state: &State, health: impl Fn(&NodeId) -> Health, now: Timestamp) -> Stale {
         let since = std::mem::replace(&mut self.revision, state.revision());
-        let nodes: HashMap<_, _> =
-            state.nodes().map(|node| (node.id.clone(), (node.version, health(&node.id)))).collect();
-        let same_nodes = std::mem::replace(&mut self.nodes, nodes) == self.nodes;
+        let mut same_nodes = true;
+        let mut count = 0;
+        for node in state.nodes() {
+            let now = (node.version, health(&node.id));
+            count += 1;
+            match self.nodes.get_mut(&node.id) {
+                Some(known) => same_nodes &= std::mem::replace(known, now) == now,
+                None => {
+                    self.nodes.insert(node.id.clone(), now);
+                    same_nodes = false;
+                }
+            }
+        }
+        if self.nodes.len() > count {
+            self.nodes.retain(|node, _| state.node(node).is_some());
+            same_nodes = false;
+        }
         let mut stale = BTreeSet::new();
         self.services.retain(|id, _| {
             let is_there = state.service(id).is_some();

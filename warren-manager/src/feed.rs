@@ -144,10 +144,14 @@ impl Position {
     /// What has become of nodes.
     fn look(&mut self, state: &State, liveness: &Liveness, now: Timestamp) -> Vec<v1::Event> {
         let mut events = Vec::new();
-        self.nodes.retain(|node, _| state.node(node).is_some());
+        let mut count = 0;
         for node in state.nodes() {
             let health = liveness.health(&node.id);
-            let before = self.nodes.insert(node.id.clone(), health);
+            count += 1;
+            let before = match self.nodes.get_mut(&node.id) {
+                Some(known) => Some(std::mem::replace(known, health)),
+                None => self.nodes.insert(node.id.clone(), health),
+            };
             if before == Some(health) || health == Health::Unknown {
                 continue;
             }
@@ -160,6 +164,9 @@ impl Position {
                 message: String::new(),
                 actor: None,
             });
+        }
+        if self.nodes.len() > count {
+            self.nodes.retain(|node, _| state.node(node).is_some());
         }
         events
     }

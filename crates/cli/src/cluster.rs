@@ -289,7 +289,10 @@ fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     while let Some(next) = cause.source() {
         cause = next;
     }
-    cause.to_string()
+    match cause.to_string().as_str() {
+        "deadline has elapsed" => "it does not answer in time".to_owned(),
+        why => why.to_owned(),
+    }
 }
 
 async fn info(client: &ClientArguments, format: Format) -> Result<(), Error> {

@@ -26,7 +26,7 @@ use warren_proto::v1;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(
-        "no manager answers on {address}; is `warren up` or `warren-manager` running, and in a cluster (`warren cluster init`)?"
+        "no manager answers on {address}: run this where a manager does (`warren up`, or `warren-manager` in a cluster)"
     )]
     NoManager { address: String },
     #[error("the manager's socket {address} is not for this user; run as root")]

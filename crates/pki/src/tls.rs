@@ -94,7 +94,9 @@ impl ServerCertVerifier for Invited {
     ) -> Result<ServerCertVerified, rustls::Error> {
         let authority = intermediates.iter().find(|certificate| token::digest(certificate) == self.digest);
         let Some(authority) = authority else {
-            return Err(rustls::Error::General("it is not of the cluster that the token is for".to_owned()));
+            return Err(rustls::Error::General(
+                "it is not of the cluster that the token is for, or has another authority since".to_owned(),
+            ));
         };
         let roots = roots(&[authority.clone().into_owned()]);
         let roots = roots.map_err(|error| rustls::Error::General(error.to_string()))?;
