@@ -250,8 +250,7 @@ async fn join(token: &str, manager: &str, place: &Place) -> Result<(), Error> {
     let mut taken: Vec<i32> = manager_free.is_err().then_some(v1::Role::Manager.into()).into_iter().collect();
     taken.extend(agent_free.is_err().then_some(i32::from(v1::Role::Worker)));
     if taken.len() == 2 {
-        agent_free?;
-        return Ok(());
+        return agent_free.map_err(Error::from);
     }
     let request = Request::new()?;
     let channel = Dialer::newcomer(manager, &token)?.connect().await;

@@ -348,14 +348,14 @@ impl Node {
             && known.address != address
         {
             let nodes = BTreeMap::from([(id, node.clone())]);
-            self.change(ChangeMembers::SetNodes(nodes)).await?;
+            self.change(ChangeMembers::SetNodes(nodes), false).await?;
         }
         if known.is_some_and(|known| known.voter) {
             return Ok(());
         }
         self.raft.add_learner(id, node, false).await.map_err(changing)?;
         self.caught_up(id, address).await?;
-        self.change(ChangeMembers::AddVoterIds(BTreeSet::from([id]))).await
+        self.change(ChangeMembers::AddVoterIds(BTreeSet::from([id])), false).await
     }
 
     /// Waits until a member that follows answers and has nearly all of the log: with the vote of one that does not, there may be no
@@ -389,8 +389,7 @@ impl Node {
     ///
     /// When this manager does not lead, or no majority answers.
     pub async fn demote(&self, id: u64) -> Result<(), Error> {
-        let change = ChangeMembers::RemoveVoters(BTreeSet::from([id]));
-        self.raft.change_membership(change, true).await.map(drop).map_err(changing)
+        self.change(ChangeMembers::RemoveVoters(BTreeSet::from([id])), true).await
     }
 
     /// Takes a member in that does not vote, or tells where it is now.
@@ -402,7 +401,9 @@ impl Node {
         let known = self.status().members.into_iter().find(|member| member.id == id);
         match known {
             Some(known) if known.address == address => Ok(()),
-            Some(_) => self.change(ChangeMembers::SetNodes(BTreeMap::from([(id, BasicNode::new(address))]))).await,
+            Some(_) => {
+                self.change(ChangeMembers::SetNodes(BTreeMap::from([(id, BasicNode::new(address))])), false).await
+            }
             None => self.raft.add_learner(id, BasicNode::new(address), false).await.map(drop).map_err(changing),
         }
     }
@@ -414,8 +415,7 @@ impl Node {
     ///
     /// When this manager does not lead, or no majority answers.
     pub async fn settle(&self) -> Result<(), Error> {
-        let nothing = ChangeMembers::AddVoterIds(BTreeSet::new());
-        self.raft.change_membership(nothing, true).await.map(drop).map_err(changing)
+        self.change(ChangeMembers::AddVoterIds(BTreeSet::new()), true).await
     }
 
     /// Takes a member out. One that leads must hand over first.
@@ -426,13 +426,14 @@ impl Node {
     pub async fn remove(&self, id: u64) -> Result<(), Error> {
         let Some(known) = self.status().members.into_iter().find(|member| member.id == id) else { return Ok(()) };
         if known.voter {
-            return self.change(ChangeMembers::RemoveVoters(BTreeSet::from([id]))).await;
+            return self.change(ChangeMembers::RemoveVoters(BTreeSet::from([id])), false).await;
         }
-        self.change(ChangeMembers::RemoveNodes(BTreeSet::from([id]))).await
+        self.change(ChangeMembers::RemoveNodes(BTreeSet::from([id])), false).await
     }
 
-    async fn change(&self, change: ChangeMembers<u64, BasicNode>) -> Result<(), Error> {
-        self.raft.change_membership(change, false).await.map(drop).map_err(changing)
+    /// Changes the members; `retain` has voters that lose their vote follow on.
+    async fn change(&self, change: ChangeMembers<u64, BasicNode>, retain: bool) -> Result<(), Error> {
+        self.raft.change_membership(change, retain).await.map(drop).map_err(changing)
     }
 
     /// Asks the voter that answers and is least behind to lead instead of this manager. Whether it does shows in the status.
