@@ -4,7 +4,7 @@ use std::{
     fmt::Debug,
     io,
     ops::{Bound, RangeBounds},
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::Instant,
 };
 
@@ -23,15 +23,37 @@ use crate::{
 /// Payload bytes sent to a follower in one message, beyond the first entry.
 const BATCH_BYTES: usize = 1 << 20;
 
+/// Why the log could not be written when that first failed, in words. Consensus ends then, and says what it tried last, which may
+/// only be what followed from it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FirstFailure(Arc<OnceLock<String>>);
+
+impl FirstFailure {
+    pub(crate) fn get(&self) -> Option<&str> {
+        self.0.get().map(String::as_str)
+    }
+
+    fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        result.inspect_err(|error| {
+            let _ = self.0.set(format!("the log cannot be written: {error}"));
+        })
+    }
+}
+
 #[derive(Clone)]
 pub(crate) struct LogStore {
     log: Arc<RwLock<Box<dyn Log>>>,
     observer: Arc<dyn Observer>,
+    failure: FirstFailure,
 }
 
 impl LogStore {
     pub(crate) fn new(log: Box<dyn Log>, observer: Arc<dyn Observer>) -> Self {
-        Self { log: Arc::new(RwLock::new(log)), observer }
+        Self { log: Arc::new(RwLock::new(log)), observer, failure: FirstFailure::default() }
+    }
+
+    pub(crate) fn failure(&self) -> FirstFailure {
+        self.failure.clone()
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Box<dyn Log>> {
@@ -92,8 +114,9 @@ impl RaftLogStorage<Config> for LogStore {
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
         let (sender, receiver) = oneshot::channel();
         // A caller that gave up does not want to know.
-        self.write().vote(*vote, Box::new(move |result| drop(sender.send(result))))?;
-        receiver.await.map_err(|_| io::Error::other("the log's writer has ended"))?
+        self.failure.note(self.write().vote(*vote, Box::new(move |result| drop(sender.send(result)))))?;
+        let written = receiver.await.unwrap_or_else(|_| Err(io::Error::other("the log's writer has ended")));
+        self.failure.note(written)
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
@@ -111,14 +134,14 @@ impl RaftLogStorage<Config> for LogStore {
         I::IntoIter: OptionalSend,
     {
         let began = Instant::now();
-        let observer = Arc::clone(&self.observer);
+        let (observer, failure) = (Arc::clone(&self.observer), self.failure());
         let durable = Box::new(move |result: io::Result<()>| {
             if result.is_ok() {
                 observer.log_synced(began.elapsed());
             }
-            callback.io_completed(result);
+            callback.io_completed(failure.note(result));
         });
-        self.write().append(entries.into_iter().collect(), durable)
+        self.failure.note(self.write().append(entries.into_iter().collect(), durable))
     }
 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {

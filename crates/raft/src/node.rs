@@ -6,7 +6,7 @@ use std::{
 };
 
 use openraft::{
-    BasicNode, ChangeMembers, Instant as _, LogIdOptionExt as _, ReadPolicy, ServerState,
+    BasicNode, ChangeMembers, Instant as _, LogIdOptionExt as _, RaftMetrics, ReadPolicy, ServerState,
     async_runtime::WatchReceiver as _,
     errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError},
     raft::AppendEntriesResponse,
@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 
 use crate::{
     Error, Observer, Options, StateMachine, Storage, Transport,
-    log_store::LogStore,
+    log_store::{FirstFailure, LogStore},
     machine::{self, LogLimit, Machine},
     network::{Message, Network},
     snapshot::SnapshotStore,
@@ -31,6 +31,7 @@ type Raft = openraft::Raft<Config, Machine>;
 #[derive(Clone)]
 pub struct Node {
     raft: Raft,
+    failure: FirstFailure,
     /// A snapshot that another manager sends.
     incoming: Arc<Incoming>,
     /// When a leader last sent something.
@@ -131,9 +132,11 @@ impl Node {
         let members = BTreeMap::from([(options.id, BasicNode::new(&options.address))]);
         match node.raft.initialize(members).await {
             // There was a log: the cluster goes on.
-            Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(node),
-            Err(error) => Err(Error::Stopped(error.to_string())),
+            Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {}
+            Err(error) => return Err(Error::Stopped(error.to_string())),
         }
+        node.has_read_members().await?;
+        Ok(node)
     }
 
     /// Starts taking part in a cluster that others have begun: as its log says, or else as soon as they add this manager.
@@ -154,6 +157,7 @@ impl Node {
         let opened = machine::blocking(blocks, move || storage.open()).await;
         let Opened { log, snapshots, sync } = opened.map_err(storage_error)?;
         let (log, snapshots) = (LogStore::new(log, Arc::clone(&observer)), SnapshotStore::new(snapshots));
+        let failure = log.failure();
         tracing::debug!(sync_ms = sync.as_secs_f64() * 1e3, "the disk's time to make a write durable");
         let config = options.raft(sync).map_err(|error| Error::Stopped(error.to_string()))?;
         let full = Arc::new(Notify::new());
@@ -162,12 +166,24 @@ impl Node {
         let raft = Raft::new(options.id, config, Network { transport }, log, machine).await;
         let raft = raft.map_err(|error| storage_error(io::Error::other(error.to_string())))?;
         tokio::spawn(snapshot_when_full(raft.clone(), full));
-        let node = Self { raft, incoming: Arc::default(), led: Arc::default() };
+        let node = Self { raft, failure, incoming: Arc::default(), led: Arc::default() };
+        node.has_read_members().await?;
         // A lone voter need not wait for anyone.
         if node.is_alone() {
             node.raft.trigger().elect(false).await.map_err(|error| Error::Stopped(error.to_string()))?;
         }
         Ok(node)
+    }
+
+    /// Waits until the status tells the members that the log tells: for a moment after the start it tells none.
+    async fn has_read_members(&self) -> Result<(), Error> {
+        let stopped = |error: &dyn std::error::Error| Error::Stopped(error.to_string());
+        let read = self.raft.with_raft_state(|state| state.membership_state.effective().nodes().next().is_some());
+        if read.await.map_err(|error| stopped(&error))? {
+            let told = |metrics: &RaftMetrics<Config>| metrics.membership_config.nodes().next().is_some();
+            self.raft.wait(Some(RECOVERY_TIMEOUT)).metrics(told, "members").await.map_err(|error| stopped(&error))?;
+        }
+        Ok(())
     }
 
     /// Whether this manager is the only one that votes.
@@ -280,7 +296,10 @@ impl Node {
                 .collect(),
             heard: heard.filter_map(|(id, at)| Some((*id, at.as_ref()?.into_inner().elapsed()))).collect(),
             leader_silent_for: self.led().map(|at| at.elapsed()),
-            failure: metrics.running_state.err().map(|error| error.to_string()),
+            failure: metrics
+                .running_state
+                .err()
+                .map(|error| self.failure.get().map_or_else(|| error.to_string(), str::to_owned)),
         }
     }
 

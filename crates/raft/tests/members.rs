@@ -133,11 +133,36 @@ async fn who_cannot_be_reached_gets_no_vote() {
         Node::start(&own, files(directory.path(), 1), Box::new(Journal::default()), transport, Arc::new(Unobserved));
     let node = started.await.expect("starts");
     until("it leads", || node.status().is_leader.then_some(())).await;
+    assert_eq!(node.propose("it has begun".to_owned()).await.expect("commits"), "1");
     let refused = node.add_voter(2, "nowhere").await.expect_err("it is not there").to_string();
     assert!(refused.contains("manager 2 cannot be reached at nowhere"), "{refused}");
-    assert_eq!(node.propose("it goes on".to_owned()).await.expect("commits"), "1");
+    assert_eq!(node.propose("it goes on".to_owned()).await.expect("commits"), "2");
     assert_eq!(node.status().members.iter().filter(|member| member.voter).count(), 1);
     node.shutdown().await;
+}
+
+/// In one thread: what consensus does by itself has no time to be done meanwhile.
+#[tokio::test]
+async fn a_restarted_manager_knows_the_members_at_once() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let join = async || {
+        let (own, files) = (options(1), files(directory.path(), 1));
+        let transport = Arc::new(warren_raft::Disconnected);
+        let joined = Node::join(&own, files, Box::new(Journal::default()), transport, Arc::new(Unobserved));
+        joined.await.expect("starts")
+    };
+    let nobody = join().await;
+    assert_eq!(nobody.status().members, [], "there is no log yet");
+    nobody.shutdown().await;
+    let (own, transport) = (options(1), Arc::new(warren_raft::Disconnected));
+    let founder =
+        Node::start(&own, files(directory.path(), 1), Box::new(Journal::default()), transport, Arc::new(Unobserved));
+    let founder = founder.await.expect("starts");
+    assert!(founder.is_alone());
+    founder.shutdown().await;
+    let restarted = join().await;
+    assert!(restarted.is_alone());
+    restarted.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -184,3 +184,15 @@ fn a_membership_survives_the_disk() {
     });
     assert_eq!(content(directory.path()).expect("opens").1, [written]);
 }
+
+#[test]
+fn what_failed_first_is_told() {
+    let failure = super::FirstFailure::default();
+    assert_eq!(failure.note(Ok(1)).expect("went well"), 1);
+    assert_eq!(failure.get(), None);
+    for why in ["the disk is full", "the writer has ended"] {
+        let passed_on = failure.note(Err::<(), _>(std::io::Error::other(why))).expect_err("failed");
+        assert_eq!(passed_on.to_string(), why);
+    }
+    assert_eq!(failure.get(), Some("the log cannot be written: the disk is full"));
+}
