@@ -1,11 +1,11 @@
 //! Several managers of one cluster, each a process of its own.
 
-use std::{path::PathBuf, process::Command};
+use std::{path::PathBuf, process::Command, time::Duration};
 
 use serde_json::Value;
 
 use crate::{
-    process::{Process, free_port, until},
+    process::{Process, free_port, until, until_within},
     world::{Output, World},
 };
 
@@ -148,10 +148,16 @@ impl Manager {
         self.info().expect("it answers")["managerId"].as_str().expect("an id").to_owned()
     }
 
-    /// Whether it has applied all that it has, and knows who leads.
+    /// Whether it has applied all that it has, and knows who leads. While others write it may never have; see [`follows`].
     #[must_use]
     pub fn has_caught_up(&self) -> bool {
         self.info().is_some_and(|info| info["appliedIndex"] == info["lastLogIndex"] && info["leaderId"] != "0")
+    }
+
+    /// The index of the last entry that it has applied, if it answers and knows who leads.
+    fn applied(&self) -> Option<u64> {
+        let info = self.info().filter(|info| info["leaderId"] != "0")?;
+        info["appliedIndex"].as_str()?.parse().ok()
     }
 
     /// Ids and process ids of a service's running containers.
@@ -210,6 +216,13 @@ pub fn all_vote(managers: &[Manager]) {
     for manager in managers {
         until("all vote", || (manager.voters() == managers.len()).then_some(()));
     }
+}
+
+/// Waits until one of them has applied what any of the others has by now, though writes go on.
+pub fn follows(managers: &[Manager], one: usize) {
+    let others = managers.iter().enumerate().filter(|(at, _)| *at != one);
+    let applied = others.filter_map(|(_, other)| other.applied()).max().expect("another answers");
+    until_within(Duration::from_secs(60), "it follows again", || (managers[one].applied()? >= applied).then_some(()));
 }
 
 /// Which of those that run leads, as the others see it too.

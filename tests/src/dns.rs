@@ -223,7 +223,8 @@ pub fn script_that_asks(port: u16, answered: bool) -> String {
     let server = if answered {
         format!("echo \"{}\" >/tmp/s; nc -l -p {port} -e sh /tmp/s", answer.replace('\\', r"\\"))
     } else {
-        format!("nc -l -p {port} >/dev/null")
+        // Its input has no end: at one it would close the connection, perhaps before the query has come.
+        format!("mkfifo /tmp/f; nc -l -p {port} <>/tmp/f >/dev/null")
     };
     // Until the server listens, the connection is refused.
     let client = format!("until {query} | nc 127.0.0.1 {port} >/dev/null; do sleep 0.1; done");

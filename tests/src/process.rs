@@ -1,9 +1,14 @@
 use std::{
     env,
     fs::File,
+    hash::{BuildHasher as _, RandomState},
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::{
+        LazyLock,
+        atomic::{AtomicU16, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -121,13 +126,17 @@ pub fn find(program: &str) -> PathBuf {
         .unwrap_or_else(|| panic!("{program} is missing: run `cargo xtask setup --tests`"))
 }
 
-/// A port that nobody uses now, on all addresses and for UDP as well.
+/// A port that nobody uses now, on all addresses and for UDP as well, and that the kernel gives to no connection meanwhile: a
+/// manager that is started again finds it free.
 #[must_use]
 pub fn free_port() -> u16 {
+    /// Below those that connections are given (`ip_local_port_range`).
+    const PORTS: std::ops::Range<u16> = 10_000..32_768;
+    // Never one twice, and in each test program others.
+    static NEXT: LazyLock<AtomicU16> = LazyLock::new(|| AtomicU16::new(RandomState::new().hash_one(()) as u16));
     for _ in 0..100 {
-        let listener = TcpListener::bind("[::]:0").expect("a free port");
-        let port = listener.local_addr().expect("an address").port();
-        if std::net::UdpSocket::bind(("0.0.0.0", port)).is_ok() {
+        let port = PORTS.start + NEXT.fetch_add(1, Ordering::Relaxed) % (PORTS.end - PORTS.start);
+        if TcpListener::bind(("::", port)).is_ok() && std::net::UdpSocket::bind(("0.0.0.0", port)).is_ok() {
             return port;
         }
     }

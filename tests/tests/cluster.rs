@@ -124,16 +124,18 @@ fn five_managers_go_on_without_two() {
     let write = |manager: &Manager, name: &str| {
         manager.warren(&["service", "create", name, "--image", "x", "--pull", "never", "--replicas", "0"])
     };
+    // One whose outcome nobody knew may have been written all the same: then there is one of its name (5).
+    let written = |manager: &Manager, name: &str| matches!(write(manager, name).code, 0 | 5).then_some(());
     // The leader and another at once.
     managers[led].kill();
     managers[at(1)].kill();
-    until("three of five decide", || (write(&managers[at(2)], "by-three").code == 0).then_some(()));
+    until("three of five decide", || written(&managers[at(2)], "by-three"));
     managers[at(3)].kill();
     assert_eq!(write(&managers[at(2)], "by-two").code, 4);
     for back in [led, at(1), at(3)] {
         managers[back].start();
     }
-    until("five decide", || (write(&managers[led], "by-five").code == 0).then_some(()));
+    until("five decide", || written(&managers[led], "by-five"));
     for manager in &managers {
         until("it has caught up", || manager.has_caught_up().then_some(()));
         let services = manager.warren(&["service", "ls"]).succeeded();

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 use serde_json::Value;
 use warren_tests::{
     Hosts, Load, Process, WELL_BEHAVED, World,
-    cluster::{self, Manager, all_vote, leader},
+    cluster::{self, Manager, all_vote, follows, leader},
     image_name, run, until_within,
 };
 
@@ -101,7 +101,7 @@ fn the_leader_is_killed_again_and_again_under_load() {
         cluster.managers[led].kill();
         more(&load);
         cluster.managers[led].start();
-        until_within(PATIENCE, "it follows again", || cluster.managers[led].has_caught_up().then_some(()));
+        follows(&cluster.managers, led);
     }
     let (acknowledged, longest) = load.stop();
     eprintln!("{} writes; the longest time without one was {longest:?}", acknowledged.len());
@@ -122,14 +122,14 @@ fn managers_and_nodes_are_cut_off_and_come_back() {
     let refused = cluster.managers[led].warren(&["service", "ls"]);
     assert_eq!(refused.code, 4, "{}{}", refused.stdout, refused.stderr);
     cluster.hosts.heal();
-    until_within(PATIENCE, "it follows", || cluster.managers[led].has_caught_up().then_some(()));
+    follows(&cluster.managers, led);
     // A follower.
     let follower = (leader(&cluster.managers) + 1) % 3;
     cluster.hosts.cut_off(follower);
     more(&load);
     assert_eq!(cluster.managers[follower].warren(&["service", "ls"]).code, 4);
     cluster.hosts.heal();
-    until_within(PATIENCE, "it follows", || cluster.managers[follower].has_caught_up().then_some(()));
+    follows(&cluster.managers, follower);
     // The node, for long enough to be down: its containers go on, and are the same when it is back.
     cluster.hosts.cut_off(NODE);
     until_within(PATIENCE, "it is down", || {
@@ -173,7 +173,7 @@ fn everything_is_restarted_one_after_the_other_under_load() {
         cluster.managers[at].stop();
         more(&load);
         cluster.managers[at].start();
-        until_within(PATIENCE, "it follows again", || cluster.managers[at].has_caught_up().then_some(()));
+        follows(&cluster.managers, at);
     }
     let _ = cluster.agent.take().expect("it runs").terminate();
     let agent = start_agent(&cluster.world, &cluster.hosts);
@@ -238,7 +238,7 @@ fn a_full_disk_stops_one_manager_and_nothing_else() {
     managers[led].kill();
     disks[led].free();
     managers[led].start();
-    until_within(PATIENCE, "it follows again", || managers[led].has_caught_up().then_some(()));
+    follows(&managers, led);
     // A follower's.
     let follower = (leader(&managers) + 1) % 3;
     disks[follower].fill();
@@ -249,7 +249,7 @@ fn a_full_disk_stops_one_manager_and_nothing_else() {
     managers[follower].kill();
     disks[follower].free();
     managers[follower].start();
-    until_within(PATIENCE, "it follows again", || managers[follower].has_caught_up().then_some(()));
+    follows(&managers, follower);
     more(&load);
     let (acknowledged, longest) = load.stop();
     eprintln!("{} writes; the longest time without one was {longest:?}", acknowledged.len());
