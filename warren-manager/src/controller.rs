@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     clock::{Environment, Timestamp},
     ids::{ContainerId, NodeId, ServiceId},
-    liveness::{Health, Liveness},
+    liveness::{Health, LastSeen, Liveness},
     metrics::ManagerMetrics,
     reconciler, scheduler,
     state::{Change, ContainerChange, ContainerState, State},
@@ -43,7 +43,7 @@ struct Seen {
     /// The services' versions.
     services: HashMap<ServiceId, u64>,
     /// The nodes' versions, and how they were.
-    nodes: HashMap<NodeId, (u64, Health)>,
+    nodes: LastSeen<(u64, Health)>,
     /// When services are to be looked at again, whatever happens.
     due: BTreeMap<ServiceId, Timestamp>,
 }
@@ -52,23 +52,7 @@ impl Seen {
     /// What must be looked at in this state, which is then the one that was seen.
     fn stale(&mut self, state: &State, health: impl Fn(&NodeId) -> Health, now: Timestamp) -> Stale {
         let since = std::mem::replace(&mut self.revision, state.revision());
-        let mut same_nodes = true;
-        let mut count = 0;
-        for node in state.nodes() {
-            let now = (node.version, health(&node.id));
-            count += 1;
-            match self.nodes.get_mut(&node.id) {
-                Some(known) => same_nodes &= std::mem::replace(known, now) == now,
-                None => {
-                    self.nodes.insert(node.id.clone(), now);
-                    same_nodes = false;
-                }
-            }
-        }
-        if self.nodes.len() > count {
-            self.nodes.retain(|node, _| state.node(node).is_some());
-            same_nodes = false;
-        }
+        let nodes_changed = self.nodes.look(state, |node| (node.version, health(&node.id)), |_, _| {});
         let mut stale = BTreeSet::new();
         self.services.retain(|id, _| {
             let is_there = state.service(id).is_some();
@@ -84,7 +68,7 @@ impl Seen {
         }
         // A clock that was set back must not put it off for ever.
         let is_recent = |at: Timestamp| at <= now && now.since(at) < LOOK_AT_ALL;
-        let changes = state.changes_since(since).filter(|_| same_nodes && self.all_at.is_some_and(is_recent));
+        let changes = state.changes_since(since).filter(|_| !nodes_changed && self.all_at.is_some_and(is_recent));
         let Some(changes) = changes else {
             self.all_at = Some(now);
             return Stale::All;

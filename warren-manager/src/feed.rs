@@ -13,10 +13,10 @@ use warren_proto::v1;
 
 use crate::{
     clock::Timestamp,
-    ids::{ContainerId, NodeId},
-    liveness::{Health, Liveness},
+    ids::ContainerId,
+    liveness::{Health, LastSeen, Liveness},
     metrics::ManagerMetrics,
-    state::{Container, ContainerChange, ContainerState, Event, State},
+    state::{Container, ContainerChange, ContainerState, Event, Node, State},
     store::Store,
 };
 
@@ -46,11 +46,11 @@ pub(crate) struct Feed {
 }
 
 /// Where the feed is in the state.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Position {
     revision: u64,
     containers: HashMap<ContainerId, ContainerState>,
-    nodes: HashMap<NodeId, Health>,
+    nodes: LastSeen<Health>,
 }
 
 fn told(event: &Event) -> v1::Event {
@@ -66,22 +66,27 @@ fn told(event: &Event) -> v1::Event {
     }
 }
 
-fn container_event(revision: u64, container: &Container, kind: &str, at: Timestamp) -> v1::Event {
+fn container_event(state: &State, revision: u64, container: &Container, kind: &str) -> v1::Event {
     let status = &container.status;
+    let node = container.node.as_ref();
+    // The managers decide where it goes; what becomes of it there its node says.
+    let is_decided = status.state <= ContainerState::Assigned;
+    let node_known = node.and_then(|node| state.node(node)).filter(|_| status.state == ContainerState::Assigned);
+    let place = node_known.map(|node| format!("to {}", node.description.hostname));
     let exit = status.exit_code.filter(|code| *code != 0).map(|code| format!("exit code {code}"));
     let oom = status.oom_killed.then(|| "out of memory".to_owned());
     let words = Some(status.message.clone()).filter(|message| !message.is_empty());
     v1::Event {
         revision,
-        at: Some(at.to_proto()),
+        at: Some(status.changed_at.to_proto()),
         r#type: format!("container.{kind}"),
         object_id: container.id.to_string(),
         object_name: match &container.pinned {
             Some(_) => container.service_name.clone(),
             None => format!("{}-{}", container.service_name, container.slot),
         },
-        message: [exit, oom, words].into_iter().flatten().collect::<Vec<_>>().join(", "),
-        actor: container.node.as_ref().map(|node| v1::Actor {
+        message: [place, exit, oom, words].into_iter().flatten().collect::<Vec<_>>().join(", "),
+        actor: node.filter(|_| !is_decided).map(|node| v1::Actor {
             id: node.to_string(),
             role: "worker".to_owned(),
             address: String::new(),
@@ -114,7 +119,7 @@ impl Position {
         Self {
             revision: state.revision(),
             containers: state.containers().map(|c| (c.id.clone(), c.status.state)).collect(),
-            nodes: state.nodes().map(|node| (node.id.clone(), liveness.health(&node.id))).collect(),
+            nodes: LastSeen::of(state, |node| liveness.health(&node.id)),
         }
     }
 
@@ -130,7 +135,7 @@ impl Position {
                 ContainerChange::Changed(container) => {
                     let before = self.containers.insert(container.id.clone(), container.status.state);
                     if let Some(kind) = step(container, before) {
-                        events.push(container_event(*revision, container, kind, container.status.changed_at));
+                        events.push(container_event(state, *revision, container, kind));
                     }
                 }
                 ContainerChange::Deleted(id, _) => drop(self.containers.remove(id)),
@@ -144,30 +149,20 @@ impl Position {
     /// What has become of nodes.
     fn look(&mut self, state: &State, liveness: &Liveness, now: Timestamp) -> Vec<v1::Event> {
         let mut events = Vec::new();
-        let mut count = 0;
-        for node in state.nodes() {
-            let health = liveness.health(&node.id);
-            count += 1;
-            let before = match self.nodes.get_mut(&node.id) {
-                Some(known) => Some(std::mem::replace(known, health)),
-                None => self.nodes.insert(node.id.clone(), health),
-            };
-            if before == Some(health) || health == Health::Unknown {
-                continue;
+        let news = |node: &Node, health: Health| {
+            if health != Health::Unknown {
+                events.push(v1::Event {
+                    revision: state.revision(),
+                    at: Some(now.to_proto()),
+                    r#type: format!("node.{}", health.name()),
+                    object_id: node.id.to_string(),
+                    object_name: node.description.hostname.clone(),
+                    message: String::new(),
+                    actor: None,
+                });
             }
-            events.push(v1::Event {
-                revision: state.revision(),
-                at: Some(now.to_proto()),
-                r#type: format!("node.{}", health.name()),
-                object_id: node.id.to_string(),
-                object_name: node.description.hostname.clone(),
-                message: String::new(),
-                actor: None,
-            });
-        }
-        if self.nodes.len() > count {
-            self.nodes.retain(|node, _| state.node(node).is_some());
-        }
+        };
+        self.nodes.look(state, |node| liveness.health(&node.id), news);
         events
     }
 }

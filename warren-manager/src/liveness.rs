@@ -8,7 +8,10 @@ use std::{
 
 use tokio::{sync::watch, time::Instant};
 
-use crate::ids::NodeId;
+use crate::{
+    ids::NodeId,
+    state::{Node, State},
+};
 
 /// How a node is, as far as its leader knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,6 +246,46 @@ impl Liveness {
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<()> {
         self.changes.subscribe()
+    }
+}
+
+/// What was seen of each node at the last look. A look that finds nothing new copies nothing.
+#[derive(Debug)]
+pub(crate) struct LastSeen<T>(HashMap<NodeId, T>);
+
+impl<T> Default for LastSeen<T> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<T: Copy + PartialEq> LastSeen<T> {
+    /// What is seen of the nodes of a state, for the first time.
+    pub(crate) fn of(state: &State, see: impl Fn(&Node) -> T) -> Self {
+        Self(state.nodes().map(|node| (node.id.clone(), see(node))).collect())
+    }
+
+    /// Looks again: calls `news` with each node that is new or of which something else is seen. Whether there was such a node, or
+    /// one is gone.
+    pub(crate) fn look(&mut self, state: &State, see: impl Fn(&Node) -> T, mut news: impl FnMut(&Node, T)) -> bool {
+        let (mut count, mut is_news) = (0, false);
+        for node in state.nodes() {
+            let now = see(node);
+            count += 1;
+            let before = match self.0.get_mut(&node.id) {
+                Some(known) => Some(std::mem::replace(known, now)),
+                None => self.0.insert(node.id.clone(), now),
+            };
+            if before != Some(now) {
+                is_news = true;
+                news(node, now);
+            }
+        }
+        if self.0.len() > count {
+            self.0.retain(|node, _| state.node(node).is_some());
+            is_news = true;
+        }
+        is_news
     }
 }
 

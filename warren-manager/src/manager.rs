@@ -188,7 +188,7 @@ pub fn identity(data_dir: &Path) -> Identity {
 pub async fn run(options: Options, asked_to_stop: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
     let address = advertised(&options)?;
     let shutdown = CancellationToken::new();
-    let Some(data_dir::Identity { id, has_log, .. }) = own_identity_of(&options, &asked_to_stop).await? else {
+    let Some(data_dir::Identity { id, has_log, .. }) = wait_for_identity(&options, &asked_to_stop).await? else {
         return Ok(());
     };
     let Some(vault) = asked_to_stop.run_until_cancelled(open_vault(&options)).await.transpose()? else { return Ok(()) };
@@ -349,7 +349,10 @@ fn advertised(options: &Options) -> Result<String, Error> {
 }
 
 /// Who this manager is, once its data directory says so; `None` when it is told to end before.
-async fn own_identity_of(options: &Options, shutdown: &CancellationToken) -> Result<Option<data_dir::Identity>, Error> {
+async fn wait_for_identity(
+    options: &Options,
+    shutdown: &CancellationToken,
+) -> Result<Option<data_dir::Identity>, Error> {
     let mut waiting = None;
     loop {
         if let Some(identity) = data_dir::open(&options.data_dir)? {

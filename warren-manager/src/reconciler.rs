@@ -5,6 +5,7 @@
 //! containers of a service, on nodes that can be reached, than it asks for.
 
 use std::{
+    cell::OnceCell,
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::Duration,
@@ -14,7 +15,7 @@ use crate::{
     clock::Timestamp,
     ids::{ContainerId, NodeId, ServiceId},
     liveness::{Health, Standing},
-    state::{Availability, Change, Container, Desired, Mode, Node, RestartCondition, Service, State, Volume},
+    state::{Availability, Change, Container, Desired, Mode, Node, RestartCondition, Service, State},
 };
 
 #[cfg(test)]
@@ -96,24 +97,33 @@ pub(crate) fn is_for(node: &Node, service: &Service) -> bool {
         && service.spec.constraints.iter().all(|constraint| constraint.allows(node))
 }
 
-/// What is asked of nodes while a service is looked at.
-struct Nodes<'a, F> {
+/// A service, and what is asked of nodes while it is looked at.
+struct Look<'a, F> {
+    service: &'a Arc<Service>,
     state: &'a State,
-    standing: F,
+    standing: &'a F,
+    /// The only nodes that its volumes are on.
+    volumes_at: BTreeSet<&'a NodeId>,
+    /// Whether any node would be given one of its containers now.
+    taken_somewhere: OnceCell<bool>,
 }
 
-impl<'a, F: Fn(&NodeId) -> Standing> Nodes<'a, F> {
-    fn new(state: &'a State, standing: F) -> Self {
-        Self { state, standing }
+impl<'a, F: Fn(&NodeId) -> Standing> Look<'a, F> {
+    fn new(service: &'a Arc<Service>, state: &'a State, standing: &'a F) -> Self {
+        let volumes_at = state.volumes_of(&service.spec.container).filter_map(|volume| volume.node.as_ref()).collect();
+        Self { service, state, standing, volumes_at, taken_somewhere: OnceCell::new() }
     }
 
-    /// Whether a node would be given a service's container now, as far as that does not depend on what else it has.
-    fn takes(&self, node: &Node, service: &Service) -> bool {
-        let elsewhere = |volume: &Arc<Volume>| volume.node.as_ref().is_some_and(|at| *at != node.id);
+    /// Whether a node would be given one of its containers now, as far as that does not depend on what else the node has.
+    fn is_taken_by(&self, node: &Node) -> bool {
         node.availability == Availability::Active
             && (self.standing)(&node.id).health == Health::Ready
-            && is_for(node, service)
-            && !self.state.volumes_of(&service.spec.container).any(elsewhere)
+            && is_for(node, self.service)
+            && self.volumes_at.iter().all(|at| **at == node.id)
+    }
+
+    fn is_taken_somewhere(&self) -> bool {
+        *self.taken_somewhere.get_or_init(|| self.state.nodes().any(|node| self.is_taken_by(node)))
     }
 
     fn is_reachable(&self, node: &NodeId) -> bool {
@@ -124,28 +134,28 @@ impl<'a, F: Fn(&NodeId) -> Standing> Nodes<'a, F> {
     ///
     /// Only if another node could run its replacement: on the only node it is better left alone, which may be back before
     /// anyone misses it.
-    fn lost(&self, container: &Container, service: &Service) -> Result<bool, Duration> {
+    fn lost(&self, container: &Container) -> Result<bool, Duration> {
         let Some(node) = &container.node else { return Ok(false) };
         let standing = (self.standing)(node);
         // What it has to itself nobody else is given while it may still use it.
         let holds = || self.state.volumes_of(&container.spec).any(|volume| volume.exclusive);
-        if standing.health != Health::Down
-            || container.pinned.is_some()
-            || holds()
-            || !self.state.nodes().any(|other| self.takes(other, service))
-        {
+        if standing.health != Health::Down || container.pinned.is_some() || holds() || !self.is_taken_somewhere() {
             return Ok(false);
         }
-        match service.spec.lost_after.checked_sub(standing.down_for) {
+        match self.service.spec.lost_after.checked_sub(standing.down_for) {
             None | Some(Duration::ZERO) => Ok(true),
             Some(left) => Err(left),
         }
     }
 
+    fn is_lost(&self, container: &Container) -> bool {
+        self.lost(container) == Ok(true)
+    }
+
     /// Whether a container is on a node that is not, or no longer, one for it.
-    fn must_move(&self, container: &Container, service: &Service) -> bool {
+    fn must_move(&self, container: &Container) -> bool {
         let node = container.node.as_ref().and_then(|node| self.state.node(node));
-        node.is_some_and(|node| !is_for(node, service))
+        node.is_some_and(|node| !is_for(node, self.service))
     }
 }
 
@@ -153,9 +163,9 @@ impl<'a, F: Fn(&NodeId) -> Standing> Nodes<'a, F> {
 #[must_use]
 pub fn plan<S: Into<Standing>>(state: &State, standing: impl Fn(&NodeId) -> S, now: Timestamp) -> Plan {
     let mut plan = Plan::default();
-    let nodes = Nodes::new(state, |node: &NodeId| standing(node).into());
+    let standing = |node: &NodeId| standing(node).into();
     for service in state.services() {
-        plan_service(&mut plan, service, &nodes, now);
+        plan_service(&mut plan, &Look::new(service, state, &standing), now);
     }
     orphans(&mut plan, state.containers().filter(|container| state.service(&container.service).is_none()));
     plan
@@ -170,23 +180,18 @@ pub fn plan_some<S: Into<Standing>>(
     now: Timestamp,
 ) -> Plan {
     let mut plan = Plan::default();
-    let nodes = Nodes::new(state, |node: &NodeId| standing(node).into());
+    let standing = |node: &NodeId| standing(node).into();
     for id in services {
         match state.service(id) {
-            Some(service) => plan_service(&mut plan, service, &nodes, now),
+            Some(service) => plan_service(&mut plan, &Look::new(service, state, &standing), now),
             None => orphans(&mut plan, state.containers_of(id)),
         }
     }
     plan
 }
 
-fn plan_service(
-    plan: &mut Plan,
-    service: &Arc<Service>,
-    nodes: &Nodes<'_, impl Fn(&NodeId) -> Standing>,
-    now: Timestamp,
-) {
-    let state = nodes.state;
+fn plan_service(plan: &mut Plan, look: &Look<'_, impl Fn(&NodeId) -> Standing>, now: Timestamp) {
+    let (service, state) = (look.service, look.state);
     let mut slots = BTreeMap::<(u32, Option<NodeId>), Slot>::new();
     for container in state.containers_of(&service.id) {
         let key = (container.slot, container.pinned.clone());
@@ -202,21 +207,20 @@ fn plan_service(
             own.map(|node| (0, Some(node.id.clone()))).collect()
         }
     };
-    service_slots(plan, service, &slots, &wanted, nodes, now);
+    service_slots(plan, look, &slots, &wanted, now);
 }
 
 fn service_slots(
     plan: &mut Plan,
-    service: &Arc<Service>,
+    look: &Look<'_, impl Fn(&NodeId) -> Standing>,
     slots: &BTreeMap<(u32, Option<NodeId>), Slot>,
     wanted: &[(u32, Option<NodeId>)],
-    nodes: &Nodes<'_, impl Fn(&NodeId) -> Standing>,
     now: Timestamp,
 ) {
+    let service = look.service;
     let empty = Slot::new();
-    let lost = |container: &Container| nodes.lost(container, service) == Ok(true);
     let runs = |container: &&Arc<Container>| {
-        container.desired == Desired::Running && !container.status.state.is_terminal() && !lost(container)
+        container.desired == Desired::Running && !container.status.state.is_terminal() && !look.is_lost(container)
     };
     // Whether every container of the service is up: then one of an earlier generation, or on a node that is to be left, may be
     // replaced.
@@ -225,22 +229,22 @@ fn service_slots(
     for key in wanted {
         let slot = slots.get(key).unwrap_or(&empty);
         for container in slot.iter().filter(|container| !container.status.state.is_terminal()) {
-            match nodes.lost(container, service) {
+            match look.lost(container) {
                 Ok(true) => plan.remove(container),
                 Ok(false) => {}
                 Err(left) => plan.wake(service, now.after(left)),
             }
         }
         // A global service's container changes when its node takes containers again; nobody waits for it.
-        let pinned = key.1.as_ref().and_then(|node| nodes.state.node(node));
-        let counts = pinned.is_none_or(|node| nodes.takes(node, service));
+        let pinned = key.1.as_ref().and_then(|node| look.state.node(node));
+        let counts = pinned.is_none_or(|node| look.is_taken_by(node));
         match slot.iter().find(runs) {
             // Whether it serves nobody knows.
-            Some(container) if counts && !container.node.as_ref().is_none_or(|node| nodes.is_reachable(node)) => {
+            Some(container) if counts && !container.node.as_ref().is_none_or(|node| look.is_reachable(node)) => {
                 all_up = false;
             }
             Some(container) => {
-                let current = container.generation == service.generation && !nodes.must_move(container, service);
+                let current = container.generation == service.generation && !look.must_move(container);
                 match (current, container.status.serves()) {
                     // It serves nobody: there is nothing to wait for.
                     (false, false) if counts => {
@@ -253,7 +257,7 @@ fn service_slots(
                 }
             }
             // A slot that stays empty keeps nobody waiting either.
-            None => all_up &= !(counts && vacant(plan, service, key, slot, &lost, now)),
+            None => all_up &= !(counts && vacant(plan, look, key, slot, now)),
         }
         tidy(plan, slot, KEPT_PER_SLOT);
     }
@@ -272,18 +276,18 @@ fn service_slots(
 /// Decides whether a slot without a container gets one, and when. Returns whether it will.
 fn vacant(
     plan: &mut Plan,
-    service: &Arc<Service>,
+    look: &Look<'_, impl Fn(&NodeId) -> Standing>,
     key: &(u32, Option<NodeId>),
     slot: &Slot,
-    lost: &impl Fn(&Container) -> bool,
     now: Timestamp,
 ) -> bool {
+    let service = look.service;
     // The one before must be gone first, unless nobody can tell. Then its end must be decided at least: its node may be back by
     // the time that this plan is carried out, and must be told to stop it.
     let stays = |container: &Arc<Container>| {
         !container.status.state.is_terminal()
             && container.node.is_some()
-            && (!lost(container) || container.desired == Desired::Running)
+            && (!look.is_lost(container) || container.desired == Desired::Running)
     };
     if slot.iter().any(stays) {
         return true;

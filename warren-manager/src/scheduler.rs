@@ -290,8 +290,10 @@ impl Round {
             candidates.push(candidate);
         }
         let mut claims = Claims::default();
-        for volume in state.volumes().filter(|volume| volume.exclusive && state.is_held(volume)) {
-            claims.held.insert(volume.id.clone());
+        if state.volumes().any(|volume| volume.exclusive) {
+            let holders = state.containers().filter(|container| container.holds_resources());
+            let held = holders.flat_map(|container| state.volumes_of(&container.spec));
+            claims.held.extend(held.filter(|volume| volume.exclusive).map(|volume| volume.id.clone()));
         }
         Self {
             by_id: candidates.iter().enumerate().map(|(at, candidate)| (candidate.node.id.clone(), at)).collect(),
