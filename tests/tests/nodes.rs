@@ -142,6 +142,12 @@ fn a_service_says_how_long_its_node_may_be_away() {
     until("the hasty one's container is replaced", || (count_on(&world, "hasty", "node-1") == 2).then_some(()));
     assert_eq!(running(&world, "patient"), before, "it waits");
     assert_eq!(tasks(), first, "its containers go on without it");
+    // What they do nobody knows.
+    let shown = world.warren(&["service", "ps", "patient"]).succeeded();
+    assert_eq!(shown.matches(" running (node down) ").count(), 1, "{shown}");
+    let listed = world.warren(&["service", "ls"]).succeeded();
+    let counted = |service: &str| listed.lines().find(|line| line.contains(service)).expect("its line").to_owned();
+    assert!(counted(" patient ").contains(" 1/2 ") && counted(" hasty ").contains(" 2/2 "), "{listed}");
 
     // It comes back: what was given up is removed, what was waited for is the same as before.
     let _second = start_second(&world, &other, &[]);
@@ -151,4 +157,9 @@ fn a_service_says_how_long_its_node_may_be_away() {
     until_on(&world, "hasty", 2, 0);
     let events = world.warren(&["events"]).succeeded();
     assert!(events.contains("node.down") && events.contains("node.ready"), "{events}");
+    let assigned: Vec<_> = events.lines().filter(|line| line.contains("container.assigned")).collect();
+    assert_eq!(assigned.iter().filter(|line| line.ends_with(" to node-2")).count(), 2, "{events}");
+    assert_eq!(assigned.iter().filter(|line| line.ends_with(" to node-1")).count(), 3, "{events}");
+    let latest = world.warren(&["events", "--tail", "3"]).succeeded();
+    assert!(latest.lines().count() == 3 && events.ends_with(&latest), "{latest} is not the end of {events}");
 }

@@ -190,6 +190,11 @@ impl Managers {
         Ok(Dialer::new(address, credentials)?)
     }
 
+    /// Whether the node was let into a cluster, as far as was seen yet.
+    pub(crate) fn has_joined(&self) -> bool {
+        self.credentials.get().is_some()
+    }
+
     fn leader(&self) -> MutexGuard<'_, Leader> {
         // Every change leaves it whole.
         self.leader.lock().unwrap_or_else(PoisonError::into_inner)

@@ -117,6 +117,8 @@ enum Ended {
     Unreachable(#[from] crate::membership::Error),
     #[error("the manager does not answer")]
     Connect(#[source] tonic::transport::Error),
+    #[error("this node is in no cluster (`warren cluster join` lets it into one), and no manager runs on this machine")]
+    Alone(#[source] tonic::transport::Error),
     #[error("{}", .0.message())]
     Refused(Box<Status>),
     #[error("the manager closed the session")]
@@ -187,7 +189,9 @@ impl Session<'_> {
         supervisor: &mut Supervisor,
         backoff: &mut Duration,
     ) -> Result<std::convert::Infallible, Ended> {
-        let channel = self.manager.connect().await.map_err(Ended::Connect)?;
+        let channel = self.manager.connect().await;
+        let channel =
+            channel.map_err(if self.options.managers.has_joined() { Ended::Connect } else { Ended::Alone })?;
         let registered = NodesClient::new(channel.clone())
             .register_node(v1::RegisterNodeRequest {
                 node_id: self.options.node_id.clone(),

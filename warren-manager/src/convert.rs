@@ -6,6 +6,7 @@ use warren_proto::v1;
 
 use crate::{
     clock::Timestamp,
+    ids::NodeId,
     liveness::{Health, Standing},
     reconciler,
     state::{
@@ -102,13 +103,15 @@ pub(crate) fn desired(service: &Service, state: &State) -> u32 {
     }
 }
 
-/// A service with its containers counted.
+/// A service with its containers counted. Of those on a node that is down nobody knows whether they run.
 #[must_use]
-pub(crate) fn service(service: &Service, state: &State) -> v1::Service {
+pub(crate) fn service(service: &Service, state: &State, health: impl Fn(&NodeId) -> Health) -> v1::Service {
     let desired = desired(service, state);
+    let is_down = |container: &Container| container.node.as_ref().is_some_and(|node| health(node) == Health::Down);
     let running = state
         .containers_of(&service.id)
         .filter(|container| container.status.state == ContainerState::Running && container.desired == Desired::Running)
+        .filter(|container| !is_down(container))
         .count();
     v1::Service {
         id: service.id.to_string(),

@@ -1,5 +1,7 @@
 //! `warren container ...`
 
+use std::collections::HashMap;
+
 use clap::Subcommand;
 use warren_proto::v1;
 
@@ -132,17 +134,19 @@ pub(crate) async fn show(client: &ClientArguments, containers: &[v1::Container],
         return output::json(&containers);
     }
     let nodes = crate::node::list(client).await?;
-    let hostname = |id: &str| {
-        let node = nodes.iter().find(|node| node.id == id).and_then(|node| node.description.as_ref());
-        node.map_or_else(|| "-".to_owned(), |node| node.hostname.clone())
-    };
+    let nodes: HashMap<&str, &v1::Node> = nodes.iter().map(|node| (node.id.as_str(), node)).collect();
+    let hostname = |node: &v1::Node| node.description.clone().unwrap_or_default().hostname;
     let row = |container: &v1::Container| {
         let status = status(container);
+        let node = nodes.get(container.node_id.as_str());
         let kernel = status.kernel.unwrap_or_default();
         let mut state = state_name(status.state());
         let (mut message, health) = (status.message.clone(), health_name(status.health()));
         if container.desired_state() == v1::ContainerState::Removed && !has_ended(container) {
             state.push_str(" (stopping)");
+        } else if !has_ended(container) && node.is_some_and(|node| node.status() == v1::NodeStatus::Down) {
+            // What it does now nobody knows.
+            state.push_str(" (node down)");
         } else if status.state() == v1::ContainerState::Running && !health.is_empty() {
             state.push_str(&format!(" ({health})"));
         }
@@ -152,7 +156,7 @@ pub(crate) async fn show(client: &ClientArguments, containers: &[v1::Container],
         [
             output::short(&container.id),
             name(container),
-            hostname(&container.node_id),
+            node.map_or_else(|| "-".to_owned(), |node| hostname(node)),
             state,
             output::ago(status.changed_at.as_ref()),
             output::ms(kernel.create_nanos),

@@ -20,6 +20,9 @@ pub(crate) struct Arguments {
     /// Only what came after this revision.
     #[arg(long, value_name = "REVISION", default_value_t = 0)]
     since: u64,
+    /// Of what has happened, only so many, the latest; with --follow, 0 shows only what happens from now on.
+    #[arg(long, short = 'n', value_name = "EVENTS")]
+    tail: Option<u32>,
     #[command(flatten)]
     format: FormatArguments,
 }
@@ -29,6 +32,7 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
         event_types: arguments.types,
         follow: arguments.follow,
         since_revision: arguments.since,
+        tail: arguments.tail,
     };
     let mut events = client.events().await?.stream_events(request).await?.into_inner();
     while let Some(response) = events.message().await? {

@@ -21,10 +21,10 @@ fn is_asked_for(types: &[String], event: &v1::Event) -> bool {
 
 type Sent = Result<v1::StreamEventsResponse, Status>;
 
-/// Fails when nobody follows any more.
 /// How long a leader takes to begin to watch, at most.
 const BEGIN_PATIENCE: Duration = Duration::from_secs(2);
 
+/// Fails when nobody follows any more.
 async fn send(to: &mpsc::Sender<Sent>, event: Arc<v1::Event>) -> Result<(), ()> {
     let event = Some(v1::Event::clone(&event));
     to.send(Ok(v1::StreamEventsResponse { event })).await.map_err(drop)
@@ -38,7 +38,7 @@ impl events_server::Events for Events {
         &self,
         request: Request<v1::StreamEventsRequest>,
     ) -> Result<Response<Self::StreamEventsStream>, Status> {
-        let v1::StreamEventsRequest { event_types, follow, since_revision } = request.into_inner();
+        let v1::StreamEventsRequest { event_types, follow, since_revision, tail } = request.into_inner();
         if event_types.len() > MAX_TYPES {
             let why = format!("are more than {MAX_TYPES}");
             return Err(super::Error::from(Invalid::new("event_types", why)).into());
@@ -52,7 +52,9 @@ impl events_server::Events for Events {
         tokio::spawn(async move {
             // What happens from now on is news, whatever the revision: that of a node's silence is no other than before.
             let since = |event: &Arc<v1::Event>| event.revision > since_revision && wanted(event);
-            for event in remembered.into_iter().filter(since) {
+            let remembered: Vec<_> = remembered.into_iter().filter(since).collect();
+            let skipped = tail.map_or(0, |tail| remembered.len().saturating_sub(tail as usize));
+            for event in remembered.into_iter().skip(skipped) {
                 if send(&sender, event).await.is_err() {
                     return;
                 }

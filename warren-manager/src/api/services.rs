@@ -9,7 +9,7 @@ use super::{Context, Error, lookup, pages::page};
 use crate::{
     convert,
     ids::ServiceId,
-    state::{Change, Expected, Service, ServiceSpec, Transaction},
+    state::{Change, Expected, Service, ServiceSpec, State, Transaction},
     validate,
 };
 
@@ -62,10 +62,14 @@ impl Services {
         Ok(spec)
     }
 
+    fn wire(&self, service: &Service, state: &State) -> v1::Service {
+        convert::service(service, state, |node| self.0.liveness.health(node))
+    }
+
     /// A service as it is now.
     fn shown(&self, name: &str) -> Result<v1::Service, Error> {
         let state = self.0.store.view();
-        Ok(convert::service(&*lookup::service(&state, name)?, &state))
+        Ok(self.wire(&*lookup::service(&state, name)?, &state))
     }
 
     async fn create(&self, request: v1::CreateServiceRequest) -> Result<v1::Service, Error> {
@@ -179,7 +183,7 @@ impl services_server::Services for Services {
         services.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
         let key = |service: &Arc<Service>| service.spec.name.clone();
         let (services, next_page_token) = page(services, key, request.page_size, &request.page_token)?;
-        let services = services.iter().map(|service| convert::service(service, &state)).collect();
+        let services = services.iter().map(|service| self.wire(service, &state)).collect();
         Ok(Response::new(v1::ListServicesResponse { services, next_page_token }))
     }
 }
