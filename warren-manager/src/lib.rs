@@ -24,6 +24,7 @@ mod peers;
 pub mod pinning;
 pub mod reconciler;
 pub mod scheduler;
+mod signing;
 pub mod state;
 mod store;
 mod telemetry;

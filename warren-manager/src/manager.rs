@@ -1,7 +1,7 @@
 //! A manager as a process: its core, on the machine's own clock and disk, and its sockets.
 
 use std::{
-    fs, io,
+    fs, future, io,
     net::SocketAddr,
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
@@ -16,7 +16,7 @@ use tokio::{
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::Server;
-use warren_pki::{Asked, Credentials, incoming};
+use warren_pki::{Asked, Credentials, Role, incoming};
 use warren_proto::v1::{self, cluster_client::ClusterClient};
 use warren_raft::{Files, Member, Node, Profile};
 use warren_registry::Registries;
@@ -30,12 +30,13 @@ use warren_telemetry::{
 
 use crate::{
     backup,
-    clock::System,
+    clock::{Environment as _, System},
     core::{self, Core, Networks, Seams},
     data_dir, formation,
     front::Front,
     liveness, lock,
     peers::Peers,
+    signing::{self, Signed},
     state::{InvalidNetwork, State},
     validate::Policy,
     vault::{self, Vault},
@@ -272,12 +273,12 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(keep_key(
         core.raft().clone(),
         keeping,
-        vault,
+        vault.clone(),
         options.data_dir.clone(),
     )));
     let believing = believe(believing, id, own.clone(), told, peers.clone(), address.clone());
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(believing));
-    let renewing = renew(own, options.data_dir.join(formation::IDENTITY), wanted, peers.clone(), address.clone());
+    let renewing = renew(own, options.data_dir.join(formation::IDENTITY), wanted, core.watch(), vault);
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(renewing));
     let known = formation::managers(&options.data_dir)?;
     let entering = enter(core.raft().clone(), core.watch(), peers, address.clone(), known);
@@ -531,22 +532,20 @@ async fn believe(
     }
 }
 
-/// Keeps this manager's certificate valid: by asking itself, as anybody would ask it, wherever the leader is.
+/// Keeps this manager's certificate valid. It has what signs everybody's, and signs its own: after months without power the
+/// managers of a cluster could not ask one another.
 async fn renew(
     own: Credentials,
     directory: PathBuf,
     wanted: watch::Receiver<Option<String>>,
-    peers: Peers,
-    address: String,
+    state: watch::Receiver<State>,
+    vault: Vault,
 ) {
-    let ask = |certificate_request: String| -> Asked {
-        let channel = peers.channel(&address).map_err(|error| error.to_string());
-        Box::pin(async move {
-            let request = v1::RequestCertificateRequest { certificate_request };
-            let signed = ClusterClient::new(channel?).request_certificate(request).await;
-            let signed = signed.map_err(|status| status.message().to_owned())?.into_inner();
-            Ok((signed.certificate, signed.authorities))
-        })
+    let id = own.identity().id;
+    let ask = |request: String| -> Asked {
+        let signed = signing::sign(&state.borrow(), &vault, System.now(), &request, Role::Manager, &id);
+        let signed = signed.map(|Signed { certificate, authorities }| (certificate, authorities));
+        Box::pin(future::ready(signed.map_err(|error| error.to_string())))
     };
     warren_pki::keep_valid(own, &directory, wanted, ask).await;
 }

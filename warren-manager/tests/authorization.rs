@@ -44,10 +44,16 @@ fn authority(directory: &Path, cluster: &str) -> Authority {
 
 impl Manager {
     async fn start() -> Self {
+        Self::start_as(|_, _, _| ()).await
+    }
+
+    /// Starts one, whose directory something is done to before.
+    async fn start_as(before: impl FnOnce(&Path, &Authority, &str)) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let data_dir = directory.path().join("data");
         let founded = formation::found(&data_dir, "here").expect("founded");
         let authority = authority(&data_dir, &founded.cluster_id);
+        before(&data_dir, &authority, &founded.cluster_id);
         let address = format!("127.0.0.1:{}", free_port());
         let options = Options {
             data_dir,
@@ -302,5 +308,34 @@ async fn a_node_speaks_for_itself_until_it_is_removed() {
         assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
         assert!(refused.message().contains("no longer"), "{refused:?}");
     }
+    manager.stop().await;
+}
+
+#[tokio::test]
+async fn a_manager_whose_certificate_has_run_out_gives_itself_another() {
+    let year = Duration::from_secs(365 * 24 * 3600);
+    let manager = Manager::start_as(|directory, authority, cluster| {
+        let identity = Identity { cluster: cluster.to_owned(), role: Role::Manager, id: "1".to_owned() };
+        let request = CertificateRequest::new().expect("a request");
+        let then = SystemTime::now() - year;
+        let certificate = authority.sign(request.pem(), &identity, then, Duration::from_secs(60)).expect("signed");
+        let kept = directory.join(formation::IDENTITY);
+        Credentials::create(&kept, &request.key_pem(), &certificate, authority.certificate_pem()).expect("kept");
+    })
+    .await;
+    // Who comes by its port gets to see it.
+    let mut joined = Err("nobody has tried");
+    for _ in 0..100 {
+        let channel = Dialer::newcomer(&manager.address, &manager.worker_token).expect("an address").connect().await;
+        joined = channel.map(drop).map_err(|_| "it is not believed");
+        if joined.is_ok() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    joined.expect("it has a valid one");
+    let (_, worker) = manager.join().await;
+    let info = ClusterClient::new(manager.dial(&worker)).get_cluster_info(v1::GetClusterInfoRequest {}).await;
+    assert_eq!(info.expect("it answers").into_inner().manager_id, 1);
     manager.stop().await;
 }

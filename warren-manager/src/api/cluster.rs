@@ -1,12 +1,8 @@
-use std::{
-    pin::Pin,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
-use warren_pki::{Authority, Identity, Role, Secret, Token};
+use warren_pki::{Authority, Role, Secret, Token};
 use warren_proto::v1::{self, cluster_server};
 use warren_telemetry::build;
 
@@ -14,10 +10,10 @@ use super::{Context, Error, health};
 use crate::{
     backup, convert,
     core::TOKEN_LIFETIME,
-    formation::CERTIFICATE_LIFETIME,
     front::Caller,
     ids::NodeId,
-    state::{self, Change, JoinToken, Manager, SealedAuthority, State, TokenRole, Transaction},
+    signing::{self, Signed},
+    state::{Change, JoinToken, Manager, SealedAuthority, State, TokenRole, Transaction},
     store,
     validate::Invalid,
     vault::UnlockKey,
@@ -88,32 +84,17 @@ impl Cluster {
         self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await.map(drop)
     }
 
-    fn authority(&self, state: &State) -> Result<(Authority, String), Error> {
-        let cluster = state.cluster().ok_or_else(|| Error::Precondition("there is no cluster yet".to_owned()))?;
-        let sealed = cluster.authority.as_ref();
-        let sealed = sealed.ok_or_else(|| Error::Precondition("this cluster has no authority".to_owned()))?;
-        let key = self.0.vault.open_authority(&cluster.id, &sealed.key)?;
-        Ok((Authority::from_pem(&sealed.certificate, &key)?, cluster.id.clone()))
-    }
-
-    fn sign(&self, state: &State, request: &str, role: Role, id: &str) -> Result<(String, String), Error> {
-        let (authority, cluster) = self.authority(state)?;
-        let now = SystemTime::UNIX_EPOCH + Duration::from_millis(self.0.environment.now().0);
-        let identity = Identity { cluster, role, id: id.to_owned() };
-        let signed = authority.sign(request, &identity, now, CERTIFICATE_LIFETIME);
-        let signed = signed.map_err(|error| Invalid::new("certificate_request", error.to_string()))?;
-        let authorities = state.cluster().map(state::Cluster::authorities).unwrap_or_default();
-        Ok((signed, authorities))
+    fn sign(&self, state: &State, request: &str, role: Role, id: &str) -> Result<Signed, Error> {
+        signing::sign(state, &self.0.vault, self.0.environment.now(), request, role, id)
     }
 
     async fn rotate_authority(&self) -> Result<(), Error> {
         let state = self.0.store.read().await?;
-        let (_, cluster) = self.authority(&state)?;
+        let (_, cluster) = signing::authority(&state, &self.0.vault)?;
         if state.cluster().is_some_and(|cluster| cluster.rotation.is_some()) {
             return Err(Error::Precondition("the authority is being changed already".to_owned()));
         }
-        let now = SystemTime::UNIX_EPOCH + Duration::from_millis(self.0.environment.now().0);
-        let new = Authority::generate(&cluster, now)?;
+        let new = Authority::generate(&cluster, signing::system_time(self.0.environment.now()))?;
         let key = self.0.vault.seal_authority(&cluster, &new.key_pem())?;
         let new = SealedAuthority { certificate: new.certificate_pem().to_owned(), key };
         Ok(self.change(vec![Change::BeginRotation(new)]).await?)
@@ -158,7 +139,7 @@ impl Cluster {
             return Err(Invalid::new("lifetime", "is not 1 s to 30 days").into());
         }
         let state = self.0.store.read().await?;
-        let (authority, _) = self.authority(&state)?;
+        let (authority, _) = signing::authority(&state, &self.0.vault)?;
         let secret = Secret::random()?;
         let now = self.0.environment.now();
         let about = JoinToken { hash: secret.hash(), role, created_at: now, expires_at: now.after(lifetime) };
@@ -208,7 +189,7 @@ impl Cluster {
         self.sign(&self.0.store.read().await?, &request.certificate_request, Role::Worker, "nobody")?;
         let (role, id) = self.admit(&request).await?;
         let state = self.0.store.view();
-        let (certificate, authorities) = self.sign(&state, &request.certificate_request, role, &id)?;
+        let Signed { certificate, authorities } = self.sign(&state, &request.certificate_request, role, &id)?;
         tracing::info!(%role, id, hostname = request.hostname, "a machine has joined");
         let managers = self.0.store.raft().status().members.into_iter().map(|member| member.address);
         Ok(v1::JoinClusterResponse {
@@ -399,7 +380,7 @@ impl cluster_server::Cluster for Cluster {
         let role = role.ok_or_else(|| Status::permission_denied("only members of the cluster have certificates"))?;
         let state = self.0.store.read().await.map_err(super::status)?;
         let request = request.into_inner();
-        let (certificate, authorities) = self.sign(&state, &request.certificate_request, role, &caller.id)?;
+        let Signed { certificate, authorities } = self.sign(&state, &request.certificate_request, role, &caller.id)?;
         Ok(Response::new(v1::RequestCertificateResponse { certificate, authorities }))
     }
 

@@ -1,0 +1,58 @@
+//! The cluster's authority at work: every manager has its key, and signs for whom the state knows.
+
+use std::time::{Duration, SystemTime};
+
+use warren_pki::{Authority, Identity, Role};
+
+use crate::{
+    api::Error,
+    clock::Timestamp,
+    formation::CERTIFICATE_LIFETIME,
+    state::{Cluster, State},
+    validate::Invalid,
+    vault::Vault,
+};
+
+/// A certificate, and the authorities to believe, in PEM.
+pub(crate) struct Signed {
+    pub certificate: String,
+    pub authorities: String,
+}
+
+/// The same instant, as certificates have it.
+pub(crate) fn system_time(now: Timestamp) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_millis(now.0)
+}
+
+/// The authority that signs now, and the id of its cluster.
+///
+/// # Errors
+///
+/// When there is none yet, or its key cannot be opened.
+pub(crate) fn authority(state: &State, vault: &Vault) -> Result<(Authority, String), Error> {
+    let cluster = state.cluster().ok_or_else(|| Error::Precondition("there is no cluster yet".to_owned()))?;
+    let sealed = cluster.authority.as_ref();
+    let sealed = sealed.ok_or_else(|| Error::Precondition("this cluster has no authority".to_owned()))?;
+    let key = vault.open_authority(&cluster.id, &sealed.key)?;
+    Ok((Authority::from_pem(&sealed.certificate, &key)?, cluster.id.clone()))
+}
+
+/// Signs a request for a member of the cluster.
+///
+/// # Errors
+///
+/// When there is no authority, or the request is none.
+pub(crate) fn sign(
+    state: &State,
+    vault: &Vault,
+    now: Timestamp,
+    request: &str,
+    role: Role,
+    id: &str,
+) -> Result<Signed, Error> {
+    let (authority, cluster) = authority(state, vault)?;
+    let identity = Identity { cluster, role, id: id.to_owned() };
+    let certificate = authority.sign(request, &identity, system_time(now), CERTIFICATE_LIFETIME);
+    let certificate = certificate.map_err(|error| Invalid::new("certificate_request", error.to_string()))?;
+    Ok(Signed { certificate, authorities: state.cluster().map(Cluster::authorities).unwrap_or_default() })
+}
