@@ -2,7 +2,7 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 13] = [
+const FILES: [&str; 14] = [
     "warren/v1/cluster.proto",
     "warren/v1/container.proto",
     "warren/v1/event.proto",
@@ -10,6 +10,7 @@ const FILES: [&str; 13] = [
     "warren/v1/logs.proto",
     "warren/v1/network.proto",
     "warren/v1/node.proto",
+    "warren/v1/operator.proto",
     "warren/v1/secret.proto",
     "warren/v1/service.proto",
     "warren/v1/session.proto",

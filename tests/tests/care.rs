@@ -142,33 +142,52 @@ fn a_cluster_goes_on_with_what_one_manager_has() {
     assert_eq!(fourth.id(), "4");
 }
 
-/// What the version before left: a snapshot and a log behind it, of a manager that was killed.
-const SCHEMA_3: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/manager-schema-3.tar.gz");
+/// What the versions before left: a snapshot and a log behind it, of a manager that was killed.
+const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures");
 
 #[test]
-fn what_the_version_before_wrote_is_read() {
+fn what_the_versions_before_wrote_is_read() {
     let world = World::empty("upgrade");
-    let mut manager = Manager::new(&world, "m1");
-    let directory = manager.directory.display().to_string();
-    let _ = run("tar", &["-xzf", SCHEMA_3, "-C", &directory]).succeeded();
-    manager.start();
-    until("it leads", || manager.info().filter(|info| info["leaderId"] == "1"));
-    let mut expected: Vec<_> = (1..=16).filter(|number| *number != 12).map(|number| format!("svc-{number}")).collect();
-    expected.sort();
-    assert_eq!(names(&manager), expected);
-    let shown = manager.warren(&["service", "inspect", "svc-3", "--format", "json"]).succeeded();
-    let shown: Value = serde_json::from_str(&shown).expect("JSON");
-    assert_eq!(shown["spec"]["replicated"]["replicas"], "5");
-    assert!(manager.warren(&["secret", "ls"]).succeeded().contains("password"));
-    assert!(manager.warren(&["volume", "ls"]).succeeded().contains("data"));
-    // It goes on in its own words, and reads both after a restart.
-    create(&manager, "new", 0, &["--constraint", "node.labels.a==b"]);
-    manager.kill();
-    manager.start();
-    until("it leads again", || manager.info().filter(|info| info["leaderId"] == "1"));
-    assert!(names(&manager).contains(&"new".to_owned()));
-    let identity = fs::read_to_string(manager.directory.join("manager/manager.json")).expect("readable");
-    assert!(identity.contains("\"format\": 4"), "an older version must not use it any more: {identity}");
+    for schema in [3, 4] {
+        let mut manager = Manager::new(&world, &format!("m{schema}"));
+        let directory = manager.directory.display().to_string();
+        let left = format!("{FIXTURES}/manager-schema-{schema}.tar.gz");
+        let _ = run("tar", &["-xzf", &left, "-C", &directory]).succeeded();
+        let identity = || fs::read_to_string(manager.directory.join("manager/manager.json")).expect("readable");
+        assert!(identity().contains(&format!("\"format\": {schema}")), "{}", identity());
+        manager.start();
+        until("it leads", || manager.info().filter(|info| info["leaderId"] == "1"));
+        let mut expected: Vec<_> =
+            (1..=16).filter(|number| *number != 12).map(|number| format!("svc-{number}")).collect();
+        expected.sort();
+        assert_eq!(names(&manager), expected);
+        let inspect = |name: &str| -> Value {
+            let shown = manager.warren(&["service", "inspect", name, "--format", "json"]).succeeded();
+            serde_json::from_str(&shown).expect("JSON")
+        };
+        assert_eq!(inspect("svc-3")["spec"]["replicated"]["replicas"], "5");
+        assert!(manager.warren(&["secret", "ls"]).succeeded().contains("password"));
+        assert!(manager.warren(&["volume", "ls"]).succeeded().contains("data"));
+        let events = manager.warren(&["events", "--type", "service.deleted"]).succeeded();
+        match schema {
+            3 => assert!(events.is_empty(), "{events}"),
+            _ => {
+                assert!(events.contains("svc-12") && events.contains("by root"), "{events}");
+                assert_eq!(inspect("svc-15")["spec"]["constraints"], serde_json::json!(["node.labels.zone==eu"]));
+                assert_eq!(inspect("svc-15")["spec"]["lostAfter"], "90s");
+            }
+        }
+        // It goes on in its own words, and reads both after a restart.
+        create(&manager, "new", 0, &["--constraint", "node.labels.a==b"]);
+        let _ = manager.warren(&["operator", "create", "ada"]).succeeded();
+        manager.kill();
+        manager.start();
+        until("it leads again", || manager.info().filter(|info| info["leaderId"] == "1"));
+        assert!(names(&manager).contains(&"new".to_owned()));
+        assert!(manager.warren(&["operator", "ls"]).succeeded().contains("ada"));
+        let identity = fs::read_to_string(manager.directory.join("manager/manager.json")).expect("readable");
+        assert!(identity.contains("\"format\": 5"), "an older version must not use it any more: {identity}");
+    }
 }
 
 /// The files below a directory, with their sizes.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use warren_tests::{
-    Output, WELL_BEHAVED, World,
+    Output, Process, WELL_BEHAVED, World,
     cluster::{Manager, all_vote, found, leader, tokens},
     image_name, until, until_within,
 };
@@ -290,4 +290,64 @@ fn a_containers_world_is_the_same_by_way_of_a_follower() {
     assert_eq!((shown.code, shown.stdout.as_str()), (0, "through\n"), "{}", shown.stderr);
     let stats = managers[two].warren(&["container", "stats", "--once", "--format", "json"]).succeeded();
     assert!(stats.contains("web-1"), "{stats}");
+}
+
+#[test]
+fn operators_work_from_machines_that_are_not_of_the_cluster() {
+    let mut world = World::with_containerd("operators");
+    let (mut managers, worker_token) = three(&world);
+    start_agent(&mut world, &worker_token, &managers[0].address());
+    // Who logs in keeps what they need in a directory of their own, and knows no socket.
+    let home = world.path("ada");
+    let command = || {
+        let mut command = World::binary("warren");
+        command.arg("--identity").arg(&home).env_remove("WARREN_MANAGER").env_remove("WARREN_JOIN_TOKEN");
+        command
+    };
+    let ada = |arguments: &[&str]| World::run(command().args(arguments));
+    let invite = |name: &str| managers[1].warren(&["operator", "create", name]).succeeded();
+    let printed = invite("ada");
+    let words: Vec<_> = printed.split_whitespace().collect();
+    assert_eq!(words[..3], ["warren", "login", "--token"], "{printed}");
+    assert!(managers.iter().any(|manager| manager.address() == words[4]), "{printed}");
+    // Tokens are for what they are for.
+    let newcomer = Manager::new(&world, "m4");
+    let refused = newcomer.cluster(&["join", "--token", words[3], words[4]]).failed(2);
+    assert!(refused.contains("the token is for an operator: use `warren login`"), "{refused}");
+    let refused = ada(&["login", "--token", &worker_token, words[4]]).failed(2);
+    assert!(refused.contains("the token is for a node: use `warren cluster join`"), "{refused}");
+    assert!(ada(&["--manager", words[4], "node", "ls"]).failed(6).contains("nobody has logged in"));
+    let _ = ada(&words[1..]).succeeded();
+    assert!(ada(&words[1..]).failed(5).contains("is logged in to cluster"));
+    let again = World::run(World::binary("warren").arg("--identity").arg(world.path("other")).args(&words[1..]));
+    assert!(again.failed(6).contains("the token is not valid, or no longer"));
+
+    let create = ["service", "create", "web", "--image", image_name(), "--wait", "--", "sh", "-c", WELL_BEHAVED];
+    let _ = ada(&create).succeeded();
+    let shown = ada(&["container", "exec", "web-1", "--", "echo", "through"]);
+    assert_eq!((shown.code, shown.stdout.as_str()), (0, "through\n"), "{}", shown.stderr);
+    let events = ada(&["events", "--type", "service"]).succeeded();
+    assert!(events.contains("service.created") && events.contains("by ada at 127.0.0.1:"), "{events}");
+    let listed = invite("bob") + &ada(&["operator", "ls"]).succeeded();
+    assert!(listed.contains("has logged in") && listed.contains("invited for 23h"), "{listed}");
+
+    // Any manager will do, and those that are gone are passed over.
+    managers[0].kill();
+    for _ in 0..4 {
+        until("another answers", || (ada(&["service", "ls"]).code == 0).then_some(()));
+    }
+    managers[0].start();
+    all_vote(&managers);
+
+    // Until she is no longer one of them.
+    let mut following = Process::start("follow", command().args(["events", "--follow"]), world.directory.path());
+    until("she sees what happens", || following.log().contains("bob").then_some(()));
+    let _ = managers[2].warren(&["operator", "rm", "ada"]).succeeded();
+    until("it ends", || (!following.is_running()).then_some(()));
+    let log = following.log();
+    assert!(log.trim_end().ends_with("error: you were removed from this cluster"), "{log}");
+    assert!(ada(&["service", "ls"]).failed(6).contains("is not, or no longer, in this cluster"));
+    let _ = ada(&["logout"]).succeeded();
+    assert!(ada(&["logout"]).failed(6).contains("nobody has logged in"));
+    assert!(!world.path("ada").join("identity.pem").exists());
 }

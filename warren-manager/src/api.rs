@@ -10,6 +10,7 @@ mod lock;
 mod logs;
 mod lookup;
 mod nodes;
+mod operators;
 mod pages;
 mod raft;
 mod secrets;
@@ -23,8 +24,9 @@ use tonic::Status;
 use warren_proto::v1::{
     cluster_server::ClusterServer, containers_server::ContainersServer, dispatcher_server::DispatcherServer,
     events_server::EventsServer, exec_server::ExecServer, lock_server::LockServer, logs_server::LogsServer,
-    nodes_server::NodesServer, raft_server::RaftServer, secrets_server::SecretsServer, services_server::ServicesServer,
-    stats_server::StatsServer, volumes_server::VolumesServer,
+    nodes_server::NodesServer, operators_server::OperatorsServer, raft_server::RaftServer,
+    secrets_server::SecretsServer, services_server::ServicesServer, stats_server::StatsServer,
+    volumes_server::VolumesServer,
 };
 
 pub use layer::MetricsLayer;
@@ -172,6 +174,7 @@ pub(crate) fn router(context: &Context, dispatcher: Dispatcher, relay: Relay, fe
         .add_service(StatsServer::new(stats::Stats(context.clone(), relay)))
         .add_service(VolumesServer::new(volumes::Volumes(context.clone())))
         .add_service(ClusterServer::new(cluster::Cluster(context.clone())))
+        .add_service(OperatorsServer::new(operators::Operators(context.clone())))
         .add_service(LockServer::new(lock::Open))
         .add_service(EventsServer::new(events::Events(context.clone(), feed)))
         .add_service(

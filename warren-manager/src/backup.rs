@@ -166,8 +166,9 @@ pub fn restore(
     let cluster = state.cluster().cloned().ok_or(Error::NoAuthority)?;
     let sealed = cluster.authority.as_ref().ok_or(Error::NoAuthority)?;
     let authority = Authority::from_pem(&sealed.certificate, &vault.open_authority(&cluster.id, &sealed.key)?)?;
-    // What the cluster has done since the backup nobody knows: its tokens may have been revoked, and the next numbers used.
-    state.forget_tokens();
+    // What the cluster has done since the backup nobody knows: its tokens may have been revoked, its operators removed, and the
+    // next numbers used.
+    state.forget_whom_it_let_in();
     state.skip_managers(NUMBERS_SKIPPED);
     let id = state.next_manager();
     let manager = Manager { id, hostname: hostname.to_owned(), created_at: now(), voter: true };

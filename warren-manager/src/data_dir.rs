@@ -8,7 +8,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 /// The layout that this version writes, and the oldest that it reads.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 const OLDEST_FORMAT: u32 = 3;
 const FILE: &str = "manager.json";
 /// Holds the log and its snapshots.

@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
+use futures::{StreamExt as _, stream};
 use http::{HeaderMap, HeaderValue, Request, Response};
+use http_body::Frame;
+use http_body_util::{BodyStream, StreamBody};
 use tokio::sync::watch;
 use tonic::{
     Status,
@@ -21,7 +24,7 @@ use warren_pki::{Identity, Peer, Role};
 use warren_raft::Node;
 
 use crate::{
-    ids::NodeId,
+    ids::{NodeId, OperatorId},
     peers::Peers,
     state::{Actor, State},
 };
@@ -31,13 +34,18 @@ const CALLER: &str = "warren-caller";
 /// How long a call waits for a leader: an election and a little more.
 const LEADER_PATIENCE: Duration = Duration::from_secs(5);
 
+/// Who calls at a manager's socket. No operator has this id.
+const ROOT: &str = "root";
+
 /// Who calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Caller {
     /// What they are; nothing, without a certificate.
     pub role: Option<Role>,
-    /// Who; `root` at the socket.
+    /// Who; [`ROOT`] at the socket.
     pub id: String,
+    /// The same for people: an operator's name.
+    pub name: String,
     /// From where.
     pub address: String,
 }
@@ -55,41 +63,53 @@ impl Caller {
     /// As the history of changes names them.
     pub(crate) fn actor(&self) -> Actor {
         let role = self.role.map_or("", Role::name).to_owned();
-        Actor { id: self.id.clone(), role, address: self.address.clone() }
+        Actor { id: self.name.clone(), role, address: self.address.clone() }
     }
 
-    fn nobody(address: String) -> Self {
-        Self { role: None, id: String::new(), address }
+    fn new(state: &State, role: Option<Role>, id: &str, address: String) -> Self {
+        let operator = (role == Some(Role::Admin)).then(|| state.operator(&OperatorId::from(id))).flatten();
+        let name = operator.map_or(id, |operator| &operator.name).to_owned();
+        Self { role, id: id.to_owned(), name, address }
+    }
+
+    /// Whether they call at a manager's socket.
+    pub(crate) fn is_root(&self) -> bool {
+        (self.role, self.id.as_str()) == (Some(Role::Admin), ROOT)
+    }
+
+    /// Whether they have an operator's certificate.
+    fn is_operator(&self) -> bool {
+        self.role == Some(Role::Admin) && !self.is_root()
     }
 
     fn to_header(&self) -> String {
         format!("{}|{}|{}", self.role.map_or("", Role::name), self.id, self.address)
     }
 
-    fn from_header(text: &str) -> Option<Self> {
+    fn from_header(state: &State, text: &str) -> Option<Self> {
         let mut parts = text.splitn(3, '|');
         let (role, id, address) = (parts.next()?, parts.next()?, parts.next()?);
         let role = if role.is_empty() { None } else { Some(role.parse().ok()?) };
-        Some(Self { role, id: id.to_owned(), address: address.to_owned() })
+        Some(Self::new(state, role, id, address.to_owned()))
     }
 
-    /// Whether they may speak for a node: it is theirs, or they are an operator.
+    /// Whether they may speak for a node: it is theirs, or they are root, as whom the agent of a manager's machine calls.
     ///
     /// # Errors
     ///
     /// When they may not.
     pub(crate) fn check_node(&self, node: &NodeId) -> Result<(), Status> {
         match self.role {
-            Some(Role::Worker) if self.id != node.as_str() => {
-                Err(Status::permission_denied(format!("node {} does not speak for node {node}", self.id)))
-            }
-            _ => Ok(()),
+            _ if self.is_root() => Ok(()),
+            Some(Role::Worker) if self.id == node.as_str() => Ok(()),
+            _ => Err(Status::permission_denied(format!("{} does not speak for node {node}", self.name))),
         }
     }
 }
 
-/// Who may call what; what is not here is for operators.
-fn may(role: Option<Role>, path: &str) -> bool {
+/// Who may call what; what is not here is for operators, and for root.
+fn may(caller: &Caller, path: &str) -> bool {
+    let role = caller.role;
     let method = path.strip_prefix("/warren.v1.").unwrap_or(path);
     match method {
         "Cluster/JoinCluster" => true,
@@ -99,9 +119,9 @@ fn may(role: Option<Role>, path: &str) -> bool {
         "Cluster/ConfirmAuthorities" => matches!(role, Some(Role::Worker | Role::Manager)),
         "Cluster/EnterManager" => role == Some(Role::Manager),
         _ if method.starts_with("Raft/") => role == Some(Role::Manager),
-        // The agent of a machine that runs both goes by the socket.
-        "Nodes/RegisterNode" => matches!(role, Some(Role::Worker | Role::Admin)),
-        _ if method.starts_with("Dispatcher/") => matches!(role, Some(Role::Worker | Role::Admin)),
+        // The agent of a machine that runs both goes by the socket. Operators get to see no secret.
+        "Nodes/RegisterNode" => role == Some(Role::Worker) || caller.is_root(),
+        _ if method.starts_with("Dispatcher/") => role == Some(Role::Worker) || caller.is_root(),
         _ => role == Some(Role::Admin),
     }
 }
@@ -121,7 +141,7 @@ fn is_member(state: &State, role: Role, id: &str) -> bool {
         Role::Manager if state.cluster().is_none() => true,
         Role::Manager => id.parse().is_ok_and(|id| state.manager(id).is_some()),
         Role::Worker => state.is_admitted(&NodeId::from(id)),
-        Role::Admin => false,
+        Role::Admin => state.operator(&OperatorId::from(id)).is_some_and(|operator| operator.invitation.is_none()),
     }
 }
 
@@ -139,11 +159,11 @@ impl Front {
     }
 
     /// Whether a manager may have been let in after what this one knows so far, and be the one that it is to learn from.
-    fn may_be_news(&self, identity: &Identity, path: &str) -> bool {
+    fn may_be_news(&self, state: &State, identity: &Identity, path: &str) -> bool {
         path.starts_with("/warren.v1.Raft/")
             && identity.role == Role::Manager
             && !self.raft.status().is_leader
-            && identity.id.parse().is_ok_and(|id: u64| id >= self.state.borrow().next_manager())
+            && identity.id.parse().is_ok_and(|id: u64| id >= state.next_manager())
     }
 
     /// Who calls, and whether another manager passed it on.
@@ -156,32 +176,60 @@ impl Front {
                 return Err(Status::permission_denied("only root may use this socket"));
             }
             let own = self.raft.status().id;
-            let hostname = self.state.borrow().manager(own).map(|manager| manager.hostname.clone());
+            let state = self.state.borrow();
+            let hostname = state.manager(own).map(|manager| manager.hostname.clone());
             let address =
                 hostname.map_or_else(|| "this machine".to_owned(), |hostname| format!("the socket of {hostname}"));
-            return Ok((Caller { role: Some(Role::Admin), id: "root".to_owned(), address }, false));
+            return Ok((Caller::new(&state, Some(Role::Admin), ROOT, address), false));
         }
         let peer = extensions.get::<Peer>().ok_or_else(|| Status::unauthenticated("who calls is not known"))?;
         let address = peer.address.to_string();
-        let Some(identity) = &peer.identity else { return Ok((Caller::nobody(address), false)) };
+        let state = self.state.borrow();
+        let Some(identity) = &peer.identity else { return Ok((Caller::new(&state, None, "", address), false)) };
         let stranger = |who: String| Status::permission_denied(format!("{who} is not, or no longer, in this cluster"));
-        if !is_member(&self.state.borrow(), identity.role, &identity.id) && !self.may_be_news(identity, path) {
+        if !is_member(&state, identity.role, &identity.id) && !self.may_be_news(&state, identity, path) {
             return Err(stranger(identity.to_string()));
         }
         if identity.role == Role::Manager
             && let Some(passed_on) = headers.get(CALLER)
         {
-            let caller = passed_on.to_str().ok().and_then(Caller::from_header);
+            let caller = passed_on.to_str().ok().and_then(|text| Caller::from_header(&state, text));
             let caller = caller.ok_or_else(|| Status::internal("a manager passed on a call of nobody"))?;
-            // Who passed it on may not have heard yet that the caller was removed. Root is its own operator.
-            if let Some(role @ (Role::Manager | Role::Worker)) = caller.role
-                && !is_member(&self.state.borrow(), role, &caller.id)
+            // Who passed it on may not have heard yet that the caller was removed.
+            if let Some(role) = caller.role
+                && !caller.is_root()
+                && !is_member(&state, role, &caller.id)
             {
-                return Err(stranger(format!("{} {}", role.name(), caller.id)));
+                return Err(stranger(format!("{role} {}", caller.id)));
             }
             return Ok((caller, true));
         }
-        Ok((Caller { role: Some(identity.role), id: identity.id.clone(), address }, false))
+        Ok((Caller::new(&state, Some(identity.role), &identity.id, address), false))
+    }
+
+    /// What an operator is told, for as long as they are one: who was turned out follows nothing any more.
+    fn while_admitted(&self, id: &str, response: Response<Body>) -> Response<Body> {
+        let (id, mut state) = (id.to_owned(), self.state.clone());
+        let removed = Box::pin(async move {
+            if state.wait_for(|state| !is_member(state, Role::Admin, &id)).await.is_err() {
+                // This manager ends, and with it what is followed.
+                std::future::pending::<()>().await;
+            }
+        });
+        response.map(|body| {
+            let frames = stream::unfold(Some((BodyStream::new(body), removed)), async |left| {
+                let (mut frames, mut removed) = left?;
+                tokio::select! {
+                    frame = frames.next() => Some((frame?, Some((frames, removed)))),
+                    () = &mut removed => {
+                        let mut trailers = HeaderMap::new();
+                        Status::permission_denied("you were removed from this cluster").add_header(&mut trailers).ok()?;
+                        Some((Ok(Frame::trailers(trailers)), None))
+                    }
+                }
+            });
+            Body::new(StreamBody::new(frames))
+        })
     }
 
     /// The way to the leader; `None` when that is this manager.
@@ -235,7 +283,7 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         // The one that is ready is this one; its clone need not be.
         let clone = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, clone);
@@ -247,29 +295,29 @@ where
                 Err(status) => return Ok(status.into_http()),
             };
             let path = request.uri().path();
-            if !may(caller.role, path) {
+            if !may(&caller, path) {
                 let status = match caller.role {
                     None => Status::unauthenticated("this needs a certificate of the cluster"),
                     Some(role) => Status::permission_denied(format!("this is not for a {role}")),
                 };
                 return Ok(status.into_http());
             }
-            let mut answer = |mut request: Request<Body>, caller: Caller| {
-                request.extensions_mut().insert(caller.clone());
-                CURRENT.scope(caller, inner.call(request))
-            };
-            if is_local(path) {
-                return answer(request, caller).await;
-            }
-            match front.leader().await {
-                Ok(None) => answer(request, caller).await,
-                // Two that each take the other for the leader would pass it on for ever.
-                Ok(Some(_)) if passed_on => Ok(Status::unavailable("the leader has changed").into_http()),
-                Ok(Some(leader)) => {
-                    Ok(pass_on(leader, request, &caller).await.unwrap_or_else(|status| status.into_http()))
+            let operator = caller.is_operator().then(|| caller.id.clone());
+            let leader = if is_local(path) { Ok(None) } else { front.leader().await };
+            let response = match leader {
+                Ok(None) => {
+                    request.extensions_mut().insert(caller.clone());
+                    CURRENT.scope(caller, inner.call(request)).await?
                 }
-                Err(status) => Ok(status.into_http()),
-            }
+                // Two that each take the other for the leader would pass it on for ever.
+                Ok(Some(_)) if passed_on => Status::unavailable("the leader has changed").into_http(),
+                Ok(Some(leader)) => pass_on(leader, request, &caller).await.unwrap_or_else(|status| status.into_http()),
+                Err(status) => status.into_http(),
+            };
+            Ok(match operator {
+                Some(id) if !passed_on => front.while_admitted(&id, response),
+                _ => response,
+            })
         })
     }
 }
@@ -285,14 +333,25 @@ async fn pass_on(mut leader: Channel, mut request: Request<Body>, caller: &Calle
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        clock::Timestamp,
+        state::{
+            Change, Operator,
+            tests::{apply, founded},
+        },
+    };
 
     #[test]
     fn a_caller_survives_being_passed_on() {
+        let mut state = founded();
+        let operator = Operator { id: "o".into(), name: "ada".to_owned(), created_at: Timestamp(1), invitation: None };
+        apply(&mut state, [Change::CreateOperator(operator)]);
         for role in [None, Some(Role::Manager), Some(Role::Worker), Some(Role::Admin)] {
-            let caller = Caller { role, id: "x".to_owned(), address: "[::1]:1".to_owned() };
-            assert_eq!(Caller::from_header(&caller.to_header()), Some(caller));
+            let caller = Caller::new(&state, role, "o", "[::1]:1".to_owned());
+            assert_eq!(Caller::from_header(&state, &caller.to_header()), Some(caller.clone()));
+            assert_eq!(caller.actor().id, if role == Some(Role::Admin) { "ada" } else { "o" });
         }
-        assert_eq!(Caller::from_header("king|x|y"), None);
-        assert_eq!(Caller::from_header(""), None);
+        assert_eq!(Caller::from_header(&state, "king|x|y"), None);
+        assert_eq!(Caller::from_header(&state, ""), None);
     }
 }

@@ -69,6 +69,10 @@ id!(
     NodeId
 );
 id!(
+    /// Names an operator, until they are removed.
+    OperatorId
+);
+id!(
     /// Names a secret or config for its whole life.
     SecretId
 );

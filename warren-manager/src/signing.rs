@@ -2,11 +2,12 @@
 
 use std::time::{Duration, SystemTime};
 
-use warren_pki::{Authority, Identity, Role};
+use warren_pki::{Authority, Identity, Role, Secret, Token};
 
 use crate::{
     api::Error,
     clock::Timestamp,
+    core::TOKEN_LIFETIME,
     formation::CERTIFICATE_LIFETIME,
     state::{Cluster, State},
     validate::Invalid,
@@ -17,6 +18,16 @@ use crate::{
 pub(crate) struct Signed {
     pub certificate: String,
     pub authorities: String,
+}
+
+/// A token is for a day's work, not for good.
+const MAX_TOKEN_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// A token, and what the cluster keeps of it.
+pub(crate) struct Invited {
+    pub token: String,
+    pub hash: String,
+    pub expires_at: Timestamp,
 }
 
 /// The same instant, as certificates have it.
@@ -55,4 +66,29 @@ pub(crate) fn sign(
     let certificate = authority.sign(request, &identity, system_time(now), CERTIFICATE_LIFETIME);
     let certificate = certificate.map_err(|error| Invalid::new("certificate_request", error.to_string()))?;
     Ok(Signed { certificate, authorities: state.cluster().map(Cluster::authorities).unwrap_or_default() })
+}
+
+/// Makes a token that is valid for so long, a day unless given.
+///
+/// # Errors
+///
+/// When that is too long, or there is no authority.
+pub(crate) fn invite(
+    state: &State,
+    vault: &Vault,
+    now: Timestamp,
+    lifetime: Option<pbjson_types::Duration>,
+) -> Result<Invited, Error> {
+    let lifetime = match lifetime {
+        None => TOKEN_LIFETIME,
+        Some(lifetime) => Duration::try_from(lifetime).unwrap_or_default(),
+    };
+    if lifetime.is_zero() || lifetime > MAX_TOKEN_LIFETIME {
+        return Err(Invalid::new("lifetime", "is not 1 s to 30 days").into());
+    }
+    let (authority, _) = authority(state, vault)?;
+    let secret = Secret::random()?;
+    let hash = secret.hash();
+    let token = Token::new(authority.certificate_pem(), secret)?.to_string();
+    Ok(Invited { token, hash, expires_at: now.after(lifetime) })
 }

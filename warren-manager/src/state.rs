@@ -18,9 +18,9 @@ pub use machine::{Machine, encode};
 use network::Numbers;
 pub use network::{ClusterNetwork, InvalidNetwork, NetworkV6};
 pub use objects::{
-    Amounts, Availability, Cluster, Constraint, Container, ContainerState, Description, Desired, JoinToken, Manager,
-    Mode, Node, Probes, Resources, RestartCondition, RestartPolicy, Rotation, Sealed, SealedAuthority, Secret, Service,
-    ServiceSpec, Status, Timing, TokenRole, Trait, Volume,
+    Amounts, Availability, Cluster, Constraint, Container, ContainerState, Description, Desired, Invitation, JoinToken,
+    Manager, Mode, Node, Operator, Probes, Resources, RestartCondition, RestartPolicy, Rotation, Sealed,
+    SealedAuthority, Secret, Service, ServiceSpec, Status, Timing, TokenRole, Trait, Volume,
 };
 pub use transaction::{Change, Expected, Rejection, Reply, Transaction};
 pub(crate) use transaction::{kind_name, protocol_name};
@@ -33,7 +33,10 @@ use serde::{Deserialize, Serialize};
 
 use warren_proto::v1;
 
-use crate::ids::{ContainerId, NodeId, SecretId, ServiceId, VolumeId};
+use crate::{
+    clock::Timestamp,
+    ids::{ContainerId, NodeId, OperatorId, SecretId, ServiceId, VolumeId},
+};
 
 /// Changes remembered for watchers; who is further behind lists anew.
 const HISTORY: usize = 10_000;
@@ -103,6 +106,7 @@ pub struct State {
     /// No manager ever had this id or a higher one.
     next_manager: u64,
     tokens: OrdMap<String, Arc<JoinToken>>,
+    operators: OrdMap<OperatorId, Arc<Operator>>,
     /// While the authority changes: which authorities each member is known to believe, by their digest.
     certified: OrdMap<String, String>,
     /// Nodes that were let in with a token; and those that were removed, whose ids nobody gets again.
@@ -165,11 +169,13 @@ struct Stored {
     events: Vec<Arc<Event>>,
     #[serde(default)]
     certified: OrdMap<String, String>,
+    #[serde(default)]
+    operators: Vec<Arc<Operator>>,
 }
 
 /// The layout of states and transactions that this version writes; and the oldest that it reads: what a newer one has besides
 /// is as if it had never been used.
-pub(crate) const SCHEMA: u32 = 4;
+pub(crate) const SCHEMA: u32 = 5;
 pub(crate) const OLDEST_SCHEMA: u32 = 3;
 
 impl State {
@@ -287,6 +293,32 @@ impl State {
     #[must_use]
     pub fn token(&self, hash: &str) -> Option<&Arc<JoinToken>> {
         self.tokens.get(hash)
+    }
+
+    /// All operators that have a certificate or may get one, by id.
+    pub fn operators(&self) -> impl Iterator<Item = &Arc<Operator>> {
+        self.operators.values()
+    }
+
+    /// An operator by id.
+    #[must_use]
+    pub fn operator(&self, id: &OperatorId) -> Option<&Arc<Operator>> {
+        self.operators.get(id)
+    }
+
+    /// An operator by name.
+    #[must_use]
+    pub fn operator_named(&self, name: &str) -> Option<&Arc<Operator>> {
+        self.operators.values().find(|operator| operator.name == name)
+    }
+
+    /// The operator whom an unused token invites, by its hash, while it is valid.
+    #[must_use]
+    pub fn invited(&self, hash: &str, now: Timestamp) -> Option<&Arc<Operator>> {
+        self.operators.values().find(|operator| {
+            let invitation = operator.invitation.as_ref();
+            invitation.is_some_and(|invitation| invitation.hash == hash && invitation.expires_at > now)
+        })
     }
 
     /// The members of the cluster that have certificates, like `manager 2` and `node x`, which are not known to believe the
@@ -432,9 +464,10 @@ impl State {
         self.remember(ContainerChange::Deleted(id.clone(), container.service.clone()));
     }
 
-    /// Has nobody join any more with a token that there is.
-    pub(crate) fn forget_tokens(&mut self) {
+    /// Has nobody join any more with a token that there is, and no operator come any more.
+    pub(crate) fn forget_whom_it_let_in(&mut self) {
         self.tokens.clear();
+        self.operators.clear();
     }
 
     /// Has the next managers' numbers be no manager's.
@@ -469,6 +502,7 @@ impl State {
             next_virtual_address: self.virtual_addresses.next,
             events: self.events.iter().cloned().collect(),
             certified: self.certified.clone(),
+            operators: self.operators.values().cloned().collect(),
         };
         serde_json::to_vec(&stored).map_err(io::Error::other)
     }
@@ -500,6 +534,7 @@ impl State {
             departed: stored.departed,
             events: stored.events.into(),
             certified: stored.certified,
+            operators: stored.operators.into_iter().map(|operator| (operator.id.clone(), operator)).collect(),
             subnets: Numbers { next: stored.next_subnet, ..Numbers::default() },
             virtual_addresses: Numbers { next: stored.next_virtual_address, ..Numbers::default() },
             ..Self::default()

@@ -15,7 +15,8 @@ use tonic_prost::ProstCodec;
 use warren_manager::{Options, Policy, Vault, core::Networks, formation, liveness, state::Sealed};
 use warren_pki::{Authority, Credentials, Dialer, Identity, Request as CertificateRequest, Role, Token};
 use warren_proto::v1::{
-    self, agent_message, cluster_client::ClusterClient, dispatcher_client::DispatcherClient, nodes_client::NodesClient,
+    self, agent_message, cluster_client::ClusterClient, dispatcher_client::DispatcherClient,
+    events_client::EventsClient, nodes_client::NodesClient, operators_client::OperatorsClient,
     services_client::ServicesClient,
 };
 
@@ -116,15 +117,41 @@ impl Manager {
         Dialer::socket(self.directory.path().join("w.sock")).expect("a path").lazy()
     }
 
-    /// Lets a node in as `warren cluster join` does.
-    async fn join(&self) -> (String, Credentials) {
+    /// Comes with a token, but not for what it is not to be for.
+    async fn come(
+        &self,
+        token: &Token,
+        not: &[v1::Role],
+    ) -> Result<(v1::JoinClusterResponse, CertificateRequest), Status> {
         let request = CertificateRequest::new().expect("a request");
         let asked = v1::JoinClusterRequest {
-            secret: self.worker_token.secret(),
+            secret: token.secret(),
             certificate_request: request.pem().to_owned(),
+            taken: not.iter().map(|role| i32::from(*role)).collect(),
             ..Default::default()
         };
-        let joined = ClusterClient::new(self.nobody()).join_cluster(asked).await.expect("joined").into_inner();
+        let joined = ClusterClient::new(self.nobody()).join_cluster(asked).await?.into_inner();
+        Ok((joined, request))
+    }
+
+    async fn invite(&self, name: &str) -> Token {
+        let request = v1::CreateOperatorRequest { name: name.to_owned(), lifetime: None };
+        let made = OperatorsClient::new(self.root()).create_operator(request).await.expect("invited").into_inner();
+        assert_eq!(made.managers, [self.address.as_str()]);
+        made.token.parse().expect("a token")
+    }
+
+    /// Lets an operator in as `warren login` does.
+    async fn log_in(&self, name: &str) -> Credentials {
+        let (joined, request) = self.come(&self.invite(name).await, &[]).await.expect("let in");
+        assert_eq!(joined.role(), v1::Role::Admin);
+        assert!(joined.key_of_secrets.is_empty(), "an operator opens no secrets");
+        Credentials::new(&request.key_pem(), &joined.certificate, &joined.authorities).expect("credentials")
+    }
+
+    /// Lets a node in as `warren cluster join` does.
+    async fn join(&self) -> (String, Credentials) {
+        let (joined, request) = self.come(&self.worker_token, &[]).await.expect("let in");
         assert_eq!(joined.role(), v1::Role::Worker);
         assert!(joined.key_of_secrets.is_empty(), "a node opens no secrets itself");
         let credentials = Credentials::new(&request.key_pem(), &joined.certificate, &joined.authorities);
@@ -175,7 +202,7 @@ fn is_turned_away(answer: &Result<(), Status>, code: Code) -> bool {
     answer.as_ref().is_err_and(|status| status.code() == code && at_the_door(status.message()))
 }
 
-/// Methods that are for those without a certificate, for nodes, and for managers. All others are for root.
+/// Methods that are for those without a certificate, for nodes, and for managers. All others are for operators and root.
 const EVERYBODY: [&str; 3] =
     ["/warren.v1.Cluster/JoinCluster", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"];
 const MEMBERS: [&str; 3] = [
@@ -227,14 +254,21 @@ async fn everybody_may_call_what_is_for_them_and_nothing_else() {
             assert_eq!(is_turned_away(&answer, *code), expected, "{who} at {method}: {answer:?}");
         }
     }
-    // Root may do everything but take part in consensus.
+    // An operator may do everything but take part in consensus and speak for nodes: what a node is told holds secrets.
+    let operator = manager.dial(&manager.log_in("ada").await);
+    for method in &methods {
+        let answer = call(&operator, method).await;
+        let expected = [&MANAGERS[..], &CERTIFIED, &NODES].concat().contains(&method.as_str());
+        assert_eq!(is_turned_away(&answer, Code::PermissionDenied), expected, "an operator at {method}: {answer:?}");
+    }
+    // Root may speak for the node of this machine, too.
     for method in &methods {
         let answer = call(&manager.root(), method).await;
         let expected = [&MANAGERS[..], &CERTIFIED].concat().contains(&method.as_str());
         assert_eq!(is_turned_away(&answer, Code::PermissionDenied), expected, "root at {method}: {answer:?}");
     }
 
-    // Certificates that look right: of another authority, run out, of somebody who was never let in, of an operator.
+    // Certificates that look right: of another authority, run out, of somebody who was never let in.
     let another = Authority::generate(&manager.cluster, now).expect("an authority");
     let days_ago = now - Duration::from_secs(3 * 24 * 3600);
     let as_worker = manager.identity(Role::Worker, &id);
@@ -243,7 +277,8 @@ async fn everybody_may_call_what_is_for_them_and_nothing_else() {
         ("run out", manager.sign(&manager.authority, &as_worker, days_ago)),
         ("a stranger", manager.sign(&manager.authority, &manager.identity(Role::Worker, "stranger"), now)),
         ("a manager that there is not", manager.sign(&manager.authority, &manager.identity(Role::Manager, "9"), now)),
-        ("an operator", manager.sign(&manager.authority, &manager.identity(Role::Admin, "root"), now)),
+        ("one who calls himself root", manager.sign(&manager.authority, &manager.identity(Role::Admin, "root"), now)),
+        ("one with an operator's name", manager.sign(&manager.authority, &manager.identity(Role::Admin, "ada"), now)),
     ];
     for (who, credentials) in &wrong {
         for method in &methods {
@@ -308,6 +343,72 @@ async fn a_node_speaks_for_itself_until_it_is_removed() {
         assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
         assert!(refused.message().contains("no longer"), "{refused:?}");
     }
+    manager.stop().await;
+}
+
+#[tokio::test]
+async fn an_operator_works_from_elsewhere_until_removed() {
+    let manager = Manager::start().await;
+    let token = manager.invite("ada").await;
+    // It is not for machines, and that is found out without using it up.
+    let refused = manager.come(&token, &[v1::Role::Admin]).await.expect_err("not wanted");
+    assert_eq!((refused.code(), refused.message()), (Code::FailedPrecondition, "the token is for an operator"));
+    let (joined, request) = manager.come(&token, &[]).await.expect("let in");
+    let refused = manager.come(&token, &[]).await.expect_err("used up");
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+    let ada = Credentials::new(&request.key_pem(), &joined.certificate, &joined.authorities).expect("credentials");
+    let mut root = OperatorsClient::new(manager.root());
+    for (name, code) in [("ada", Code::AlreadyExists), ("root", Code::InvalidArgument), ("a b", Code::InvalidArgument)]
+    {
+        let again = v1::CreateOperatorRequest { name: name.to_owned(), lifetime: None };
+        assert_eq!(root.create_operator(again).await.expect_err(name).code(), code, "{name}");
+    }
+
+    // What she does is known as hers.
+    let channel = manager.dial(&ada);
+    let mut operators = OperatorsClient::new(channel.clone());
+    let invited = v1::CreateOperatorRequest { name: "bob".to_owned(), lifetime: None };
+    let _ = operators.create_operator(invited).await.expect("she may");
+    let follow = v1::StreamEventsRequest { follow: true, ..Default::default() };
+    let mut events = EventsClient::new(channel.clone()).stream_events(follow).await.expect("she may").into_inner();
+    let of_bob = loop {
+        let event = events.message().await.expect("it goes on").expect("an event").event.expect("an event");
+        if event.object_name == "bob" {
+            break event;
+        }
+    };
+    let actor = of_bob.actor.expect("somebody");
+    assert_eq!((of_bob.r#type.as_str(), actor.id.as_str(), actor.role.as_str()), ("operator.invited", "ada", "admin"));
+    assert!(actor.address.starts_with("127.0.0.1:"), "{actor:?}");
+
+    // A certificate for another key, as the same.
+    let request = CertificateRequest::new().expect("a request");
+    let asked = v1::RequestCertificateRequest { certificate_request: request.pem().to_owned() };
+    let renewed = ClusterClient::new(channel.clone()).request_certificate(asked).await.expect("renewed").into_inner();
+    let renewed = Credentials::new(&request.key_pem(), &renewed.certificate, &renewed.authorities);
+    let renewed = renewed.expect("credentials");
+    assert_eq!(renewed.identity(), ada.identity());
+
+    // What she follows ends with her, and neither certificate is of use, nor when another of her name is let in.
+    let _ = root.delete_operator(v1::DeleteOperatorRequest { operator: "ada".to_owned() }).await.expect("removed");
+    let ended = loop {
+        match tokio::time::timeout(Duration::from_secs(5), events.message()).await.expect("it ends") {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("it ended as if there were no more"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(ended.code(), Code::PermissionDenied, "{ended:?}");
+    let other = manager.log_in("ada").await;
+    assert_ne!(other.identity().id, ada.identity().id);
+    for credentials in [&ada, &renewed] {
+        let mut services = ServicesClient::new(manager.dial(credentials));
+        let refused = services.list_services(v1::ListServicesRequest::default()).await.expect_err("removed");
+        assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+        assert!(refused.message().contains("no longer"), "{refused:?}");
+    }
+    let mut services = ServicesClient::new(manager.dial(&other));
+    let _ = services.list_services(v1::ListServicesRequest::default()).await.expect("she may");
     manager.stop().await;
 }
 

@@ -1,24 +1,34 @@
 //! Reaching a manager.
 
+use std::{env, path::PathBuf};
+
 use clap::Args;
 use tonic::transport::Channel;
 use warren_pki::Dialer;
 use warren_proto::v1::{
     cluster_client::ClusterClient, containers_client::ContainersClient, events_client::EventsClient,
     exec_client::ExecClient, lock_client::LockClient, logs_client::LogsClient, nodes_client::NodesClient,
-    secrets_client::SecretsClient, services_client::ServicesClient, stats_client::StatsClient,
-    volumes_client::VolumesClient,
+    operators_client::OperatorsClient, secrets_client::SecretsClient, services_client::ServicesClient,
+    stats_client::StatsClient, volumes_client::VolumesClient,
 };
 
-use crate::error::Error;
+use crate::{error::Error, login::Login};
 
-/// Which manager.
+/// Which manager, and as whom.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ClientArguments {
-    /// The socket of a manager on this machine, as unix:///path. Any manager answers for the whole cluster.
-    #[arg(long, env = "WARREN_MANAGER", default_value = "unix:///run/warren/warren.sock", global = true)]
-    manager: String,
+    /// A manager: unix:///path of the socket of one on this machine, or HOST:PORT of any, for whoever has logged in. Unless given,
+    /// one of the cluster that `warren login` was for, or if it was for none, unix:///run/warren/warren.sock. Every manager answers
+    /// for the whole cluster.
+    #[arg(long, env = "WARREN_MANAGER", global = true, value_name = "ADDRESS")]
+    manager: Option<String>,
+    /// Where `warren login` keeps a certificate: ~/.config/warren unless given.
+    #[arg(long, env = "WARREN_IDENTITY", global = true, value_name = "DIRECTORY")]
+    identity: Option<PathBuf>,
 }
+
+/// The socket of a manager on this machine.
+const SOCKET: &str = "unix:///run/warren/warren.sock";
 
 /// A page of a list, its specs included.
 const MAX_MESSAGE: usize = 256 << 20;
@@ -45,16 +55,44 @@ fn is_refused_to_user(error: &(dyn std::error::Error + 'static)) -> bool {
         || error.source().is_some_and(is_refused_to_user)
 }
 
+async fn socket(address: &str) -> Result<Channel, Error> {
+    let path = address.strip_prefix("unix:").filter(|path| path.starts_with('/'));
+    let path = path.ok_or_else(|| Error::BadAddress(address.to_owned()))?;
+    let path = path.strip_prefix("//").unwrap_or(path);
+    let connected = Dialer::socket(path).map_err(|_| Error::BadAddress(address.to_owned()))?.connect().await;
+    connected.map_err(|error| {
+        let address = address.to_owned();
+        if is_refused_to_user(&error) { Error::NotPermitted { address } } else { Error::NoManager { address } }
+    })
+}
+
 impl ClientArguments {
+    /// Where whoever has logged in is kept.
+    ///
+    /// # Errors
+    ///
+    /// When nobody says where, and this user has no home.
+    pub(crate) fn identity(&self) -> Result<PathBuf, Error> {
+        if let Some(directory) = &self.identity {
+            return Ok(directory.clone());
+        }
+        let configuration = env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+        let configuration = configuration.or_else(|| Some(env::home_dir()?.join(".config")));
+        Ok(configuration.ok_or(Error::Homeless)?.join("warren"))
+    }
+
     async fn channel(&self) -> Result<Channel, Error> {
-        let path = self.manager.strip_prefix("unix:").filter(|path| path.starts_with('/'));
-        let path = path.ok_or_else(|| Error::BadAddress(self.manager.clone()))?;
-        let path = path.strip_prefix("//").unwrap_or(path);
-        let connected = Dialer::socket(path).map_err(|_| Error::BadAddress(self.manager.clone()))?.connect().await;
-        connected.map_err(|error| {
-            let address = self.manager.clone();
-            if is_refused_to_user(&error) { Error::NotPermitted { address } } else { Error::NoManager { address } }
-        })
+        match self.manager.as_deref() {
+            Some(address) if address.starts_with("unix:") => socket(address).await,
+            Some(address) => {
+                warren_pki::check_address(address).map_err(|_| Error::BadAddress(address.to_owned()))?;
+                Login::load(&self.identity()?)?.ok_or(Error::NotLoggedIn)?.connect(Some(address)).await
+            }
+            None => match self.identity().ok().map(|directory| Login::load(&directory)).transpose()?.flatten() {
+                Some(login) => login.connect(None).await,
+                None => socket(SOCKET).await,
+            },
+        }
     }
 
     pub(crate) async fn services(&self) -> Result<ServicesClient<Channel>, Error> {
@@ -67,6 +105,10 @@ impl ClientArguments {
 
     pub(crate) async fn nodes(&self) -> Result<NodesClient<Channel>, Error> {
         Ok(NodesClient::new(self.channel().await?))
+    }
+
+    pub(crate) async fn operators(&self) -> Result<OperatorsClient<Channel>, Error> {
+        Ok(OperatorsClient::new(self.channel().await?))
     }
 
     pub(crate) async fn secrets(&self) -> Result<SecretsClient<Channel>, Error> {
@@ -90,7 +132,9 @@ impl ClientArguments {
     }
 
     pub(crate) async fn lock(&self) -> Result<LockClient<Channel>, Error> {
-        Ok(LockClient::new(self.channel().await?))
+        // A manager that is locked has no other, and it is this machine's that is to be unlocked.
+        let address = self.manager.as_deref().filter(|address| address.starts_with("unix:"));
+        Ok(LockClient::new(socket(address.unwrap_or(SOCKET)).await?))
     }
 
     pub(crate) async fn events(&self) -> Result<EventsClient<Channel>, Error> {

@@ -10,7 +10,7 @@ use warren_proto::v1::{self, cluster_client::ClusterClient};
 
 use crate::{
     client::ClientArguments,
-    error::Error,
+    error::{Error, innermost},
     output::{self, Format, FormatArguments, say},
     parse,
 };
@@ -252,6 +252,7 @@ async fn join(token: &str, manager: &str, place: &Place) -> Result<(), Error> {
     if taken.len() == 2 {
         return agent_free.map_err(Error::from);
     }
+    taken.push(v1::Role::Admin.into());
     let request = Request::new()?;
     let channel = Dialer::newcomer(manager, &token)?.connect().await;
     let channel = channel.map_err(|error| Error::NotJoined { manager: manager.to_owned(), why: innermost(&error) })?;
@@ -267,7 +268,7 @@ async fn join(token: &str, manager: &str, place: &Place) -> Result<(), Error> {
             // It says the same, and where.
             manager_free?;
             agent_free?;
-            return Err(refused.into());
+            return Err(Error::Usage(format!("{}: use `warren login`", refused.message())));
         }
         joined => joined?.into_inner(),
     };
@@ -280,18 +281,6 @@ async fn join(token: &str, manager: &str, place: &Place) -> Result<(), Error> {
     };
     say!("this machine is {} {} of cluster {}", settled.0, joined.id, joined.cluster_id);
     Ok(())
-}
-
-/// The last of an error's causes, which says what happened.
-fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut cause = error;
-    while let Some(next) = cause.source() {
-        cause = next;
-    }
-    match cause.to_string().as_str() {
-        "deadline has elapsed" => "it does not answer in time".to_owned(),
-        why => why.to_owned(),
-    }
 }
 
 async fn info(client: &ClientArguments, format: Format) -> Result<(), Error> {
@@ -495,16 +484,11 @@ async fn list(client: &ClientArguments, format: Format) -> Result<(), Error> {
     if let Format::Json = format {
         return output::json(&tokens);
     }
+    let valid_for = |token: &v1::JoinToken| output::coarse(output::left(token.expires_at.as_ref()).unwrap_or_default());
     let rows = tokens.iter().map(|token| {
         let role = if token.role() == v1::Role::Manager { "manager" } else { "worker" };
-        [token.id.clone(), role.to_owned(), output::ago(token.created_at.as_ref()), until(token.expires_at.as_ref())]
+        [token.id.clone(), role.to_owned(), output::ago(token.created_at.as_ref()), valid_for(token)]
     });
     output::table(["TOKEN", "ROLE", "AGE", "VALID FOR"], rows);
     Ok(())
-}
-
-fn until(at: Option<&pbjson_types::Timestamp>) -> String {
-    let seconds = u64::try_from(at.map_or(0, |at| at.seconds)).unwrap_or(0);
-    let at = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
-    output::coarse(at.duration_since(std::time::SystemTime::now()).unwrap_or_default())
 }

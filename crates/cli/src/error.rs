@@ -29,9 +29,21 @@ pub(crate) enum Error {
         "no manager answers on {address}: run this where a manager does (`warren up`, or `warren-manager` in a cluster)"
     )]
     NoManager { address: String },
-    #[error("the manager's socket {address} is not for this user; run as root")]
+    #[error("the manager's socket {address} is not for this user; run as root, or log in (`warren login`)")]
     NotPermitted { address: String },
-    #[error("{0:?} is not an address of a manager: use unix:///path")]
+    #[error("the manager at {address} does not answer: {why}")]
+    Unreachable { address: String, why: String },
+    #[error("no manager of the cluster is known: say one with --manager HOST:PORT")]
+    NoManagerKnown,
+    #[error("nobody has logged in here: `warren login` does, with a token of `warren operator create`")]
+    NotLoggedIn,
+    #[error("the certificate has run out: log in again, with a token of another `warren operator create`")]
+    LoginRanOut,
+    #[error("{} is logged in to cluster {cluster} already: --replace forgets that", directory.display())]
+    LoggedIn { cluster: String, directory: std::path::PathBuf },
+    #[error("there is no home directory to keep a login in: say where with --identity")]
+    Homeless,
+    #[error("{0:?} is not an address of a manager: use HOST:PORT or unix:///path")]
     BadAddress(String),
     #[error("{}", .0.message())]
     Refused(#[from] Box<Status>),
@@ -96,9 +108,10 @@ impl From<Status> for Error {
 impl Error {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::NoManager { .. } => 4,
-            Self::NotPermitted { .. } => 6,
-            Self::NotJoined { .. } => 4,
+            Self::NoManager { .. } | Self::NotJoined { .. } | Self::Unreachable { .. } | Self::NoManagerKnown => 4,
+            Self::NotPermitted { .. } | Self::NotLoggedIn | Self::LoginRanOut => 6,
+            Self::LoggedIn { .. } => 5,
+            Self::Homeless => 2,
             Self::BadAddress(_) | Self::Usage(_) | Self::Pki(_) => 2,
             Self::Formation(formation::Error::Taken(_)) | Self::Membership(membership::Error::Taken(_)) => 5,
             Self::Formation(_) | Self::Membership(_) => 8,
@@ -138,5 +151,17 @@ impl Error {
             Self::Manager(error) => error.exit_code(),
             Self::Agent(error) => error.exit_code(),
         }
+    }
+}
+
+/// The last of an error's causes, which says what happened.
+pub(crate) fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut cause = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    match cause.to_string().as_str() {
+        "deadline has elapsed" => "it does not answer in time".to_owned(),
+        why => why.to_owned(),
     }
 }

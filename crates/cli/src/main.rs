@@ -10,8 +10,10 @@ mod error;
 mod events;
 mod exec;
 mod image;
+mod login;
 mod logs;
 mod node;
+mod operator;
 mod output;
 mod parse;
 mod secret;
@@ -76,6 +78,16 @@ enum Command {
     /// Works with nodes.
     #[command(subcommand)]
     Node(node::Command),
+    /// Works with operators: who may work with the cluster from other machines.
+    #[command(subcommand)]
+    Operator(operator::Command),
+    /// Has this user work with a cluster from this machine, as the operator whom the token is for.
+    ///
+    /// The certificate is kept in ~/.config/warren, unless --identity says where. It is valid for 90 days, and renewed by being
+    /// used.
+    Login(login::Arguments),
+    /// Forgets whom `warren login` was for. The cluster still knows them, until `warren operator rm`.
+    Logout,
     /// Shows what was changed, by whom and from where, and what became of containers and nodes.
     ///
     /// Of changes the cluster remembers the latest 10,000; of containers and nodes the manager that leads, since it leads.
@@ -139,6 +151,9 @@ async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Top(arguments) => top::run(arguments, &client).await,
         Command::Cluster(command) => cluster::run(command, &client).await,
         Command::Node(command) => node::run(command, &client).await,
+        Command::Operator(command) => operator::run(command, &client).await,
+        Command::Login(arguments) => login::login(&arguments, &client.identity()?).await,
+        Command::Logout => login::logout(&client.identity()?),
         Command::Events(arguments) => events::run(arguments, &client).await,
         Command::Image(command) => image::run(command).await,
         Command::Version { format } => version(&client, format.format).await,

@@ -103,6 +103,13 @@ pub(crate) fn ago(time: Option<&pbjson_types::Timestamp>) -> String {
     format!("{} ago", coarse(SystemTime::now().duration_since(then).unwrap_or_default()))
 }
 
+/// How long it is until something, which may be over.
+pub(crate) fn left(time: Option<&pbjson_types::Timestamp>) -> Option<Duration> {
+    let time = time?;
+    let then = SystemTime::UNIX_EPOCH + Duration::new(time.seconds.unsigned_abs(), time.nanos.unsigned_abs());
+    Some(then.duration_since(SystemTime::now()).unwrap_or_default())
+}
+
 /// A duration in its largest unit.
 pub(crate) fn coarse(duration: Duration) -> String {
     let seconds = duration.as_secs();

@@ -121,6 +121,16 @@ impl Credentials {
         Ok(Some(Self(Arc::new(ArcSwap::from_pointee(material)))))
     }
 
+    /// Removes those that are kept in `directory`.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be removed, or there are none.
+    pub fn remove(directory: &Path) -> Result<(), Error> {
+        let path = directory.join(FILE);
+        fs::remove_file(&path).map_err(|source| Error::File { path: path.display().to_string(), source })
+    }
+
     /// Whose they are.
     #[must_use]
     pub fn identity(&self) -> Identity {

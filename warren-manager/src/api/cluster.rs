@@ -2,17 +2,16 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
-use warren_pki::{Authority, Role, Secret, Token};
+use warren_pki::{Authority, Role, Token};
 use warren_proto::v1::{self, cluster_server};
 use warren_telemetry::build;
 
 use super::{Context, Error, health};
 use crate::{
     backup, convert,
-    core::TOKEN_LIFETIME,
     front::Caller,
     ids::NodeId,
-    signing::{self, Signed},
+    signing::{self, Invited, Signed},
     state::{Change, JoinToken, Manager, SealedAuthority, State, TokenRole, Transaction},
     store,
     validate::Invalid,
@@ -22,8 +21,6 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(super) struct Cluster(pub(super) Context);
 
-/// A token is for a day's work, not for good.
-const MAX_TOKEN_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
 const MAX_NAME: usize = 253;
 /// How long a leader that is to go waits for its successor.
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(5);
@@ -38,6 +35,7 @@ fn token_role(role: v1::Role) -> Result<TokenRole, Invalid> {
     match role {
         v1::Role::Manager => Ok(TokenRole::Manager),
         v1::Role::Worker => Ok(TokenRole::Worker),
+        v1::Role::Admin => Err(Invalid::new("role", "is not for machines: CreateOperator invites operators")),
         v1::Role::Unspecified => Err(Invalid::new("role", "is not given")),
     }
 }
@@ -131,19 +129,9 @@ impl Cluster {
 
     async fn generate(&self, request: v1::GenerateJoinTokenRequest) -> Result<v1::GenerateJoinTokenResponse, Error> {
         let role = token_role(request.role())?;
-        let lifetime = match request.lifetime {
-            None => TOKEN_LIFETIME,
-            Some(lifetime) => Duration::try_from(lifetime).unwrap_or_default(),
-        };
-        if lifetime.is_zero() || lifetime > MAX_TOKEN_LIFETIME {
-            return Err(Invalid::new("lifetime", "is not 1 s to 30 days").into());
-        }
-        let state = self.0.store.read().await?;
-        let (authority, _) = signing::authority(&state, &self.0.vault)?;
-        let secret = Secret::random()?;
-        let now = self.0.environment.now();
-        let about = JoinToken { hash: secret.hash(), role, created_at: now, expires_at: now.after(lifetime) };
-        let token = Token::new(authority.certificate_pem(), secret)?.to_string();
+        let (state, now) = (self.0.store.read().await?, self.0.environment.now());
+        let Invited { token, hash, expires_at } = signing::invite(&state, &self.0.vault, now, request.lifetime)?;
+        let about = JoinToken { hash, role, created_at: now, expires_at };
         self.change(vec![Change::PutToken(about.clone())]).await?;
         Ok(v1::GenerateJoinTokenResponse { token, about: Some(shown(&about)) })
     }
@@ -151,28 +139,33 @@ impl Cluster {
     /// Lets somebody in whose token is good: their role, and the id that they have from now on.
     async fn admit(&self, request: &v1::JoinClusterRequest) -> Result<(Role, String), Error> {
         let refused = || Error::Refused("the token is not valid, or no longer".to_owned());
-        let secret = Token::read_secret(&request.secret).map_err(|_| refused())?;
+        let hash = Token::read_secret(&request.secret).map_err(|_| refused())?.hash();
         for _ in 0..ATTEMPTS {
             let state = self.0.store.read().await?;
             let now = self.0.environment.now();
-            let token = state.token(&secret.hash()).filter(|token| token.expires_at > now).ok_or_else(refused)?;
-            if request.taken().any(|taken| taken == wire_role(token.role)) {
-                let what = if token.role == TokenRole::Manager { "manager" } else { "node" };
-                return Err(Error::Precondition(format!("this machine is a {what} already")));
-            }
-            let (change, admitted) = match token.role {
-                TokenRole::Manager => {
+            let (what, role, change, admitted) = match state.token(&hash).filter(|token| token.expires_at > now) {
+                Some(token) if token.role == TokenRole::Manager => {
                     let id = state.next_manager();
                     let manager = Manager { id, hostname: request.hostname.clone(), created_at: now, voter: true };
-                    (Change::AdmitManager(manager), (Role::Manager, id.to_string()))
+                    let admitted = (Role::Manager, id.to_string());
+                    ("a manager", v1::Role::Manager, Change::AdmitManager(manager), admitted)
                 }
-                TokenRole::Worker => {
+                Some(_) => {
                     let own = NodeId::from(request.node_id.as_str());
                     let keeps = super::nodes::is_id(&own) && state.is_new_node(&own);
                     let id = if keeps { own } else { NodeId::generate(&*self.0.environment) };
-                    (Change::AdmitNode { id: id.clone() }, (Role::Worker, id.to_string()))
+                    let admitted = (Role::Worker, id.to_string());
+                    ("a node", v1::Role::Worker, Change::AdmitNode { id }, admitted)
+                }
+                None => {
+                    let id = state.invited(&hash, now).ok_or_else(refused)?.id.clone();
+                    let admitted = (Role::Admin, id.to_string());
+                    ("an operator", v1::Role::Admin, Change::AdmitOperator { id, hash: hash.clone() }, admitted)
                 }
             };
+            if request.taken().any(|taken| taken == role) {
+                return Err(Error::Precondition(format!("the token is for {what}")));
+            }
             match self.change(vec![change]).await {
                 Err(store::Error::Rejected(crate::state::Rejection::Conflict(_))) => {}
                 other => return other.map(|()| admitted).map_err(Error::from),
@@ -193,7 +186,12 @@ impl Cluster {
         tracing::info!(%role, id, hostname = request.hostname, "a machine has joined");
         let managers = self.0.store.raft().status().members.into_iter().map(|member| member.address);
         Ok(v1::JoinClusterResponse {
-            role: if role == Role::Manager { v1::Role::Manager } else { v1::Role::Worker }.into(),
+            role: match role {
+                Role::Manager => v1::Role::Manager,
+                Role::Worker => v1::Role::Worker,
+                Role::Admin => v1::Role::Admin,
+            }
+            .into(),
             id,
             cluster_id: state.cluster().map(|cluster| cluster.id.clone()).unwrap_or_default(),
             certificate,
@@ -376,8 +374,8 @@ impl cluster_server::Cluster for Cluster {
         request: Request<v1::RequestCertificateRequest>,
     ) -> Result<Response<v1::RequestCertificateResponse>, Status> {
         let caller = caller(&request)?;
-        let role = caller.role.filter(|role| *role != Role::Admin);
-        let role = role.ok_or_else(|| Status::permission_denied("only members of the cluster have certificates"))?;
+        let role = caller.role.filter(|_| !caller.is_root());
+        let role = role.ok_or_else(|| Status::permission_denied("root at a socket has no certificate"))?;
         let state = self.0.store.read().await.map_err(super::status)?;
         let request = request.into_inner();
         let Signed { certificate, authorities } = self.sign(&state, &request.certificate_request, role, &caller.id)?;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Error;
-use crate::state::{Container, ContainerState, Node, Secret, Service, State, Volume, kind_name};
+use crate::state::{Container, ContainerState, Node, Operator, Secret, Service, State, Volume, kind_name};
 use warren_proto::v1;
 
 fn unique<'a, T: 'a>(
@@ -46,6 +46,13 @@ pub(super) fn volume(state: &State, name: &str) -> Result<Arc<Volume>, Error> {
     match state.volume_named(name) {
         Some(volume) => Ok(Arc::clone(volume)),
         None => unique("volume", name, state.volumes().map(|volume| (volume.id.as_str(), volume))),
+    }
+}
+
+pub(super) fn operator(state: &State, name: &str) -> Result<Arc<Operator>, Error> {
+    match state.operator_named(name) {
+        Some(operator) => Ok(Arc::clone(operator)),
+        None => unique("operator", name, state.operators().map(|operator| (operator.id.as_str(), operator))),
     }
 }
 

@@ -8,7 +8,7 @@ use crate::clock::Timestamp;
 /// Who changes something.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Actor {
-    /// `root`, a node's id or a manager's; empty for who has no certificate yet.
+    /// `root`, an operator's name, a node's id or a manager's; empty for who has no certificate yet.
     pub id: String,
     /// What they are, as certificates have it; empty for who has none.
     pub role: String,
@@ -130,6 +130,10 @@ fn node_settings(
     (kind, id.to_string(), name, words.collect::<Vec<_>>().join(", "))
 }
 
+fn operator_name(state: &State, id: &crate::ids::OperatorId) -> String {
+    state.operator(id).map(|operator| operator.name.clone()).unwrap_or_default()
+}
+
 /// What a change is about, before it is made; `None` for what is nobody's news, or is told of otherwise.
 pub(super) fn tell(state: &State, change: &Change) -> Option<Told> {
     Some(match change {
@@ -167,6 +171,13 @@ pub(super) fn tell(state: &State, change: &Change) -> Option<Told> {
         Change::RevokeTokens { role } => {
             ("token.revoked", String::new(), String::new(), format!("all of role {}", role_name(*role)))
         }
+        Change::CreateOperator(operator) => {
+            ("operator.invited", operator.id.to_string(), operator.name.clone(), String::new())
+        }
+        Change::AdmitOperator { id, .. } => {
+            ("operator.admitted", id.to_string(), operator_name(state, id), String::new())
+        }
+        Change::DeleteOperator { id } => ("operator.removed", id.to_string(), operator_name(state, id), String::new()),
         Change::PutService { service: new, .. } => service(state, new),
         Change::DeleteService { id, .. } => {
             let name = state.service(id).map(|service| service.spec.name.clone()).unwrap_or_default();

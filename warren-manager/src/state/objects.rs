@@ -8,7 +8,7 @@ use warren_proto::v1;
 use super::ClusterNetwork;
 use crate::{
     clock::Timestamp,
-    ids::{ContainerId, NodeId, SecretId, ServiceId, VolumeId},
+    ids::{ContainerId, NodeId, OperatorId, SecretId, ServiceId, VolumeId},
 };
 
 /// The cluster's identity.
@@ -95,6 +95,28 @@ pub struct JoinToken {
     pub role: TokenRole,
     /// When it was made.
     pub created_at: Timestamp,
+    /// When it ends to be valid.
+    pub expires_at: Timestamp,
+}
+
+/// Somebody who works with the cluster from elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Operator {
+    /// Theirs in certificates, and never another's: one that is removed and comes again has another.
+    pub id: OperatorId,
+    /// Unique; as events name them.
+    pub name: String,
+    /// When they were invited.
+    pub created_at: Timestamp,
+    /// With which they may log in, until they have.
+    pub invitation: Option<Invitation>,
+}
+
+/// A token for one login, without what is secret of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Invitation {
+    /// Of its secret.
+    pub hash: String,
     /// When it ends to be valid.
     pub expires_at: Timestamp,
 }

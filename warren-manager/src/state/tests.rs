@@ -252,6 +252,9 @@ fn the_authority_changes_in_steps_that_members_confirm() {
             Change::AdmitManager(manager),
             Change::AdmitNode { id: "n".into() },
             Change::PutToken(token),
+            Change::CreateOperator(invited("a", "ada")),
+            Change::CreateOperator(invited("b", "bob")),
+            admit_operator("a"),
             // Nobody waits for this.
             confirm("manager 1", "x"),
             Change::BeginRotation(authority("new")),
@@ -265,6 +268,8 @@ fn the_authority_changes_in_steps_that_members_confirm() {
     assert!(apply(&mut state, [Change::AdvanceRotation { signs: true }])[0].is_err(), "that is not where it is");
     apply(&mut state, [Change::AdvanceRotation { signs: false }]);
     assert_eq!((believed(&state).as_str(), state.tokens().count()), ("new\nold", 0));
+    let left: Vec<_> = state.operators().map(|operator| operator.name.as_str()).collect();
+    assert_eq!(left, ["ada"], "invitations name the old one");
     assert_eq!(state.uncertified("x").count(), 2, "each step is confirmed anew");
     apply(&mut state, [Change::AdvanceRotation { signs: true }]);
     assert_eq!(believed(&state), "new");
@@ -329,8 +334,8 @@ fn watchers_miss_nothing_or_are_told_so() {
 #[test]
 fn a_state_of_a_later_version_is_named_whatever_its_shape() {
     let refused = State::from_bytes(br#"{"schema": 99, "everything": "else"}"#).expect_err("is of the future");
-    assert!(refused.to_string().contains("of schema 99, this manager reads 3 to 4"), "{refused}");
-    assert!(State::from_bytes(br#"{"schema": 4}"#).is_err());
+    assert!(refused.to_string().contains("of schema 99, this manager reads 3 to 5"), "{refused}");
+    assert!(State::from_bytes(br#"{"schema": 5}"#).is_err());
 }
 
 #[test]
@@ -399,6 +404,35 @@ fn tokens_end_with_their_time_or_their_role() {
     assert!(state.token("b").is_none() && state.token("c").is_some());
 }
 
+fn invited(id: &str, name: &str) -> Operator {
+    let invitation = Invitation { hash: format!("hash of {id}"), expires_at: Timestamp(10) };
+    Operator { id: id.into(), name: name.to_owned(), created_at: Timestamp(1), invitation: Some(invitation) }
+}
+
+fn admit_operator(id: &str) -> Change {
+    Change::AdmitOperator { id: id.into(), hash: format!("hash of {id}") }
+}
+
+#[test]
+fn an_invitation_is_for_one_operator_once() {
+    let mut state = founded();
+    apply(&mut state, [Change::CreateOperator(invited("a", "ada"))]);
+    assert!(apply(&mut state, [Change::CreateOperator(invited("b", "ada"))])[0].is_err(), "her name is taken");
+    let found = |state: &State, at| state.invited("hash of a", Timestamp(at)).map(|operator| operator.name.clone());
+    assert_eq!((found(&state, 9).as_deref(), found(&state, 10)), (Some("ada"), None));
+    let wrong = Change::AdmitOperator { id: "a".into(), hash: "another".to_owned() };
+    assert!(apply(&mut state, [wrong])[0].is_err());
+    assert!(apply(&mut state, [admit_operator("a")])[0].is_ok());
+    assert!(apply(&mut state, [admit_operator("a")])[0].is_err(), "it is used up");
+    assert_eq!(found(&state, 9), None);
+    let mut restored = State::from_bytes(&state.to_bytes().expect("bytes")).expect("a state");
+    assert_eq!(restored.operator_named("ada"), state.operator_named("ada"));
+    restored.forget_whom_it_let_in();
+    assert_eq!(restored.operators().count(), 0);
+    assert!(apply(&mut state, [Change::DeleteOperator { id: "a".into() }])[0].is_ok());
+    assert!(apply(&mut state, [Change::DeleteOperator { id: "a".into() }])[0].is_err());
+}
+
 fn change() -> impl Strategy<Value = Change> {
     let id = (0u8..6).prop_map(|i| format!("c{i}"));
     let node_id = (0u8..3).prop_map(|i| format!("n{i}"));
@@ -418,6 +452,9 @@ fn change() -> impl Strategy<Value = Change> {
         }),
         id.clone().prop_map(|id| Change::Remove { id: id.as_str().into() }),
         (id.clone(), node_id, observed).prop_map(|(id, node, state)| observe(&id, &node, state, 9)),
+        id.clone().prop_map(|id| Change::CreateOperator(invited(&id, &format!("name of {id}")))),
+        id.clone().prop_map(|id| admit_operator(&id)),
+        id.clone().prop_map(|id| Change::DeleteOperator { id: id.as_str().into() }),
         id.prop_map(|id| Change::DeleteContainer { id: id.as_str().into() }),
     ]
 }

@@ -7,12 +7,12 @@ use warren_proto::v1;
 
 use super::{
     Availability, Cluster, Container, ContainerState, DELETED_VOLUMES, Desired, EVENTS, Event, JoinToken, Manager,
-    Node, Origin, REQUESTS, Rotation, Sealed, SealedAuthority, Secret, Service, State, Status, TokenRole, Volume,
-    events, needed_secrets, needed_volumes, secret_key,
+    Node, Operator, Origin, REQUESTS, Rotation, Sealed, SealedAuthority, Secret, Service, State, Status, TokenRole,
+    Volume, events, needed_secrets, needed_volumes, secret_key,
 };
 use crate::{
     clock::Timestamp,
-    ids::{ContainerId, NodeId, SecretId, ServiceId, VolumeId},
+    ids::{ContainerId, NodeId, OperatorId, SecretId, ServiceId, VolumeId},
 };
 
 /// What the writer saw of an object; if it is otherwise, nothing is written.
@@ -72,6 +72,20 @@ pub enum Change {
     RevokeTokens {
         /// Which.
         role: TokenRole,
+    },
+    /// Invites an operator.
+    CreateOperator(Operator),
+    /// Lets an operator in, by an invitation that is used up by it.
+    AdmitOperator {
+        /// Whom.
+        id: OperatorId,
+        /// Of the invitation.
+        hash: String,
+    },
+    /// Turns an operator out.
+    DeleteOperator {
+        /// Whom.
+        id: OperatorId,
     },
     /// Writes a service.
     PutService {
@@ -383,6 +397,24 @@ impl State {
                 self.tokens.insert(token.hash.clone(), Arc::new(token.clone()));
             }
             Change::RevokeTokens { role } => self.keep_tokens(|token| token.role != *role),
+            Change::CreateOperator(operator) => {
+                if self.operator_named(&operator.name).is_some() {
+                    return Err(Rejection::Exists(format!("operator {:?}", operator.name)));
+                }
+                self.operators.insert(operator.id.clone(), Arc::new(operator.clone()));
+            }
+            Change::AdmitOperator { id, hash } => {
+                let invited = self
+                    .operators
+                    .get(id)
+                    .filter(|operator| operator.invitation.as_ref().is_some_and(|invitation| invitation.hash == *hash));
+                let invited = invited.ok_or_else(|| Rejection::Conflict(format!("operator {id}")))?;
+                let operator = Operator { invitation: None, ..Operator::clone(invited) };
+                self.operators.insert(id.clone(), Arc::new(operator));
+            }
+            Change::DeleteOperator { id } => {
+                self.operators.remove(id).ok_or_else(|| Rejection::NotFound(format!("operator {id}")))?;
+            }
             Change::PutService { service, expected } => self.put_service(service, *expected)?,
             Change::DeleteService { id, expected } => {
                 let known = self.services.get(id).ok_or_else(|| Rejection::NotFound(format!("service {id}")))?;
@@ -511,6 +543,8 @@ impl State {
         if !signs {
             // They name the old one: who joins by them would be refused.
             self.tokens.clear();
+            let came = self.operators.iter().filter(|(_, operator)| operator.invitation.is_none());
+            self.operators = came.map(|(id, operator)| (id.clone(), Arc::clone(operator))).collect();
         }
         self.change_cluster(|cluster| {
             let Some(rotation) = cluster.rotation.take() else { return };

@@ -1,0 +1,90 @@
+//! `warren operator ...`
+
+use std::time::Duration;
+
+use clap::Subcommand;
+use warren_proto::v1;
+
+use crate::{
+    client::{ClientArguments, all_pages},
+    error::Error,
+    output::{self, Format, FormatArguments, say},
+    parse,
+};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Invites somebody to work with the cluster from another machine, and prints how they log in.
+    ///
+    /// The token in it is for one login. Whoever logs in may do what root may at a manager's socket.
+    Create {
+        /// A name of their own, by which events tell who did what.
+        name: String,
+        /// How long the token is valid, like 2h; a day unless given.
+        #[arg(long, value_parser = parse::duration)]
+        lifetime: Option<pbjson_types::Duration>,
+        #[command(flatten)]
+        format: FormatArguments,
+    },
+    /// Lists operators.
+    #[command(alias = "list")]
+    Ls {
+        #[command(flatten)]
+        format: FormatArguments,
+    },
+    /// Turns operators out: their certificates are refused from now on.
+    Rm {
+        /// Names, ids, or unique beginnings of ids.
+        #[arg(required = true)]
+        operators: Vec<String>,
+    },
+}
+
+pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {
+    let mut api = client.operators().await?;
+    match command {
+        Command::Create { name, lifetime, format } => {
+            let made = api.create_operator(v1::CreateOperatorRequest { name, lifetime }).await?.into_inner();
+            if let Format::Json = format.format {
+                return output::json(&made);
+            }
+            let manager = made.managers.first().map_or("HOST:7443", String::as_str);
+            say!("warren login --token {} {manager}", made.token);
+        }
+        Command::Ls { format } => {
+            let operators = all_pages(async |page_token| {
+                let page =
+                    api.list_operators(v1::ListOperatorsRequest { page_size: 0, page_token }).await?.into_inner();
+                Ok((page.operators, page.next_page_token))
+            })
+            .await?;
+            if let Format::Json = format.format {
+                return output::json(&operators);
+            }
+            let rows = operators.iter().map(|operator| {
+                let since = output::ago(operator.created_at.as_ref());
+                [output::short(&operator.id), operator.name.clone(), status(operator), since]
+            });
+            output::table(["ID", "NAME", "STATUS", "CREATED"], rows);
+        }
+        Command::Rm { operators } => {
+            let mut outcome = Ok(());
+            for operator in operators {
+                match api.delete_operator(v1::DeleteOperatorRequest { operator: operator.clone() }).await {
+                    Ok(_) => say!("{operator}"),
+                    Err(status) => outcome = outcome.and(Err(status.into())),
+                }
+            }
+            return outcome;
+        }
+    }
+    Ok(())
+}
+
+fn status(operator: &v1::Operator) -> String {
+    match output::left(operator.invited_until.as_ref()) {
+        None => "has logged in".to_owned(),
+        Some(Duration::ZERO) => "the invitation has run out".to_owned(),
+        Some(left) => format!("invited for {}", output::coarse(left)),
+    }
+}
