@@ -48,6 +48,7 @@ fn a_cluster_begins_again_from_its_backup() {
     create(&manager, "web", 2, &["--secret", "key", "--wait"]);
     let before = manager.running("web");
     assert_eq!(before.len(), 2);
+    let _ = manager.warren(&["operator", "create", "ada"]).succeeded();
     let file = world.path("backup");
     let made = manager.warren(&["cluster", "backup", &file.display().to_string()]).succeeded();
     assert!(made.contains("bytes of cluster"), "{made}");
@@ -78,6 +79,11 @@ fn a_cluster_begins_again_from_its_backup() {
     manager.start();
     until("it leads", || manager.info().filter(|info| info["leaderId"] == "102"));
     assert_eq!(names(&manager), ["web"]);
+    let let_in = ["operator", "cluster token"].map(|what| {
+        let listed: Vec<_> = what.split(' ').chain(["ls", "--format", "json"]).collect();
+        manager.warren(&listed).succeeded()
+    });
+    assert_eq!(let_in, ["[]\n", "[]\n"], "who was invited may have been turned out since");
     // The node finds it, keeps what is in the backup and removes what is not.
     until_within(Duration::from_secs(60), "the later one is gone", || (world.tasks().len() == 2).then_some(()));
     until("the others are known as before", || (manager.running("web") == before).then_some(()));
@@ -119,6 +125,8 @@ fn a_cluster_goes_on_with_what_one_manager_has() {
     assert!(!managers[left].directory.join("manager/raft.recovered").exists());
     let done = managers[left].cluster(&["recover", "--force"]).succeeded();
     assert!(done.contains("is the whole cluster now"), "{done}");
+    let again = managers[left].cluster(&["recover", "--force"]).succeeded();
+    assert!(again.contains("is the whole cluster already"), "{again}");
     managers[left].start();
     until("it leads alone", || (managers[left].voters() == 1 && managers[left].has_caught_up()).then_some(()));
     assert_eq!(managers[left].running("web"), before);

@@ -62,18 +62,25 @@ impl Cluster {
         tasks
     }
 
-    /// Every manager has everything that was acknowledged.
-    fn check(&self, acknowledged: &BTreeSet<String>) {
-        assert!(acknowledged.len() >= BETWEEN, "only {} writes", acknowledged.len());
-        for manager in &self.managers {
-            until_within(PATIENCE, "it has caught up", || manager.has_caught_up().then_some(()));
-            let listed = manager.warren(&["service", "ls", "--format", "json"]).succeeded();
-            let listed: Vec<Value> = serde_json::from_str(&listed).expect("a list");
-            let names: BTreeSet<_> =
-                listed.iter().map(|service| service["spec"]["name"].as_str().expect("a name").to_owned()).collect();
-            let lost: Vec<_> = acknowledged.difference(&names).collect();
-            assert!(lost.is_empty(), "of {} acknowledged writes {} are lost: {lost:?}", acknowledged.len(), lost.len());
-        }
+    /// What a manager exports.
+    fn metrics(&self, at: usize) -> String {
+        let url = format!("http://127.0.0.1:{}/metrics", self.managers[at].metrics_port());
+        let inside = format!("--net=/run/netns/{}", self.hosts.name(at));
+        run("nsenter", &[&inside, "busybox", "wget", "-q", "-O", "-", &url]).stdout
+    }
+}
+
+/// Every manager has everything that was acknowledged.
+fn has_all(managers: &[Manager], acknowledged: &BTreeSet<String>) {
+    assert!(acknowledged.len() >= BETWEEN, "only {} writes", acknowledged.len());
+    for manager in managers {
+        until_within(PATIENCE, "it has caught up", || manager.has_caught_up().then_some(()));
+        let listed = manager.warren(&["service", "ls", "--format", "json"]).succeeded();
+        let listed: Vec<Value> = serde_json::from_str(&listed).expect("a list");
+        let names: BTreeSet<_> =
+            listed.iter().map(|service| service["spec"]["name"].as_str().expect("a name").to_owned()).collect();
+        let lost: Vec<_> = acknowledged.difference(&names).collect();
+        assert!(lost.is_empty(), "of {} acknowledged writes {} are lost: {lost:?}", acknowledged.len(), lost.len());
     }
 }
 
@@ -105,7 +112,7 @@ fn the_leader_is_killed_again_and_again_under_load() {
     }
     let (acknowledged, longest) = load.stop();
     eprintln!("{} writes; the longest time without one was {longest:?}", acknowledged.len());
-    cluster.check(&acknowledged);
+    has_all(&cluster.managers, &acknowledged);
     assert_eq!(cluster.tasks(), before);
 }
 
@@ -117,10 +124,18 @@ fn managers_and_nodes_are_cut_off_and_come_back() {
     more(&load);
     // The leader: the others go on, and it neither acknowledges nor tells what may be old news.
     let led = leader(&cluster.managers);
+    let metrics = cluster.metrics(led);
+    assert!(metrics.contains("\nwarren_raft_is_leader 1\n") && !metrics.contains("\nwarren_services_total 0\n"));
     cluster.hosts.cut_off(led);
     more(&load);
     let refused = cluster.managers[led].warren(&["service", "ls"]);
     assert_eq!(refused.code, 4, "{}{}", refused.stdout, refused.stderr);
+    // Nor does it go on saying that it leads, and what the cluster has: another says so by now.
+    until_within(PATIENCE, "it knows that it does not lead", || {
+        let metrics = cluster.metrics(led);
+        let is_over = ["\nwarren_raft_is_leader 0\n", "\nwarren_services_total 0\n"];
+        is_over.iter().all(|line| metrics.contains(line)).then_some(())
+    });
     cluster.hosts.heal();
     follows(&cluster.managers, led);
     // A follower.
@@ -150,7 +165,7 @@ fn managers_and_nodes_are_cut_off_and_come_back() {
     more(&load);
     let (acknowledged, longest) = load.stop();
     eprintln!("{} writes; the longest time without one was {longest:?}", acknowledged.len());
-    cluster.check(&acknowledged);
+    has_all(&cluster.managers, &acknowledged);
     assert_eq!(cluster.tasks(), before);
     assert_eq!(cluster.managers[0].running("web").len(), 3);
 }
@@ -161,6 +176,36 @@ fn ip_down(hosts: &Hosts, at: usize) {
 
 fn ip_up(hosts: &Hosts, at: usize) {
     let _ = run("ip", &["-n", hosts.name(at), "link", "set", "wire", "up"]).succeeded();
+}
+
+#[test]
+fn five_managers_are_split_in_two_and_three() {
+    let world = World::empty("split");
+    let hosts = Hosts::new(&world, 5);
+    let manager = |at: usize| Manager::at(&world, &format!("m{at}"), &Hosts::address(at), Some(hosts.name(at)));
+    let mut managers: Vec<_> = (0..5).map(manager).collect();
+    let _ = cluster::found(&mut managers);
+    let load = Load::start(CLIENTS, &managers.iter().map(Manager::socket).collect::<Vec<_>>());
+    more(&load);
+    // Once with the leader on the smaller side, once on the larger.
+    for led_by_two in [true, false] {
+        let led = leader(&managers);
+        let two = if led_by_two { [led, (led + 1) % 5] } else { [(led + 1) % 5, (led + 2) % 5] };
+        two.iter().for_each(|at| hosts.cut_off(*at));
+        more(&load);
+        for (at, manager) in managers.iter().enumerate() {
+            let expected = if two.contains(&at) { 4 } else { 0 };
+            until_within(PATIENCE, "only those in the majority answer", || {
+                (manager.warren(&["service", "ls"]).code == expected).then_some(())
+            });
+        }
+        hosts.heal();
+        two.iter().for_each(|at| follows(&managers, *at));
+        more(&load);
+    }
+    let (acknowledged, longest) = load.stop();
+    eprintln!("{} writes; the longest time without one was {longest:?}", acknowledged.len());
+    has_all(&managers, &acknowledged);
 }
 
 #[test]
@@ -184,7 +229,7 @@ fn everything_is_restarted_one_after_the_other_under_load() {
     more(&load);
     let (acknowledged, longest) = load.stop();
     eprintln!("{} writes; the longest time without one was {longest:?}", acknowledged.len());
-    cluster.check(&acknowledged);
+    has_all(&cluster.managers, &acknowledged);
     all_vote(&cluster.managers);
     assert_eq!(cluster.tasks(), before);
     let _ = agent.terminate();
@@ -253,10 +298,6 @@ fn a_full_disk_stops_one_manager_and_nothing_else() {
     more(&load);
     let (acknowledged, longest) = load.stop();
     eprintln!("{} writes; the longest time without one was {longest:?}", acknowledged.len());
-    for manager in &managers {
-        until_within(PATIENCE, "it has caught up", || manager.has_caught_up().then_some(()));
-        let listed = manager.warren(&["service", "ls"]).succeeded();
-        assert!(acknowledged.iter().all(|name| listed.contains(&format!(" {name} "))));
-    }
+    has_all(&managers, &acknowledged);
     drop(managers);
 }

@@ -10,7 +10,7 @@ use std::{
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 use warren_pki::{Authority, Credentials, Identity, Request, Role};
-use warren_raft::offline::{self, Reach};
+use warren_raft::offline::{self, Held, Reach};
 
 use crate::{
     clock::Timestamp,
@@ -202,14 +202,15 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// What a manager that is not running has.
-#[derive(Clone, Debug)]
+/// What a manager that is not running has. None can be started on it while this is there.
+#[derive(Debug)]
 pub struct Survivor {
     /// Its number.
     pub id: u64,
     /// How far its log reaches.
     pub reach: Reach,
     state: State,
+    _held: Held,
 }
 
 /// Looks what a manager that is not running has.
@@ -221,12 +222,18 @@ pub fn survey(directory: &Path) -> Result<Survivor, Error> {
     let identity = data_dir::open(directory)?.ok_or_else(|| Error::Nobodys(directory.to_owned()))?;
     let (mut machine, view) = Machine::new();
     let path = directory.join(RAFT);
-    let reach = offline::read(&path, &mut machine).map_err(|source| Error::Raft { path, source })?;
+    let (reach, held) = offline::read(&path, &mut machine).map_err(|source| Error::Raft { path, source })?;
     let state = view.borrow().clone();
-    Ok(Survivor { id: identity.id, reach, state })
+    Ok(Survivor { id: identity.id, reach, state, _held: held })
 }
 
 impl Survivor {
+    /// Whether it is the whole cluster already.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        matches!(self.reach.members.as_slice(), [only] if only.id == self.id && only.voter)
+    }
+
     /// Has the cluster go on with this manager alone. What it had is kept beside, under another name, which is returned.
     ///
     /// # Errors

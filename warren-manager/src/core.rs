@@ -312,7 +312,7 @@ fn leadership(raft: &Node, shutdown: CancellationToken) -> watch::Receiver<bool>
     tokio::spawn(async move {
         let look = || {
             let status = raft.status();
-            let now = status.is_leader && telemetry::quorum_ok(&status);
+            let now = telemetry::leads(&status);
             sender.send_if_modified(|known| std::mem::replace(known, now) != now);
         };
         let follow = async {

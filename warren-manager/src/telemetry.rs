@@ -100,7 +100,7 @@ struct AgentSeries {
 
 impl Source for AgentSeries {
     fn collect(&self) -> Vec<Series> {
-        if !self.store.raft().status().is_leader {
+        if !leads(&self.store.raft().status()) {
             return Vec::new();
         }
         self.collected.retain(&self.store.view());
@@ -142,7 +142,7 @@ pub(crate) fn export(
 
 /// The state, on the leader: what is the cluster's and not a manager's is exported once, or sums would count it thrice.
 fn led(store: &Store) -> Option<State> {
-    store.raft().status().is_leader.then(|| store.view())
+    leads(&store.raft().status()).then(|| store.view())
 }
 
 fn cluster_gauges(meters: &Meters, store: &Store, liveness: &Liveness) {
@@ -198,7 +198,7 @@ fn raft_gauges(meters: &Meters, store: &Store, metrics: &Arc<ManagerMetrics>) {
         let store = store.clone();
         meters.gauge(name, move |gauge| gauge.observe(read(&store.raft().status()), &[]));
     };
-    gauge("warren_raft_is_leader", |status| f64::from(u8::from(status.is_leader)));
+    gauge("warren_raft_is_leader", |status| f64::from(u8::from(leads(status))));
     gauge("warren_raft_peers_total", |status| status.members.len() as f64);
     gauge("warren_raft_log_index", |status| status.last_log_index as f64);
     gauge("warren_raft_applied_index", |status| status.applied_index as f64);
@@ -212,6 +212,12 @@ fn raft_gauges(meters: &Meters, store: &Store, metrics: &Arc<ManagerMetrics>) {
     });
     let size = Arc::clone(metrics);
     meters.gauge("warren_raft_snapshot_size_bytes", move |gauge| gauge.observe(size.snapshot_size() as f64, &[]));
+}
+
+/// Whether this manager leads, as far as it can know: one that was cut off takes itself for the leader for as long as it is.
+#[must_use]
+pub(crate) fn leads(status: &warren_raft::Status) -> bool {
+    status.is_leader && quorum_ok(status)
 }
 
 /// Whether writes can be made, as far as this manager knows: the leader was heard of lately or, on the leader, a majority was.

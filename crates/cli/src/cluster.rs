@@ -429,6 +429,10 @@ fn recover(place: &Place, force: bool) -> Result<(), Error> {
         ("other managers", if others.is_empty() { "none".to_owned() } else { others.join(", ") }),
     ]);
     say!("");
+    if survivor.is_alone() {
+        say!("manager {} is the whole cluster already: start it", survivor.id);
+        return Ok(());
+    }
     if !force {
         say!(
             "WARNING: recovering makes this manager the whole cluster. What only the others know is lost, and none of them"

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
+    fmt, io,
     path::Path,
     sync::mpsc,
     time::Duration,
@@ -35,18 +35,29 @@ pub struct Reach {
     pub members: Vec<Member>,
 }
 
+/// Keeps managers from using a log, until it is dropped.
+pub struct Held {
+    _log: Box<dyn Send>,
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Held")
+    }
+}
+
 /// Bytes of entries that are in memory at a time.
 const READ: usize = 16 << 20;
 /// How long a disk may take for one write.
 const WRITE_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Reads snapshot and log into a state machine, to the log's end: entries of which it is not known whether they were committed as
-/// well.
+/// well. No manager can use them while what is returned is held.
 ///
 /// # Errors
 ///
 /// When they cannot be read, something is missing between them, or a manager uses them.
-pub fn read(directory: &Path, machine: &mut dyn StateMachine) -> io::Result<Reach> {
+pub fn read(directory: &Path, machine: &mut dyn StateMachine) -> io::Result<(Reach, Held)> {
     if !directory.join("log").exists() {
         let why = format!("{} holds no log", directory.display());
         return Err(io::Error::new(io::ErrorKind::NotFound, why));
@@ -83,7 +94,7 @@ pub fn read(directory: &Path, machine: &mut dyn StateMachine) -> io::Result<Reac
     }
     let voters: BTreeSet<u64> = membership.voter_ids().collect();
     let last_term = last.map_or(0, |last| last.leader_id.term);
-    Ok(Reach {
+    let reach = Reach {
         term: positions.vote.map_or(last_term, |vote| vote.leader_id.term.max(last_term)),
         last_term,
         last_index: last.map_or(0, |last| last.index),
@@ -92,7 +103,8 @@ pub fn read(directory: &Path, machine: &mut dyn StateMachine) -> io::Result<Reac
             .nodes()
             .map(|(id, node)| Member { id: *id, address: node.addr.clone(), voter: voters.contains(id) })
             .collect(),
-    })
+    };
+    Ok((reach, Held { _log: Box::new(log) }))
 }
 
 /// Makes `directory`, which must hold nothing yet, that of the only member of a cluster whose state is this one. The manager that

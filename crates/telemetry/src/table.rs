@@ -136,7 +136,7 @@ metrics! {
     warren_reconciliation_duration_seconds Histogram Manager "s" [] CONTROL; "Time of one round of the reconciler"
     warren_container_restarts_total Counter Manager "{restart}" ["service"] &[]; "Containers replaced because they ended, by service"
     // Raft
-    warren_raft_is_leader Gauge Manager "" [] &[]; "1 while this manager leads"
+    warren_raft_is_leader Gauge Manager "" [] &[]; "1 while this manager leads and a majority follows it"
     warren_raft_peers_total Gauge Manager "{manager}" [] &[]; "Members of the Raft group, this one included"
     warren_raft_log_index Gauge Manager "{entry}" [] &[]; "Index of the last log entry"
     warren_raft_applied_index Gauge Manager "{entry}" [] &[]; "Index of the last applied log entry"
