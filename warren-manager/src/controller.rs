@@ -249,7 +249,10 @@ mod tests {
         assert_eq!(look(&state, Health::Ready, 102), some(&["w"]));
         apply(&mut state, [put(service("d", "db", 2))]);
         assert_eq!(look(&state, Health::Ready, 103), some(&["d"]));
-        apply(&mut state, [Change::DeleteService { id: "w".into(), expected: crate::state::Expected::Any }]);
+        apply(
+            &mut state,
+            [Change::DeleteService { id: "w".into(), expected: crate::state::Expected::Any, ports_stay: true }],
+        );
         assert_eq!(look(&state, Health::Ready, 104), some(&["w"]));
         assert_eq!(look(&state, Health::Down, 105), Stale::All, "a node went");
         assert_eq!(look(&state, Health::Down, 106), some(&[]));

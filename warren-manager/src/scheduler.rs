@@ -217,11 +217,13 @@ fn has_address(container: &Container) -> bool {
 }
 
 /// The ports that a container needs on its node for itself alone. They are its service's as it is now: what publishes
-/// them follows the service too.
+/// them follows the service too. Of a service that is gone, they are those that it had in the end.
 fn host_ports(state: &State, container: &Container) -> Vec<(u32, &'static str)> {
-    let ports = state.service(&container.service).map(|service| service.spec.ports.as_slice()).unwrap_or_default();
-    let own = ports.iter().filter(|port| port.host_port != 0 && port.publish_mode() == v1::PublishMode::Host);
-    own.map(|port| (port.host_port, protocol_name(port))).collect()
+    let shown = |port: &v1::Port| (port.host_port, protocol_name(port));
+    match state.service(&container.service) {
+        Some(service) => service.spec.node_ports().map(shown).collect(),
+        None => container.ports.iter().map(shown).collect(),
+    }
 }
 
 /// A round: nodes as it fills them, and what it has decided.

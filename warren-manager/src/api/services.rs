@@ -120,7 +120,7 @@ impl Services {
             return Ok(());
         }
         let known = lookup::service(&state, &request.service)?;
-        let change = Change::DeleteService { id: known.id.clone(), expected: Expected::Any };
+        let change = Change::DeleteService { id: known.id.clone(), expected: Expected::Any, ports_stay: true };
         self.write(request.request_id, change).await
     }
 }

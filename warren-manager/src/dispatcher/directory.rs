@@ -282,7 +282,7 @@ mod tests {
         assert!(world.heard["db"].is_empty());
         assert_eq!(world.apply(vec![Change::Remove { id: "c".into() }]), 1, "it leaves before it is stopped");
         assert!(world.heard["web"].is_empty());
-        world.apply(vec![Change::DeleteService { id: "web".into(), expected: Expected::Any }]);
+        world.apply(vec![Change::DeleteService { id: "web".into(), expected: Expected::Any, ports_stay: true }]);
         assert!(!world.heard.contains_key("web"));
         assert_eq!(world.apply(vec![Change::DeleteNode { id: "n".into() }]), 1);
     }
@@ -297,7 +297,10 @@ mod tests {
             apply(&mut state, [put(service(&id, &id, 1))]);
             directory.update(&before, &state);
             let before = state.clone();
-            apply(&mut state, [Change::DeleteService { id: id.as_str().into(), expected: Expected::Any }]);
+            apply(
+                &mut state,
+                [Change::DeleteService { id: id.as_str().into(), expected: Expected::Any, ports_stay: true }],
+            );
             directory.update(&before, &state);
         }
         assert_eq!(directory.latest.len(), TOMBSTONES);

@@ -104,7 +104,10 @@ fn a_service_is_filled_scaled_and_emptied() {
     apply(&mut world.state, [put(service("s", "web", 1))]);
     world.settle();
     assert_eq!(world.state.containers().count(), 1, "records of slots that are gone go too");
-    apply(&mut world.state, [Change::DeleteService { id: "s".into(), expected: crate::state::Expected::Any }]);
+    apply(
+        &mut world.state,
+        [Change::DeleteService { id: "s".into(), expected: crate::state::Expected::Any, ports_stay: true }],
+    );
     world.settle();
     assert_eq!(world.state.containers().count(), 0);
     assert_eq!(world.cycle(), Plan::default(), "nothing is left to do");

@@ -7,7 +7,7 @@ use super::*;
 use crate::{
     clock::Timestamp,
     state::{
-        Change,
+        Change, ContainerState, Expected, Status,
         tests::{apply, container, founded, node, put, service},
     },
 };
@@ -90,19 +90,48 @@ fn refusals_say_why_in_words() {
     assert_eq!(empty.refusals[0].1, "no node has joined the cluster");
 }
 
+/// A service with some containers that wait, each of which needs port 80 of its node.
+fn add_with_port(state: &mut State, id: &str, replicas: u32) {
+    let mut web = service(id, "web", replicas);
+    let publish_mode = v1::PublishMode::Host.into();
+    web.spec.ports = vec![v1::Port { container_port: 80, host_port: 80, publish_mode, ..Default::default() }];
+    let containers = (1..=replicas).map(|slot| container(&format!("{id}-{slot}"), &web, slot, 1));
+    let containers: Vec<_> = containers.map(|c| Change::CreateContainer(Box::new(c))).collect();
+    apply(state, [put(web)]);
+    apply(state, containers);
+}
+
 #[test]
 fn a_port_of_the_node_is_one_containers() {
     let mut state = cluster(&[("a", 1000, 1000), ("b", 1000, 1000)]);
-    let mut web = service("web", "web", 3);
-    let publish_mode = v1::PublishMode::Host.into();
-    web.spec.ports = vec![v1::Port { container_port: 80, host_port: 80, publish_mode, ..Default::default() }];
-    let containers = (1..=3).map(|slot| container(&format!("web-{slot}"), &web, slot, 1));
-    let containers: Vec<_> = containers.map(|c| Change::CreateContainer(Box::new(c))).collect();
-    apply(&mut state, [put(web)]);
-    apply(&mut state, containers);
+    add_with_port(&mut state, "web", 3);
     let plan = plan(&state, ready);
     assert_eq!(by_node(&plan), BTreeMap::from([("a", 1), ("b", 1)]));
     assert_eq!(plan.refusals[0].1, "no suitable node (2 nodes: 2 a host port is taken)");
+}
+
+#[test]
+fn a_port_of_the_node_is_a_containers_until_it_ends_though_its_service_is_gone() {
+    let mut state = cluster(&[("a", 1000, 1000)]);
+    add_with_port(&mut state, "old", 1);
+    let id = ContainerId::from("old-1");
+    let node = NodeId::from("a");
+    apply(
+        &mut state,
+        [
+            Change::Assign { id: id.clone(), node: node.clone(), at: Timestamp(2) },
+            Change::DeleteService { id: "old".into(), expected: Expected::Any, ports_stay: true },
+            Change::Remove { id: id.clone() },
+        ],
+    );
+    add_with_port(&mut state, "new", 1);
+    // Also by a manager that begins with a snapshot.
+    let mut state = State::from_bytes(&state.to_bytes().expect("bytes")).expect("a state");
+    let refused = plan(&state, ready);
+    assert_eq!(refused.refusals[0].1, "no suitable node (1 node: 1 a host port is taken)");
+    let ended = Status::new(ContainerState::Shutdown, "", Timestamp(3));
+    apply(&mut state, [Change::Observe { id, node, status: Box::new(ended) }]);
+    assert_eq!(by_node(&plan(&state, ready)), BTreeMap::from([("a", 1)]));
 }
 
 #[test]

@@ -167,6 +167,13 @@ pub struct ServiceSpec {
     pub lost_after: Duration,
 }
 
+impl ServiceSpec {
+    /// The ports that each of its containers has to itself on its node.
+    pub fn node_ports(&self) -> impl Iterator<Item = &v1::Port> {
+        self.ports.iter().filter(|port| port.host_port != 0 && port.publish_mode() == v1::PublishMode::Host)
+    }
+}
+
 /// What a constraint looks at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Trait {
@@ -627,6 +634,9 @@ pub struct Container {
     pub generation: u64,
     /// Failures in a row in its slot before it.
     pub failures: u32,
+    /// Ports of its node that it holds, once its service, which says so otherwise, is gone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<v1::Port>,
 }
 
 impl Container {

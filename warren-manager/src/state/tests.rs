@@ -62,6 +62,7 @@ pub(crate) fn container(id: &str, service: &Service, slot: u32, created_at: u64)
         service_name: service.spec.name.clone(),
         slot,
         pinned: None,
+        ports: Vec::new(),
         node: None,
         created_at: Timestamp(created_at),
         desired: Desired::Running,
@@ -104,7 +105,7 @@ fn names_are_used_once_and_can_be_used_again() {
     assert_eq!(state.service_named("web").map(|s| s.id.as_str()), Some("a"));
     apply(&mut state, [put(service("a", "renamed", 1)), put(service("b", "web", 1))]);
     assert_eq!(state.service_named("web").map(|s| s.id.as_str()), Some("b"));
-    apply(&mut state, [Change::DeleteService { id: "b".into(), expected: Expected::Any }]);
+    apply(&mut state, [Change::DeleteService { id: "b".into(), expected: Expected::Any, ports_stay: true }]);
     assert!(state.service_named("web").is_none());
 }
 
@@ -154,7 +155,7 @@ fn a_write_that_saw_an_older_version_is_refused() {
 #[test]
 fn a_transaction_is_all_or_nothing() {
     let mut state = founded();
-    let missing = Change::DeleteService { id: "nope".into(), expected: Expected::Any };
+    let missing = Change::DeleteService { id: "nope".into(), expected: Expected::Any, ports_stay: true };
     let transaction = Transaction { changes: vec![put(service("a", "web", 1)), missing], ..Transaction::default() };
     assert!(state.apply(1, &transaction).is_err());
     assert_eq!(state.services().count(), 0);
@@ -179,7 +180,7 @@ fn what_somebody_changed_is_remembered_and_what_failed_is_not() {
         vec![put(service("b", "web", 1))],
         vec![Change::PutNode(Box::new(node("n", 1, 1)))],
         vec![drained],
-        vec![Change::DeleteService { id: "a".into(), expected: Expected::Any }],
+        vec![Change::DeleteService { id: "a".into(), expected: Expected::Any, ports_stay: true }],
     ]
     .into_iter()
     .enumerate()
@@ -440,7 +441,11 @@ fn change() -> impl Strategy<Value = Change> {
     let observed = prop::sample::select(&ContainerState::ALL[3..]);
     prop_oneof![
         (service_id.clone(), 0u8..3, 0u32..4).prop_map(|(id, name, n)| put(service(&id, &format!("name{name}"), n))),
-        service_id.clone().prop_map(|id| Change::DeleteService { id: id.as_str().into(), expected: Expected::Any }),
+        service_id.clone().prop_map(|id| Change::DeleteService {
+            id: id.as_str().into(),
+            expected: Expected::Any,
+            ports_stay: true
+        }),
         node_id.clone().prop_map(|id| Change::PutNode(Box::new(node(&id, 1000, 1000)))),
         node_id.clone().prop_map(|id| Change::DeleteNode { id: id.as_str().into() }),
         (id.clone(), service_id)

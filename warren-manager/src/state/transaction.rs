@@ -100,6 +100,9 @@ pub enum Change {
         id: ServiceId,
         /// What was seen of it.
         expected: Expected,
+        /// Whether its containers hold its ports on their nodes until they end. Logs of earlier versions do not say so.
+        #[serde(default, skip_serializing_if = "is_false")]
+        ports_stay: bool,
     },
     /// Writes a secret or config. Services that ask for it get new containers when its value is another.
     PutSecret {
@@ -196,6 +199,10 @@ pub enum Change {
         /// Which.
         id: ContainerId,
     },
+}
+
+fn is_false(truth: &bool) -> bool {
+    !truth
 }
 
 fn is_zero(number: &u32) -> bool {
@@ -416,12 +423,16 @@ impl State {
                 self.operators.remove(id).ok_or_else(|| Rejection::NotFound(format!("operator {id}")))?;
             }
             Change::PutService { service, expected } => self.put_service(service, *expected)?,
-            Change::DeleteService { id, expected } => {
+            Change::DeleteService { id, expected, ports_stay } => {
                 let known = self.services.get(id).ok_or_else(|| Rejection::NotFound(format!("service {id}")))?;
                 if !matches(*expected, Some(known.version)) {
                     return Err(Rejection::Conflict(format!("service {:?}", known.spec.name)));
                 }
                 let (name, virtual_index) = (known.spec.name.clone(), known.virtual_index);
+                let ports: Vec<v1::Port> = known.spec.node_ports().filter(|_| *ports_stay).cloned().collect();
+                if !ports.is_empty() {
+                    self.keep_ports(id, &ports);
+                }
                 self.names.remove(&name);
                 self.virtual_addresses.taken.remove(&virtual_index);
                 self.services.remove(id);
@@ -497,6 +508,7 @@ impl State {
                     service_name: owner.spec.name.clone(),
                     slot: *slot,
                     pinned: pinned.clone(),
+                    ports: Vec::new(),
                     node: None,
                     created_at: *at,
                     desired: Desired::Running,
@@ -526,6 +538,16 @@ impl State {
             Change::DeleteContainer { id } => self.delete_container(id),
         }
         Ok(())
+    }
+
+    /// Has a service's containers say themselves which ports of their nodes they hold.
+    fn keep_ports(&mut self, service: &ServiceId, ports: &[v1::Port]) {
+        let holders: Vec<_> =
+            self.containers_of(service).filter(|container| container.holds_resources()).map(Arc::clone).collect();
+        for container in holders {
+            let version = self.revision;
+            self.put_container(Container { ports: ports.to_vec(), version, ..Arc::unwrap_or_clone(container) });
+        }
     }
 
     fn change_cluster(&mut self, change: impl FnOnce(&mut Cluster)) -> Result<(), Rejection> {
