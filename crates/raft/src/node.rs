@@ -9,7 +9,7 @@ use openraft::{
     BasicNode, ChangeMembers, Instant as _, LogIdOptionExt as _, RaftMetrics, ReadPolicy, ServerState,
     async_runtime::WatchReceiver as _,
     errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError},
-    raft::AppendEntriesResponse,
+    raft::{AppendEntriesRequest, AppendEntriesResponse},
 };
 use serde::Serialize;
 use tokio::sync::Notify;
@@ -22,7 +22,7 @@ use crate::{
     snapshot::SnapshotStore,
     storage::Opened,
     transfer::{self, Incoming, Taken},
-    types::{Config, Proposal},
+    types::{Config, LogId, Proposal, Vote},
 };
 
 type Raft = openraft::Raft<Config, Machine>;
@@ -331,6 +331,7 @@ impl Node {
             *self.led() = Some(tokio::time::Instant::now());
             return match self.incoming.take(message) {
                 Ok(Some((vote, snapshot))) => {
+                    self.know_committed(vote, snapshot.meta.last_log_id).await;
                     let installed = self.raft.install_full_snapshot(vote, snapshot).await;
                     answer(installed.map(|response| Taken { installed: Some(response) }))
                 }
@@ -351,6 +352,15 @@ impl Node {
             Message::PreVote(rpc) => answer(self.raft.pre_vote(rpc).await),
             Message::TransferLeader(rpc) => answer(self.raft.handle_transfer_leader(rpc).await),
         }
+    }
+
+    /// Takes note of what the sender of a snapshot says by it: what it is of is committed. Who has those entries, and more behind
+    /// them, needs no snapshot then, and openraft installs none; it must not, because it takes the end of the log for that of the
+    /// snapshot (and panics, where it is built with assertions).
+    async fn know_committed(&self, vote: Vote, reached: Option<LogId>) {
+        let known = AppendEntriesRequest { vote, prev_log_id: reached, entries: Vec::new(), leader_commit: reached };
+        // Whoever does not have them, or knows of a later leader, hears of the snapshot next and answers to that.
+        let _ = self.raft.append_entries(known).await;
     }
 
     /// Takes a member in: first as a learner, and as a voter once it has caught up. One that is a voter already may have another
@@ -497,5 +507,94 @@ fn changing(error: RaftError<Config, ClientWriteError<Config>>) -> Error {
         RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => Error::Membership(error.to_string()),
         RaftError::APIError(error) => Error::Membership(error.to_string()),
         RaftError::Fatal(error) => Error::Stopped(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use openraft::{Membership, entry::RaftEntry as _, vote::RaftLeaderId as _};
+
+    use super::*;
+    use crate::{
+        Disconnected, Files, Freeze, Profile, Unobserved, snapshot,
+        types::{Entry, Payload, SnapshotMeta, StoredMembership},
+    };
+
+    /// Keeps the number of commands that it was given.
+    #[derive(Clone, Default)]
+    struct Counter(Arc<Mutex<u64>>);
+
+    impl StateMachine for Counter {
+        fn apply(&mut self, _index: u64, _command: &str) -> io::Result<String> {
+            *self.0.lock().expect("no panics") += 1;
+            Ok(String::new())
+        }
+
+        fn freeze(&self) -> Freeze {
+            let count = *self.0.lock().expect("no panics");
+            Box::new(move || serde_json::to_vec(&count).map_err(io::Error::other))
+        }
+
+        fn restore(&mut self, state: &[u8]) -> io::Result<()> {
+            *self.0.lock().expect("no panics") = serde_json::from_slice(state).map_err(io::Error::other)?;
+            Ok(())
+        }
+    }
+
+    /// Entries and snapshots travel by themselves: where that is slow, later entries are there when a snapshot comes that ends
+    /// before them.
+    #[tokio::test]
+    async fn a_snapshot_that_comes_after_later_entries_does_no_harm() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let options = Options {
+            id: 2,
+            address: "manager-2".to_owned(),
+            profile: Profile::Lan,
+            snapshot_after: 1000,
+            snapshot_after_bytes: 1 << 20,
+        };
+        let (files, counter) = (Arc::new(Files::new(directory.path())), Counter::default());
+        let machine = Box::new(counter.clone());
+        let node = Node::join(&options, files, machine, Arc::new(Disconnected), Arc::new(Unobserved)).await;
+        let node = node.expect("starts");
+        let leader = openraft::alias::CommittedLeaderIdOf::<Config>::new(1, 1);
+        let vote = Vote::new_committed(1, 1);
+        let at = |index| LogId::new(leader, index);
+        let members = Membership::new(
+            vec![BTreeSet::from([1, 3])],
+            BTreeMap::from([1, 2, 3].map(|id| (id, BasicNode::new("elsewhere")))),
+        );
+        let members = members.expect("members");
+        let entry = |index| match index {
+            0 => Entry::new(at(0), Payload::Membership(members.clone())),
+            _ => Entry::new(at(index), Payload::Normal(Proposal(index.to_string()))),
+        };
+        let append = |previous: Option<u64>, entries: std::ops::Range<u64>, committed: Option<u64>| {
+            let (prev_log_id, leader_commit) = (previous.map(at), committed.map(at));
+            let request =
+                AppendEntriesRequest { vote, prev_log_id, leader_commit, entries: entries.map(entry).collect() };
+            serde_json::to_vec(&Message::Append(request)).expect("encodes")
+        };
+        let accepts = async |message: &[u8]| {
+            let answer = node.handle(message).await.expect("a message");
+            String::from_utf8(answer).expect("JSON")
+        };
+        assert!(accepts(&append(None, 0..5, None)).await.contains("Success"));
+        let meta = SnapshotMeta {
+            last_log_id: Some(at(2)),
+            last_membership: StoredMembership::new(Some(at(0)), members.clone()),
+        };
+        let snapshot = snapshot::encode(&meta, b"2").expect("encodes");
+        for part in transfer::parts(vote, &meta, &snapshot.0) {
+            let answer = accepts(&part.expect("encodes")).await;
+            assert!(answer.contains("Ok") && answer.contains("installed"), "{answer}");
+        }
+        assert_eq!(node.status().failure, None);
+        // What comes next is taken as ever.
+        assert!(accepts(&append(Some(4), 5..6, Some(5))).await.contains("Success"));
+        let applied = |metrics: &RaftMetrics<Config>| metrics.last_applied.index() == Some(5);
+        node.raft.wait(Some(Duration::from_secs(5))).metrics(applied, "all is applied").await.expect("it is");
+        assert_eq!(*counter.0.lock().expect("no panics"), 5);
+        node.shutdown().await;
     }
 }
