@@ -34,6 +34,9 @@ const CALLER: &str = "warren-caller";
 /// How long a call waits for a leader: an election and a little more.
 const LEADER_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a follower may take to hear of somebody whom the leader has let in.
+const NEWS_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Who calls at a manager's socket. No operator has this id.
 const ROOT: &str = "root";
 
@@ -166,6 +169,18 @@ impl Front {
             && identity.id.parse().is_ok_and(|id: u64| id >= state.next_manager())
     }
 
+    /// Waits a little for news of somebody who was let in a moment ago, if this manager may be behind.
+    async fn await_news(&self, extensions: &http::Extensions) {
+        let identity = extensions.get::<Peer>().and_then(|peer| peer.identity.as_ref());
+        let Some(Identity { role: role @ (Role::Worker | Role::Admin), id, .. }) = identity else { return };
+        if !self.raft.status().is_leader {
+            let mut state = self.state.clone();
+            let known = state.wait_for(|state| is_member(state, *role, id));
+            // Else it is nobody, as far as can be told here.
+            let _ = tokio::time::timeout(NEWS_PATIENCE, known).await;
+        }
+    }
+
     /// Who calls, and whether another manager passed it on.
     fn caller(&self, path: &str, extensions: &http::Extensions, headers: &HeaderMap) -> Result<(Caller, bool), Status> {
         if let Some(socket) = extensions.get::<UdsConnectInfo>() {
@@ -289,6 +304,7 @@ where
         let mut inner = std::mem::replace(&mut self.inner, clone);
         let front = self.front.clone();
         Box::pin(async move {
+            front.await_news(request.extensions()).await;
             let (caller, passed_on) = match front.caller(request.uri().path(), request.extensions(), request.headers())
             {
                 Ok(found) => found,
@@ -332,20 +348,30 @@ async fn pass_on(mut leader: Channel, mut request: Request<Body>, caller: &Calle
 
 #[cfg(test)]
 mod tests {
+    use std::{sync::Arc, time::SystemTime};
+
+    use warren_pki::{Authority, Credentials, Request as CertificateRequest};
+    use warren_raft::{Disconnected, Files, Options, Profile, Unobserved};
+
     use super::*;
     use crate::{
         clock::Timestamp,
         state::{
-            Change, Operator,
+            Change, Machine, Operator,
             tests::{apply, founded},
         },
     };
 
-    #[test]
-    fn a_caller_survives_being_passed_on() {
+    fn with_operator() -> State {
         let mut state = founded();
         let operator = Operator { id: "o".into(), name: "ada".to_owned(), created_at: Timestamp(1), invitation: None };
         apply(&mut state, [Change::CreateOperator(operator)]);
+        state
+    }
+
+    #[test]
+    fn a_caller_survives_being_passed_on() {
+        let state = with_operator();
         for role in [None, Some(Role::Manager), Some(Role::Worker), Some(Role::Admin)] {
             let caller = Caller::new(&state, role, "o", "[::1]:1".to_owned());
             assert_eq!(Caller::from_header(&state, &caller.to_header()), Some(caller.clone()));
@@ -353,5 +379,54 @@ mod tests {
         }
         assert_eq!(Caller::from_header(&state, "king|x|y"), None);
         assert_eq!(Caller::from_header(&state, ""), None);
+    }
+
+    /// A manager's own, of an authority that nobody else knows.
+    fn credentials() -> Credentials {
+        let authority = Authority::generate("cluster", SystemTime::now()).expect("an authority");
+        let request = CertificateRequest::new().expect("a request");
+        let identity = Identity { cluster: "cluster".to_owned(), role: Role::Manager, id: "1".to_owned() };
+        let day = Duration::from_secs(24 * 3600);
+        let certificate = authority.sign(request.pem(), &identity, SystemTime::now(), day).expect("signed");
+        Credentials::new(&request.key_pem(), &certificate, authority.certificate_pem()).expect("credentials")
+    }
+
+    #[tokio::test]
+    async fn who_was_let_in_a_moment_ago_is_no_stranger() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let options = Options {
+            id: 1,
+            address: "elsewhere:1".to_owned(),
+            profile: Profile::Lan,
+            snapshot_after: 1000,
+            snapshot_after_bytes: 1 << 20,
+        };
+        let files = Arc::new(Files::new(directory.path()));
+        let (machine, _) = Machine::new();
+        let follower =
+            Node::join(&options, files, Box::new(machine), Arc::new(Disconnected), Arc::new(Unobserved)).await;
+        let follower = follower.expect("starts");
+        let (news, state) = watch::channel(founded());
+        let front = Front::new(follower.clone(), state, Peers::new(credentials()));
+        let mut api =
+            front.layer(tower::service_fn(async |_: Request<Body>| Ok::<_, Status>(Response::new(Body::empty()))));
+        let mut call = |id: &str| {
+            // Answered by any manager.
+            let mut request = Request::new(Body::empty());
+            *request.uri_mut() = "/warren.v1.Cluster/GetClusterInfo".parse().expect("a path");
+            let identity = Identity { cluster: "cluster".to_owned(), role: Role::Admin, id: id.to_owned() };
+            let peer = Peer { address: ([127, 0, 0, 1], 1).into(), identity: Some(identity) };
+            request.extensions_mut().insert(peer);
+            api.call(request)
+        };
+        let refused = |response: &Response<Body>| response.headers().get("grpc-status").is_some();
+        let (early, ()) = tokio::join!(call("o"), async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            news.send_replace(with_operator());
+        });
+        assert!(!refused(&early.expect("answered")));
+        let stranger = call("p").await.expect("answered");
+        assert_eq!(stranger.headers().get("grpc-status"), Some(&HeaderValue::from_static("7")));
+        follower.shutdown().await;
     }
 }
