@@ -94,7 +94,7 @@ fn a_manager_that_cannot_start_says_why_and_changes_nothing() {
     later["format"] = 9.into();
     fs::write(&identity, later.to_string()).expect("writable");
     let version = World::run(&mut world.manager_command()).failed(8);
-    assert!(version.contains("has format 9, this version reads 3 to 4"), "{version}");
+    assert!(version.contains("has format 9, this version reads 3 to 5"), "{version}");
     fs::write(&identity, kept).expect("writable");
 
     // A snapshot that is damaged is named, not guessed at.
