@@ -281,6 +281,12 @@ fn the_authority_is_replaced_while_everything_goes_on() {
     // The certificates behind one's own are the authorities.
     let authorities = |identity: &str| identity.matches("BEGIN CERTIFICATE").count() - 1;
     let old = identities(&managers);
+    let printed = managers[1].warren(&["operator", "create", "ada"]).succeeded();
+    let ada = |arguments: &[&str]| {
+        World::run(World::binary("warren").arg("--identity").arg(world.path("ada")).args(arguments))
+    };
+    let _ = ada(&printed.split_whitespace().skip(1).collect::<Vec<_>>()).succeeded();
+    let _ = ada(&["node", "ls"]).succeeded();
     let _ = managers[1].warren(&["cluster", "ca", "rotate"]).succeeded();
     let again = managers[1].warren(&["cluster", "ca", "rotate"]);
     assert!(again.code == 0 || again.stderr.contains("is being changed already"), "{}", again.stderr);
@@ -308,7 +314,8 @@ fn the_authority_is_replaced_while_everything_goes_on() {
     until_within(Duration::from_secs(60), "the node is in session", || {
         managers[0].warren(&["node", "ls"]).stdout.contains("ready").then_some(())
     });
-    // What was signed by the old one lets nobody in.
+    // What was signed by the old one lets nobody in. It has not waited for operators.
+    assert!(ada(&["node", "ls"]).failed(6).contains("if the cluster's authority was replaced, log in again"));
     let refused = Manager::new(&world, "m4").cluster(&["join", "--token", &worker_token, &managers[0].address()]);
     assert!(refused.stderr.contains("not of the cluster that the token is for"), "{}", refused.stderr);
     let token = managers[0].warren(&["cluster", "token", "create", "--role", "manager"]).succeeded();

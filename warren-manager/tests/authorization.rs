@@ -364,6 +364,15 @@ async fn an_operator_works_from_elsewhere_until_removed() {
         assert_eq!(root.create_operator(again).await.expect_err(name).code(), code, "{name}");
     }
 
+    // Who did not come in time may be invited again.
+    let brief = v1::CreateOperatorRequest {
+        name: "eve".to_owned(),
+        lifetime: Some(pbjson_types::Duration { seconds: 0, nanos: 1_000_000 }),
+    };
+    let _ = root.create_operator(brief.clone()).await.expect("invited");
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let _ = root.create_operator(brief).await.expect("invited again");
+
     // What she does is known as hers.
     let channel = manager.dial(&ada);
     let mut operators = OperatorsClient::new(channel.clone());

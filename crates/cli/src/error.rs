@@ -26,13 +26,16 @@ use warren_proto::v1;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(
-        "no manager answers on {address}: run this where a manager does (`warren up`, or `warren-manager` in a cluster)"
+        "no manager answers on {address}: run this where a manager does (`warren up`, or `warren-manager` in a cluster), or log in \
+         to a cluster (`warren login`)"
     )]
     NoManager { address: String },
     #[error("the manager's socket {address} is not for this user; run as root, or log in (`warren login`)")]
     NotPermitted { address: String },
     #[error("the manager at {address} does not answer: {why}")]
     Unreachable { address: String, why: String },
+    #[error("the manager at {address} is not believed: {why}; if the cluster's authority was replaced, log in again")]
+    Disbelieved { address: String, why: String },
     #[error("no manager of the cluster is known: say one with --manager HOST:PORT")]
     NoManagerKnown,
     #[error("nobody has logged in here: `warren login` does, with a token of `warren operator create`")]
@@ -109,7 +112,7 @@ impl Error {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::NoManager { .. } | Self::NotJoined { .. } | Self::Unreachable { .. } | Self::NoManagerKnown => 4,
-            Self::NotPermitted { .. } | Self::NotLoggedIn | Self::LoginRanOut => 6,
+            Self::NotPermitted { .. } | Self::NotLoggedIn | Self::LoginRanOut | Self::Disbelieved { .. } => 6,
             Self::LoggedIn { .. } => 5,
             Self::Homeless => 2,
             Self::BadAddress(_) | Self::Usage(_) | Self::Pki(_) => 2,

@@ -94,7 +94,11 @@ impl Login {
                     return Ok(channel);
                 }
                 Err(error) => {
-                    outcome = Err(Error::Unreachable { address: address.to_owned(), why: innermost(&error) });
+                    let (address, why) = (address.to_owned(), innermost(&error));
+                    outcome = Err(match why.starts_with("invalid peer certificate") {
+                        true => Error::Disbelieved { address, why },
+                        false => Error::Unreachable { address, why },
+                    });
                 }
             }
         }

@@ -31,6 +31,11 @@ impl Operators {
         }
         let (state, now) = (self.0.store.read().await?, self.0.environment.now());
         let Invited { token, hash, expires_at } = signing::invite(&state, &self.0.vault, now, request.lifetime)?;
+        // Who did not come in time may be invited again.
+        let late = state
+            .operator_named(&request.name)
+            .filter(|known| known.invitation.as_ref().is_some_and(|invitation| invitation.expires_at <= now));
+        let again = late.map(|known| Change::DeleteOperator { id: known.id.clone() });
         let operator = Operator {
             id: OperatorId::generate(&*self.0.environment),
             name: request.name,
@@ -38,18 +43,18 @@ impl Operators {
             invitation: Some(Invitation { hash, expires_at }),
         };
         let answer = shown(&operator);
-        self.change(Change::CreateOperator(operator)).await?;
+        self.change(again.into_iter().chain([Change::CreateOperator(operator)]).collect()).await?;
         let managers = self.0.store.raft().status().members.into_iter().map(|member| member.address).collect();
         Ok(v1::CreateOperatorResponse { operator: Some(answer), token, managers })
     }
 
     async fn delete(&self, name: &str) -> Result<(), Error> {
         let id = lookup::operator(&self.0.store.read().await?, name)?.id.clone();
-        self.change(Change::DeleteOperator { id }).await
+        self.change(vec![Change::DeleteOperator { id }]).await
     }
 
-    async fn change(&self, change: Change) -> Result<(), Error> {
-        self.0.store.transact(&Transaction { changes: vec![change], ..Transaction::default() }).await?;
+    async fn change(&self, changes: Vec<Change>) -> Result<(), Error> {
+        self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
         Ok(())
     }
 }
