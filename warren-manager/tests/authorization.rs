@@ -268,11 +268,20 @@ async fn everybody_may_call_what_is_for_them_and_nothing_else() {
         assert_eq!(is_turned_away(&answer, Code::PermissionDenied), expected, "root at {method}: {answer:?}");
     }
 
+    // Those who were let in, and removed.
+    let (removed_node, removed_worker) = manager.join().await;
+    let removed = v1::RemoveNodeRequest { node: removed_node };
+    let _ = NodesClient::new(manager.root()).remove_node(removed).await.expect("removed");
+    let removed_operator = manager.log_in("eve").await;
+    let removed = v1::DeleteOperatorRequest { operator: "eve".to_owned() };
+    let _ = OperatorsClient::new(manager.root()).delete_operator(removed).await.expect("removed");
     // Certificates that look right: of another authority, run out, of somebody who was never let in.
     let another = Authority::generate(&manager.cluster, now).expect("an authority");
     let days_ago = now - Duration::from_secs(3 * 24 * 3600);
     let as_worker = manager.identity(Role::Worker, &id);
     let wrong = [
+        ("a node that was removed", removed_worker),
+        ("an operator who was removed", removed_operator),
         ("of another authority", manager.sign(&another, &as_worker, now)),
         ("run out", manager.sign(&manager.authority, &as_worker, days_ago)),
         ("a stranger", manager.sign(&manager.authority, &manager.identity(Role::Worker, "stranger"), now)),
