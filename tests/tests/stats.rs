@@ -9,7 +9,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use warren_tests::{Inside, Terminal, World, image_name, script_that_asks, until};
+use warren_tests::{Inside, Terminal, World, image_name, script_that_asks, until, until_within};
 
 /// A look at all containers: their rows by name.
 fn look(world: &World, arguments: &[&str]) -> Vec<Value> {
@@ -36,19 +36,21 @@ fn what_containers_use_is_what_the_kernel_says() {
     let busy = Inside::only(&world, "busy");
     let fat = Inside::only(&world, "fat");
 
-    let rows = until("both are measured", || {
+    let rows = until_within(Duration::from_secs(60), "both are measured", || {
         let rows = look(&world, &[]);
+        let at_least = |name, field, least| row(&rows, name)[field].as_f64().is_some_and(|it| it > least);
+        // A machine that is busy with something else may leave it less than half a processor for a while.
         let settled = rows.len() == 2
-            && number(&row(&rows, "fat-1"), "memoryBytes") > 32e6
-            && row(&rows, "busy-1")["cpuPercent"].as_f64().is_some_and(|percent| percent > 40.0);
+            && at_least("fat-1", "memoryBytes", 32e6)
+            && at_least("busy-1", "cpuPercent", 40.0)
+            && at_least("busy-1", "cpuThrottledPercent", 10.0);
         settled.then_some(rows)
     });
     let (one, two) = (row(&rows, "busy-1"), row(&rows, "fat-1"));
     assert_eq!((one["id"].as_str(), one["node"].as_str()), (Some(busy.id.as_str()), Some("node-1")));
     // Half a processor, and it would take more.
     let percent = number(&one, "cpuPercent");
-    assert!((40.0..60.0).contains(&percent), "{one}");
-    assert!(number(&one, "cpuThrottledPercent") > 10.0, "{one}");
+    assert!(percent < 60.0, "{one}");
     assert_eq!(number(&one, "memoryLimitBytes"), f64::from(64 << 20));
     assert_eq!(number(&one, "pids"), 6.0, "{one}");
     assert_eq!(number(&two, "memoryLimitBytes"), 0.0);
