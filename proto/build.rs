@@ -22,12 +22,14 @@ const FILES: [&str; 14] = [
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=warren");
     let descriptors = PathBuf::from(env::var("OUT_DIR")?).join("descriptors.bin");
+    let mut config = tonic_prost_build::Config::new();
+    config.enable_type_names();
     tonic_prost_build::configure()
         .file_descriptor_set_path(&descriptors)
         .compile_well_known_types(true)
         .extern_path(".google.protobuf", "::pbjson_types")
         .btree_map(".")
-        .compile_protos(&FILES, &["."])?;
+        .compile_with_config(config, &FILES, &["."])?;
     pbjson_build::Builder::new()
         .register_descriptors(&fs::read(descriptors)?)?
         .btree_map(["."])

@@ -23,6 +23,15 @@ fn every_verb_shows_what_it_should() {
     let service = json(&world.warren(&["service", "inspect", "web", "--format", "json"]).succeeded());
     assert_eq!(service["spec"]["container"]["env"]["COLOUR"], "blue");
     assert_eq!(service["status"]["running"], 2);
+    let yaml = world.warren(&["service", "inspect", "web", "--format", "yaml"]).succeeded();
+    assert!(yaml.starts_with("id: "), "{yaml}");
+    assert_eq!(serde_saphyr::from_str::<Value>(&yaml).expect("YAML"), service);
+    for (filter, found) in [("spec.labels.tier=front", 1), ("spec.labels.tier!=front", 0), ("status.running=2", 1)] {
+        let services = json(&world.warren(&["service", "ls", "--filter", filter, "--format", "json"]).succeeded());
+        assert_eq!(services.as_array().map(Vec::len), Some(found), "{filter}");
+    }
+    let refused = world.warren(&["node", "ls", "--filter", "status=dwon"]).failed(2);
+    assert!(refused.contains("--filter status: \"dwon\" is none of "), "{refused}");
 
     let listed = json(&world.warren(&["container", "ls", "--service", "web", "--format", "json"]).succeeded());
     let id = listed[0]["id"].as_str().expect("an id").to_owned();

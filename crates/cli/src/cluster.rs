@@ -11,6 +11,7 @@ use warren_proto::v1::{self, cluster_client::ClusterClient};
 use crate::{
     client::ClientArguments,
     error::{Error, innermost},
+    filter::ListArguments,
     output::{self, Format, FormatArguments, say},
     parse,
 };
@@ -155,7 +156,7 @@ pub(crate) enum TokenCommand {
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
-        format: FormatArguments,
+        list: ListArguments,
     },
     /// Makes all tokens of a role useless, and another one.
     Rotate {
@@ -223,7 +224,7 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
             Ok(())
         }
         Command::Token(TokenCommand::Create { wanted }) => create(client, &wanted).await,
-        Command::Token(TokenCommand::Ls { format }) => list(client, format.format).await,
+        Command::Token(TokenCommand::Ls { list: wanted }) => list(client, &wanted).await,
         Command::Token(TokenCommand::Rotate { wanted }) => {
             let role = v1::Role::from(wanted.role).into();
             client.cluster().await?.revoke_join_tokens(v1::RevokeJoinTokensRequest { role }).await?;
@@ -285,8 +286,8 @@ async fn join(token: &str, manager: &str, place: &Place) -> Result<(), Error> {
 
 async fn info(client: &ClientArguments, format: Format) -> Result<(), Error> {
     let info = client.cluster().await?.get_cluster_info(v1::GetClusterInfoRequest {}).await?.into_inner();
-    if let Format::Json = format {
-        return output::json(&info);
+    if output::to_program(format, &info)? {
+        return Ok(());
     }
     let leader = if info.leader_id == 0 { "none is known".to_owned() } else { format!("manager {}", info.leader_id) };
     output::fields(&[
@@ -328,9 +329,7 @@ async fn info(client: &ClientArguments, format: Format) -> Result<(), Error> {
 async fn health(client: &ClientArguments, format: Format) -> Result<(), Error> {
     let request = v1::GetClusterHealthRequest {};
     let checks = client.cluster().await?.get_cluster_health(request).await?.into_inner().checks;
-    if let Format::Json = format {
-        output::json(&checks)?;
-    } else {
+    if !output::to_program(format, &checks)? {
         let words = |ok| if ok { "ok" } else { "not ok" }.to_owned();
         let rows = checks.iter().map(|check| [check.name.clone(), words(check.ok), check.message.clone()]);
         output::table(["CHECK", "STATUS", "MESSAGE"], rows);
@@ -483,10 +482,11 @@ async fn create(client: &ClientArguments, wanted: &Wanted) -> Result<(), Error> 
     Ok(())
 }
 
-async fn list(client: &ClientArguments, format: Format) -> Result<(), Error> {
+async fn list(client: &ClientArguments, wanted: &ListArguments) -> Result<(), Error> {
     let tokens = client.cluster().await?.list_join_tokens(v1::ListJoinTokensRequest {}).await?.into_inner().tokens;
-    if let Format::Json = format {
-        return output::json(&tokens);
+    let tokens = wanted.apply(tokens)?;
+    if output::to_program(wanted.format(), &tokens)? {
+        return Ok(());
     }
     let valid_for = |token: &v1::JoinToken| output::coarse(output::left(token.expires_at.as_ref()).unwrap_or_default());
     let rows = tokens.iter().map(|token| {

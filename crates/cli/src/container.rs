@@ -9,6 +9,7 @@ use crate::{
     client::{ClientArguments, all_pages},
     error::Error,
     exec,
+    filter::ListArguments,
     logs::{self, LogArguments},
     output::{self, Format, FormatArguments},
     stats,
@@ -29,7 +30,7 @@ pub(crate) enum Command {
         #[arg(long, short)]
         all: bool,
         #[command(flatten)]
-        format: FormatArguments,
+        list: ListArguments,
     },
     /// Shows what a container writes.
     Logs {
@@ -53,10 +54,10 @@ pub(crate) enum Command {
 
 pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {
     match command {
-        Command::Ls { service, node, all, format } => {
+        Command::Ls { service, node, all, list: wanted } => {
             let (mut containers, _) = list(client, service.unwrap_or_default(), node.unwrap_or_default()).await?;
             containers.retain(|container| all || !has_ended(container));
-            show(client, &containers, format.format).await
+            show(client, &wanted.apply(containers)?, wanted.format()).await
         }
         Command::Logs { container, logs } => logs::show(client, String::new(), container, logs).await,
         Command::Exec(arguments) => exec::run(arguments, client).await,
@@ -65,13 +66,10 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
             let request = v1::GetContainerRequest { container };
             let container = client.containers().await?.get_container(request).await?.into_inner().container;
             let container = container.unwrap_or_default();
-            match format.format {
-                Format::Json => output::json(&container),
-                Format::Table => {
-                    inspect(&container);
-                    Ok(())
-                }
+            if !output::to_program(format.format, &container)? {
+                inspect(&container);
             }
+            Ok(())
         }
     }
 }
@@ -130,8 +128,8 @@ pub(crate) fn name_of(service: &str, slot: u32) -> String {
 
 /// Shows containers with their kernel timings.
 pub(crate) async fn show(client: &ClientArguments, containers: &[v1::Container], format: Format) -> Result<(), Error> {
-    if let Format::Json = format {
-        return output::json(&containers);
+    if output::to_program(format, &containers)? {
+        return Ok(());
     }
     let nodes = crate::node::list(client).await?;
     let nodes: HashMap<&str, &v1::Node> = nodes.iter().map(|node| (node.id.as_str(), node)).collect();

@@ -100,6 +100,8 @@ pub(crate) enum Error {
     File { path: std::path::PathBuf, source: std::io::Error },
     #[error("an answer cannot be written as JSON: {0}")]
     Json(#[from] serde_json::Error),
+    #[error("an answer cannot be written as YAML: {0}")]
+    Yaml(#[from] serde_saphyr::SerializeError),
 }
 
 impl From<Status> for Error {
@@ -137,7 +139,8 @@ impl Error {
             | Self::NotGone { .. }
             | Self::Io(_)
             | Self::File { .. }
-            | Self::Json(_) => 1,
+            | Self::Json(_)
+            | Self::Yaml(_) => 1,
             Self::NotStarted { failed } => {
                 if failed.not_found {
                     127

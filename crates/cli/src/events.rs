@@ -6,7 +6,7 @@ use warren_proto::v1;
 use crate::{
     client::ClientArguments,
     error::Error,
-    output::{self, Format, FormatArguments, say},
+    output::{self, FormatArguments, say},
 };
 
 #[derive(Args, Debug)]
@@ -37,10 +37,8 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
     let mut events = client.events().await?.stream_events(request).await?.into_inner();
     while let Some(response) = events.message().await? {
         let event = response.event.unwrap_or_default();
-        match arguments.format.format {
-            // One a line: what follows an endless stream wants to read each as it comes.
-            Format::Json => say!("{}", serde_json::to_string(&event)?),
-            Format::Table => line(&event),
+        if !output::next_to_program(arguments.format.format, &event)? {
+            line(&event);
         }
     }
     Ok(())

@@ -10,7 +10,7 @@ use warren_spec::ImageName;
 
 use crate::{
     error::Error,
-    output::{self, Format, FormatArguments, say},
+    output::{self, FormatArguments, say},
 };
 
 #[derive(Args, Debug)]
@@ -118,9 +118,9 @@ pub(crate) async fn run(command: Command) -> Result<(), Error> {
         }
         Command::Ls { daemon, format } => {
             let images = daemon.images(&RegistryArguments::default()).await?.all().await?;
-            if let Format::Json = format.format {
-                let entry = |(name, digest): &(String, String)| serde_json::json!({"name": name, "digest": digest});
-                return output::json(&images.iter().map(entry).collect::<Vec<_>>());
+            let entry = |(name, digest): &(String, String)| serde_json::json!({"name": name, "digest": digest});
+            if output::to_program(format.format, &images.iter().map(entry).collect::<Vec<_>>())? {
+                return Ok(());
             }
             output::table(["NAME", "DIGEST"], images.into_iter().map(|(name, digest)| [name, digest]));
             Ok(())

@@ -9,6 +9,7 @@ mod container;
 mod error;
 mod events;
 mod exec;
+mod filter;
 mod image;
 mod login;
 mod logs;
@@ -170,14 +171,11 @@ async fn version(client: &ClientArguments, format: Format) -> Result<(), Error> 
         Err(_) => None,
     };
     let manager = manager.map(|info| info.into_inner().version);
-    match format {
-        Format::Json => output::json(&serde_json::json!({"warren": LONG_VERSION, "manager": manager})),
-        Format::Table => {
-            say!("warren   {LONG_VERSION}");
-            say!("manager  {}", manager.as_deref().unwrap_or("does not answer"));
-            Ok(())
-        }
+    if !output::to_program(format, &serde_json::json!({"warren": LONG_VERSION, "manager": manager}))? {
+        say!("warren   {LONG_VERSION}");
+        say!("manager  {}", manager.as_deref().unwrap_or("does not answer"));
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -9,7 +9,8 @@ use crate::{
     client::{ClientArguments, all_pages},
     cluster,
     error::Error,
-    output::{self, Format, FormatArguments, say},
+    filter::ListArguments,
+    output::{self, FormatArguments, say},
 };
 
 #[derive(Debug, Subcommand)]
@@ -18,7 +19,7 @@ pub(crate) enum Command {
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
-        format: FormatArguments,
+        list: ListArguments,
     },
     /// Shows one node.
     Inspect {
@@ -75,15 +76,12 @@ pub(crate) enum Command {
 
 pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {
     match command {
-        Command::Ls { format } => {
-            let nodes = list(client).await?;
-            match format.format {
-                Format::Json => output::json(&nodes),
-                Format::Table => {
-                    table(&nodes);
-                    Ok(())
-                }
+        Command::Ls { list: wanted } => {
+            let nodes = wanted.apply(list(client).await?)?;
+            if !output::to_program(wanted.format(), &nodes)? {
+                table(&nodes);
             }
+            Ok(())
         }
         Command::Cordon { node } => set(client, node, v1::Availability::Cordoned).await.map(drop),
         Command::Uncordon { node } => set(client, node, v1::Availability::Active).await.map(drop),
@@ -108,13 +106,10 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         Command::Inspect { node, format } => {
             let request = v1::GetNodeRequest { node };
             let node = client.nodes().await?.get_node(request).await?.into_inner().node.unwrap_or_default();
-            match format.format {
-                Format::Json => output::json(&node),
-                Format::Table => {
-                    inspect(&node);
-                    Ok(())
-                }
+            if !output::to_program(format.format, &node)? {
+                inspect(&node);
             }
+            Ok(())
         }
     }
 }

@@ -8,7 +8,8 @@ use warren_proto::v1;
 use crate::{
     client::{ClientArguments, all_pages},
     error::Error,
-    output::{self, Format, FormatArguments, say},
+    filter::ListArguments,
+    output::{self, FormatArguments, say},
     parse,
 };
 
@@ -30,7 +31,7 @@ pub(crate) enum Command {
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
-        format: FormatArguments,
+        list: ListArguments,
     },
     /// Turns operators out: their certificates are refused from now on.
     Rm {
@@ -45,21 +46,22 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
     match command {
         Command::Create { name, lifetime, format } => {
             let made = api.create_operator(v1::CreateOperatorRequest { name, lifetime }).await?.into_inner();
-            if let Format::Json = format.format {
-                return output::json(&made);
+            if output::to_program(format.format, &made)? {
+                return Ok(());
             }
             let manager = made.managers.first().map_or("HOST:7443", String::as_str);
             say!("warren login --token {} {manager}", made.token);
         }
-        Command::Ls { format } => {
+        Command::Ls { list } => {
             let operators = all_pages(async |page_token| {
                 let page =
                     api.list_operators(v1::ListOperatorsRequest { page_size: 0, page_token }).await?.into_inner();
                 Ok((page.operators, page.next_page_token))
             })
             .await?;
-            if let Format::Json = format.format {
-                return output::json(&operators);
+            let operators = list.apply(operators)?;
+            if output::to_program(list.format(), &operators)? {
+                return Ok(());
             }
             let rows = operators.iter().map(|operator| {
                 let since = output::ago(operator.created_at.as_ref());

@@ -1,4 +1,4 @@
-//! Tables for people, JSON for programs.
+//! Tables for people, JSON and YAML for programs.
 
 use std::{
     collections::BTreeMap,
@@ -24,6 +24,8 @@ pub(crate) enum Format {
     Table,
     /// For programs.
     Json,
+    /// For programs, and for people who want to see everything.
+    Yaml,
 }
 
 #[derive(Args, Clone, Copy, Debug)]
@@ -80,9 +82,25 @@ pub(crate) fn fields(fields: &[(&str, String)]) {
     }
 }
 
-pub(crate) fn json(value: &impl Serialize) -> Result<(), Error> {
-    say!("{}", serde_json::to_string_pretty(value)?);
-    Ok(())
+/// Shows something to a program; or does nothing and is false, when it is people who want to see it.
+pub(crate) fn to_program(format: Format, value: &impl Serialize) -> Result<bool, Error> {
+    match format {
+        Format::Table => return Ok(false),
+        Format::Json => say!("{}", serde_json::to_string_pretty(value)?),
+        Format::Yaml => say!("{}", serde_saphyr::to_string(value)?.trim_end()),
+    }
+    Ok(true)
+}
+
+/// The same of one of many that come over time, each of which can be read as soon as it is there: a line of JSON, or a document of
+/// YAML.
+pub(crate) fn next_to_program(format: Format, value: &impl Serialize) -> Result<bool, Error> {
+    match format {
+        Format::Table => return Ok(false),
+        Format::Json => say!("{}", serde_json::to_string(value)?),
+        Format::Yaml => say!("---\n{}", serde_saphyr::to_string(value)?.trim_end()),
+    }
+    Ok(true)
 }
 
 /// Labels and the like, as `name=value, name=value`.

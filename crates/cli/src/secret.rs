@@ -12,7 +12,8 @@ use warren_proto::v1::{self, SecretKind};
 use crate::{
     client::{ClientArguments, all_pages},
     error::Error,
-    output::{self, Format, FormatArguments, say},
+    filter::ListArguments,
+    output::{self, FormatArguments, say},
     parse,
     service::request_id,
 };
@@ -33,7 +34,7 @@ pub(crate) enum Command {
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
-        format: FormatArguments,
+        list: ListArguments,
     },
     /// Shows one; what a secret holds is not shown.
     Inspect {
@@ -76,15 +77,16 @@ pub(crate) async fn run(kind: SecretKind, command: Command, client: &ClientArgum
             let made = api.create_secret(request).await?.into_inner().secret.unwrap_or_default();
             say!("{}", made.id);
         }
-        Command::Ls { format } => {
+        Command::Ls { list } => {
             let secrets = all_pages(async |page_token| {
                 let request = v1::ListSecretsRequest { kind, page_size: 0, page_token };
                 let page = api.list_secrets(request).await?.into_inner();
                 Ok((page.secrets, page.next_page_token))
             })
             .await?;
-            if let Format::Json = format.format {
-                return output::json(&secrets);
+            let secrets = list.apply(secrets)?;
+            if output::to_program(list.format(), &secrets)? {
+                return Ok(());
             }
             let row = |secret: &v1::Secret| {
                 [
@@ -100,8 +102,8 @@ pub(crate) async fn run(kind: SecretKind, command: Command, client: &ClientArgum
         Command::Inspect { name, format } => {
             let request = v1::GetSecretByNameRequest { kind, secret: name };
             let secret = api.get_secret_by_name(request).await?.into_inner().secret.unwrap_or_default();
-            if let Format::Json = format.format {
-                return output::json(&secret);
+            if output::to_program(format.format, &secret)? {
+                return Ok(());
             }
             output::fields(&[
                 ("id", secret.id),

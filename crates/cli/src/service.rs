@@ -9,6 +9,7 @@ use crate::{
     client::{ClientArguments, all_pages},
     container,
     error::Error,
+    filter::ListArguments,
     logs::{self, LogArguments},
     output::{self, Format, FormatArguments, say},
     wait::{self, Follower, WaitArguments},
@@ -22,7 +23,7 @@ pub(crate) enum Command {
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
-        format: FormatArguments,
+        list: ListArguments,
     },
     /// Shows one service.
     Inspect {
@@ -36,7 +37,7 @@ pub(crate) enum Command {
         /// Name, id, or unique beginning of an id.
         service: String,
         #[command(flatten)]
-        format: FormatArguments,
+        list: ListArguments,
     },
     /// Shows what a service's containers write.
     Logs {
@@ -68,11 +69,11 @@ pub(crate) enum Command {
 pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {
     match command {
         Command::Create(arguments) => create::run(*arguments, client).await,
-        Command::Ls { format } => ls(client, format.format).await,
+        Command::Ls { list } => ls(client, &list).await,
         Command::Inspect { service, format } => inspect(client, service, format.format).await,
-        Command::Ps { service, format } => {
+        Command::Ps { service, list } => {
             let (containers, _) = container::list(client, service, String::new()).await?;
-            container::show(client, &containers, format.format).await
+            container::show(client, &list.apply(containers)?, list.format()).await
         }
         Command::Logs { service, logs } => logs::show(client, service, String::new(), logs).await,
         Command::Scale { service, replicas, wait } => scale(client, service, replicas, wait).await,
@@ -96,15 +97,16 @@ pub(crate) async fn get(client: &ClientArguments, service: &str) -> Result<v1::S
     Ok(client.services().await?.get_service(request).await?.into_inner().service.unwrap_or_default())
 }
 
-async fn ls(client: &ClientArguments, format: Format) -> Result<(), Error> {
+async fn ls(client: &ClientArguments, list: &ListArguments) -> Result<(), Error> {
     let mut api = client.services().await?;
     let services = all_pages(async |page_token| {
         let page = api.list_services(v1::ListServicesRequest { page_size: 0, page_token }).await?.into_inner();
         Ok((page.services, page.next_page_token))
     })
     .await?;
-    if let Format::Json = format {
-        return output::json(&services);
+    let services = list.apply(services)?;
+    if output::to_program(list.format(), &services)? {
+        return Ok(());
     }
     let row = |service: &v1::Service| {
         let spec = service.spec.clone().unwrap_or_default();
@@ -131,8 +133,8 @@ fn mode(mode: Option<&Mode>) -> String {
 
 async fn inspect(client: &ClientArguments, service: String, format: Format) -> Result<(), Error> {
     let service = get(client, &service).await?;
-    if let Format::Json = format {
-        return output::json(&service);
+    if output::to_program(format, &service)? {
+        return Ok(());
     }
     let spec = service.spec.unwrap_or_default();
     let status = service.status.unwrap_or_default();

@@ -282,12 +282,11 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
     let table_wanted = matches!(format.format, Format::Table);
     look(client, container, &arguments, table_wanted, |nodes, screen| {
         let rows = nodes.rows();
-        match (format.format, screen) {
-            (Format::Table, Some(screen)) => screen.show(&table(&rows))?,
-            (Format::Table, None) => table(&rows).iter().for_each(|line| say!("{line}")),
-            (Format::Json, _) if arguments.once => output::json(&rows)?,
-            // A look a line.
-            (Format::Json, _) => say!("{}", serde_json::to_string(&rows)?),
+        let to_program = if arguments.once { output::to_program } else { output::next_to_program };
+        match screen {
+            _ if to_program(format.format, &rows)? => {}
+            Some(screen) => screen.show(&table(&rows))?,
+            None => table(&rows).iter().for_each(|line| say!("{line}")),
         }
         Ok(())
     })

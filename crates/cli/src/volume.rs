@@ -6,8 +6,9 @@ use warren_proto::v1;
 use crate::{
     client::{ClientArguments, all_pages},
     error::Error,
+    filter::ListArguments,
     node,
-    output::{self, Format, FormatArguments, say},
+    output::{self, FormatArguments, say},
     parse,
     service::request_id,
 };
@@ -39,7 +40,7 @@ pub(crate) enum Command {
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
-        format: FormatArguments,
+        list: ListArguments,
     },
     /// Shows one volume.
     Inspect {
@@ -75,14 +76,15 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
             let made = api.create_volume(request).await?.into_inner().volume.unwrap_or_default();
             say!("{}", made.id);
         }
-        Command::Ls { format } => {
+        Command::Ls { list } => {
             let volumes = all_pages(async |page_token| {
                 let page = api.list_volumes(v1::ListVolumesRequest { page_size: 0, page_token }).await?.into_inner();
                 Ok((page.volumes, page.next_page_token))
             })
             .await?;
-            if let Format::Json = format.format {
-                return output::json(&volumes);
+            let volumes = list.apply(volumes)?;
+            if output::to_program(list.format(), &volumes)? {
+                return Ok(());
             }
             let nodes = node::list(client).await?;
             let hostname = |id: &str| {
@@ -104,8 +106,8 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         Command::Inspect { volume, format } => {
             let request = v1::GetVolumeByNameRequest { volume };
             let volume = api.get_volume_by_name(request).await?.into_inner().volume.unwrap_or_default();
-            if let Format::Json = format.format {
-                return output::json(&volume);
+            if output::to_program(format.format, &volume)? {
+                return Ok(());
             }
             output::fields(&[
                 ("id", volume.id),
