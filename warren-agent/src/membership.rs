@@ -133,6 +133,35 @@ impl Leader {
     }
 }
 
+/// The managers one after the other, in an order that differs from node to node: one that does not answer is not asked again before the
+/// others were.
+#[derive(Debug, Default)]
+struct Round {
+    left: Vec<String>,
+    last: String,
+}
+
+impl Round {
+    /// The next of these, or the one that is to be next.
+    fn next(&mut self, managers: Vec<String>, wanted: Option<String>) -> String {
+        if let Some(wanted) = wanted {
+            self.left.retain(|address| *address != wanted);
+            self.last.clone_from(&wanted);
+            return wanted;
+        }
+        self.left.retain(|address| managers.contains(address));
+        if self.left.is_empty() {
+            self.left = managers;
+            self.left.shuffle(&mut rand::rng());
+            if self.left.last() == Some(&self.last) {
+                self.left.rotate_right(1);
+            }
+        }
+        self.last = self.left.pop().unwrap_or_default();
+        self.last.clone()
+    }
+}
+
 /// The ways to the managers.
 #[derive(Clone, Debug)]
 pub(crate) struct Managers {
@@ -144,6 +173,7 @@ pub(crate) struct Managers {
     /// The digest of the authorities that the cluster wants its members to believe, once a manager has said so.
     authorities: watch::Sender<Option<String>>,
     leader: Arc<Mutex<Leader>>,
+    round: Arc<Mutex<Round>>,
 }
 
 /// Where the leader is said to be. A session with it spares the way through another manager.
@@ -160,8 +190,8 @@ const AVOID: Duration = Duration::from_secs(60);
 impl Managers {
     /// Those of the cluster that the node of `data_dir` is in; until it is in one, the manager behind this machine's socket.
     pub(crate) fn new(data_dir: PathBuf, node_id: String, socket: PathBuf) -> Self {
-        let (authorities, leader) = Default::default();
-        Self { data_dir, node_id, socket, credentials: Arc::default(), authorities, leader }
+        let (authorities, leader, round) = Default::default();
+        Self { data_dir, node_id, socket, credentials: Arc::default(), authorities, leader, round }
     }
 
     /// One of them: the one that leads, if it is known.
@@ -181,18 +211,20 @@ impl Managers {
         if id != self.node_id {
             return Err(Error::Renamed(id));
         }
-        let mut addresses = read_managers(&self.data_dir)?;
-        addresses.shuffle(&mut rand::rng());
-        if let Some(leader) = self.leader().take() {
-            addresses.insert(0, leader);
-        }
-        let address = addresses.first().map(String::as_str).unwrap_or_default();
-        Ok(Dialer::new(address, credentials)?)
+        let addresses = read_managers(&self.data_dir)?;
+        let leader = self.leader().take();
+        let address = self.round().next(addresses, leader);
+        Ok(Dialer::new(&address, credentials)?)
     }
 
     /// Whether the node was let into a cluster, as far as was seen yet.
     pub(crate) fn has_joined(&self) -> bool {
         self.credentials.get().is_some()
+    }
+
+    fn round(&self) -> MutexGuard<'_, Round> {
+        // Every change leaves it whole.
+        self.round.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn leader(&self) -> MutexGuard<'_, Leader> {
@@ -277,5 +309,38 @@ impl Managers {
         {
             tracing::warn!(%error, "the cluster's managers cannot be kept");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn whoever_did_not_answer_is_asked_after_the_others() {
+        let managers = || ["a", "b", "c"].map(str::to_owned).to_vec();
+        let mut round = Round::default();
+        let mut before = String::new();
+        for _ in 0..200 {
+            let asked: BTreeSet<String> = (0..3)
+                .map(|_| {
+                    let next = round.next(managers(), None);
+                    assert_ne!(next, before);
+                    before.clone_from(&next);
+                    next
+                })
+                .collect();
+            assert_eq!(asked.len(), 3);
+        }
+        // One that was said to lead has had its turn, and one that is gone has none.
+        let leader = round.next(managers(), Some("b".to_owned()));
+        assert_eq!(leader, "b");
+        let others: BTreeSet<String> = (0..2).map(|_| round.next(managers(), None)).collect();
+        assert_eq!(others.into_iter().collect::<Vec<_>>(), ["a", "c"]);
+        assert_eq!(round.next(vec!["d".to_owned()], None), "d");
+        assert_eq!(round.next(vec!["d".to_owned()], None), "d");
+        assert_eq!(Round::default().next(Vec::new(), None), "");
     }
 }

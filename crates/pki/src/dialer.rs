@@ -17,8 +17,11 @@ use tonic::transport::{Channel, Endpoint};
 use crate::{Credentials, Error, Token, tls};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// A peer that says nothing for this long is asked whether it is still there, and given up after as long again.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// A peer that says nothing for this long is asked whether it is still there.
+const KEEP_ALIVE: Duration = Duration::from_secs(3);
+/// And then it is given up. Together with the first that is half of the time after which a silent node is down: one whose manager has gone
+/// is with another before.
+const GIVE_UP: Duration = Duration::from_secs(2);
 
 #[derive(Clone)]
 enum As {
@@ -61,7 +64,7 @@ fn endpoint(authority: &str) -> Result<Endpoint, Error> {
     Ok(endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_timeout(GIVE_UP)
         .keep_alive_while_idle(true))
 }
 
