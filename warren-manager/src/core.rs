@@ -396,8 +396,10 @@ async fn advance_rotation(store: &Store, own: u64) -> Result<(), crate::store::E
 async fn count_leader_changes(raft: Node, metrics: Arc<ManagerMetrics>, shutdown: CancellationToken) {
     let mut known = None;
     let count = raft.watch(|status| {
-        if status.leader.is_some() && status.leader != known {
-            known = status.leader;
+        // One that is elected again has been without the others' trust for a moment.
+        let leads = status.leader.map(|leader| (status.term, leader));
+        if leads.is_some() && leads != known {
+            known = leads;
             metrics.leader_changes.add(1);
         }
     });

@@ -136,9 +136,7 @@ impl RaftLogStorage<Config> for LogStore {
         let began = Instant::now();
         let (observer, failure) = (Arc::clone(&self.observer), self.failure());
         let durable = Box::new(move |result: io::Result<()>| {
-            if result.is_ok() {
-                observer.log_synced(began.elapsed());
-            }
+            observer.log_synced(began.elapsed());
             callback.io_completed(failure.note(result));
         });
         self.failure.note(self.write().append(entries.into_iter().collect(), durable))

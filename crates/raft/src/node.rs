@@ -247,7 +247,7 @@ impl Node {
     pub async fn linearize(&self) -> Result<(), Error> {
         let deadline = tokio::time::Instant::now() + QUORUM_PATIENCE;
         loop {
-            return match self.raft.ensure_linearizable(ReadPolicy::LeaseRead).await {
+            return match self.raft.ensure_linearizable(ReadPolicy::ReadIndex).await {
                 Ok(_) => Ok(()),
                 Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
                     Err(Error::NotLeader { leader: forward.leader_id })

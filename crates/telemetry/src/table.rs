@@ -142,7 +142,7 @@ metrics! {
     warren_raft_applied_index Gauge Manager "{entry}" [] &[]; "Index of the last applied log entry"
     warren_raft_term Gauge Manager "{term}" [] &[]; "Current term"
     warren_raft_quorum_ok Gauge Manager "" [] &[]; "1 while a leader is known and, on the leader, a quorum answers"
-    warren_raft_leader_changes_total Counter Manager "{change}" [] &[]; "Leader changes seen"
+    warren_raft_leader_changes_total Counter Manager "{change}" [] &[]; "Times that a manager began to lead, as seen by this one"
     warren_raft_apply_duration_seconds Histogram Manager "s" [] APPLY; "Time to apply one entry to the state"
     warren_raft_commit_duration_seconds Histogram Manager "s" [] COMMIT; "From proposal to the applied reply, on the leader"
     warren_raft_log_sync_duration_seconds Histogram Manager "s" [] COMMIT; "Time to make appended entries durable"
