@@ -197,7 +197,7 @@ impl dispatcher_server::Dispatcher for Dispatcher {
         &self,
         request: Request<Streaming<v1::UploadLogsRequest>>,
     ) -> Result<Response<v1::UploadLogsResponse>, Status> {
-        self.relay.receive_logs(request.into_inner()).await?;
+        self.relay.receive_logs(request).await?;
         Ok(Response::new(v1::UploadLogsResponse {}))
     }
 
@@ -205,7 +205,7 @@ impl dispatcher_server::Dispatcher for Dispatcher {
         &self,
         request: Request<Streaming<v1::UploadStatsRequest>>,
     ) -> Result<Response<v1::UploadStatsResponse>, Status> {
-        self.relay.receive_stats(request.into_inner()).await?;
+        self.relay.receive_stats(request).await?;
         Ok(Response::new(v1::UploadStatsResponse {}))
     }
 
@@ -213,7 +213,7 @@ impl dispatcher_server::Dispatcher for Dispatcher {
         &self,
         request: Request<Streaming<v1::ServeExecRequest>>,
     ) -> Result<Response<Self::ServeExecStream>, Status> {
-        Ok(Response::new(self.relay.serve_exec(request.into_inner()).await?))
+        Ok(Response::new(self.relay.serve_exec(request).await?))
     }
 
     async fn session(

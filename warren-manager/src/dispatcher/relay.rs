@@ -9,10 +9,10 @@ use std::{
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming};
+use tonic::{Request, Status, Streaming};
 use warren_proto::v1::{self, manager_message::Message};
 
-use crate::ids::NodeId;
+use crate::{front::Caller, ids::NodeId};
 
 /// Messages on their way; whoever does not read holds the agent's answer up, and nothing else.
 const AHEAD: usize = 256;
@@ -22,9 +22,19 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 type Session = mpsc::Sender<Result<v1::ManagerMessage, Status>>;
 type Answers<T> = mpsc::Sender<Result<T, Status>>;
 
-/// Who waits for answers to wishes, by the wishes' ids, and what each of them brought along.
+/// Somebody who waits for an answer.
 #[derive(Debug)]
-struct Waiting<T, B = ()>(Mutex<HashMap<String, (Answers<T>, B)>>);
+struct Wish<T, B> {
+    /// Whose agent is to answer.
+    node: NodeId,
+    answers: Answers<T>,
+    /// What they brought along for it.
+    brought: B,
+}
+
+/// Who waits for answers to wishes, by the wishes' ids.
+#[derive(Debug)]
+struct Waiting<T, B = ()>(Mutex<HashMap<String, Wish<T, B>>>);
 
 impl<T, B> Default for Waiting<T, B> {
     fn default() -> Self {
@@ -33,8 +43,18 @@ impl<T, B> Default for Waiting<T, B> {
 }
 
 impl<T, B> Waiting<T, B> {
-    fn take(&self, id: &str) -> Option<(Answers<T>, B)> {
+    fn take(&self, id: &str) -> Option<Wish<T, B>> {
         whole(&self.0).remove(id)
+    }
+
+    /// For an agent that answers: the wish, if it was for this one's node.
+    fn take_by(&self, caller: Option<&Caller>, id: &str) -> Option<Wish<T, B>> {
+        let mut waiting = whole(&self.0);
+        let wish = waiting.get(id)?;
+        if caller.is_some_and(|caller| caller.check_node(&wish.node).is_err()) {
+            return None;
+        }
+        waiting.remove(id)
     }
 }
 
@@ -75,7 +95,7 @@ impl Relay {
         brought: B,
     ) -> Option<mpsc::Receiver<Result<T, Status>>> {
         let (answers, receiver) = mpsc::channel(AHEAD);
-        whole(&waiting(&self.0).0).insert(id.clone(), (answers, brought));
+        whole(&waiting(&self.0).0).insert(id.clone(), Wish { node: node.clone(), answers, brought });
         if self.send(node, wish).await.is_none() {
             waiting(&self.0).take(&id);
             return None;
@@ -83,8 +103,8 @@ impl Relay {
         let relay = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(ANSWER_TIMEOUT).await;
-            if let Some((answers, _)) = waiting(&relay.0).take(&id) {
-                let _ = answers.send(Err(Status::unavailable("the container's node does not answer"))).await;
+            if let Some(wish) = waiting(&relay.0).take(&id) {
+                let _ = wish.answers.send(Err(Status::unavailable("the container's node does not answer"))).await;
             }
         });
         Some(receiver)
@@ -141,28 +161,37 @@ impl Relay {
     }
 
     /// Passes an agent's lines on, until they end or nobody reads them.
-    pub(super) async fn receive_logs(&self, mut from: Streaming<v1::UploadLogsRequest>) -> Result<(), Status> {
+    pub(super) async fn receive_logs(&self, request: Request<Streaming<v1::UploadLogsRequest>>) -> Result<(), Status> {
+        let (caller, mut from) = answering(request);
         let id = from.message().await?.map(|first| first.id).unwrap_or_default();
-        let (to, ()) = self.0.logs.take(&id).ok_or_else(|| Status::not_found("nobody waits for this log"))?;
-        pass(from, &to, |message| message.lines).await
+        let wish = self.0.logs.take_by(caller.as_ref(), &id);
+        let wish = wish.ok_or_else(|| Status::not_found("nobody waits for this log"))?;
+        pass(from, &wish.answers, |message| message.lines).await
     }
 
     /// Passes on what an agent says of its containers, until nobody looks any more.
-    pub(super) async fn receive_stats(&self, mut from: Streaming<v1::UploadStatsRequest>) -> Result<(), Status> {
+    pub(super) async fn receive_stats(
+        &self,
+        request: Request<Streaming<v1::UploadStatsRequest>>,
+    ) -> Result<(), Status> {
+        let (caller, mut from) = answering(request);
         let id = from.message().await?.map(|first| first.id).unwrap_or_default();
-        let (to, ()) = self.0.stats.take(&id).ok_or_else(|| Status::not_found("nobody waits for these statistics"))?;
-        pass(from, &to, |message| message.stats).await
+        let wish = self.0.stats.take_by(caller.as_ref(), &id);
+        let wish = wish.ok_or_else(|| Status::not_found("nobody waits for these statistics"))?;
+        pass(from, &wish.answers, |message| message.stats).await
     }
 
     /// Connects an agent with the caller whose command it runs. Each direction goes at its own pace: a command that does not
     /// read must not keep what it writes.
     pub(super) async fn serve_exec(
         &self,
-        mut from: Streaming<v1::ServeExecRequest>,
+        request: Request<Streaming<v1::ServeExecRequest>>,
     ) -> Result<ReceiverStream<Result<v1::ExecRequest, Status>>, Status> {
+        let (caller, mut from) = answering(request);
         let id = from.message().await?.map(|first| first.id).unwrap_or_default();
-        let caller = self.0.execs.take(&id).ok_or_else(|| Status::not_found("nobody waits for this command"))?;
-        let (responses, mut requests) = caller;
+        let wish = self.0.execs.take_by(caller.as_ref(), &id);
+        let wish = wish.ok_or_else(|| Status::not_found("nobody waits for this command"))?;
+        let Wish { answers: responses, brought: mut requests, .. } = wish;
         let (to_agent, input) = mpsc::channel(AHEAD);
         tokio::spawn(async move {
             // When the caller's stream ends, so does the command's input.
@@ -187,6 +216,11 @@ impl Relay {
         });
         Ok(ReceiverStream::new(input))
     }
+}
+
+/// Who answers, and what.
+fn answering<T>(request: Request<T>) -> (Option<Caller>, T) {
+    (request.extensions().get::<Caller>().cloned(), request.into_inner())
 }
 
 /// Passes parts of messages on, until there are no more or nobody takes them.

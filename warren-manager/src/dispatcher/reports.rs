@@ -21,7 +21,8 @@ const QUIET: Duration = Duration::from_millis(1);
 /// Before trying again what consensus would not take.
 const RETRY: Duration = Duration::from_millis(500);
 
-type Pending = HashMap<ContainerId, (NodeId, Status)>;
+/// By who reports, and of which container: nobody's report takes the place of another's.
+type Pending = HashMap<(NodeId, ContainerId), Status>;
 
 /// Collects reports, the latest of each container, and writes them.
 #[derive(Clone, Debug)]
@@ -49,8 +50,8 @@ impl Reports {
                     tracing::warn!(%error, "agents' reports could not be written; trying again");
                     tokio::time::sleep(RETRY).await;
                     let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
-                    for (id, report) in taken {
-                        pending.entry(id).or_insert(report);
+                    for (whose, status) in taken {
+                        pending.entry(whose).or_insert(status);
                     }
                     news.notify_one();
                 }
@@ -63,7 +64,7 @@ impl Reports {
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
         for reported in report.statuses {
             if let Some(status) = reported.status.and_then(convert::observed_status) {
-                pending.insert(ContainerId::from(reported.container_id), (node.clone(), status));
+                pending.insert((node.clone(), ContainerId::from(reported.container_id)), status);
             }
         }
         self.news.notify_one();
@@ -73,11 +74,13 @@ impl Reports {
 /// What of the reports is news: repeating the known costs no log entry.
 fn changes(store: &Store, pending: &Pending) -> Vec<Change> {
     let state = store.view();
-    let is_news = |id: &ContainerId, status: &Status| {
-        state.container(id).is_some_and(|known| known.status != *status && status.state >= known.status.state)
+    let is_news = |node: &NodeId, id: &ContainerId, status: &Status| {
+        state.container(id).is_some_and(|known| {
+            known.node.as_ref() == Some(node) && known.status != *status && status.state >= known.status.state
+        })
     };
-    let news = pending.iter().filter(|(id, (_, status))| is_news(id, status));
-    news.map(|(id, (node, status))| Change::Observe {
+    let news = pending.iter().filter(|((node, id), status)| is_news(node, id, status));
+    news.map(|((node, id), status)| Change::Observe {
         id: id.clone(),
         node: node.clone(),
         status: Box::new(status.clone()),
