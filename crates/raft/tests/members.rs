@@ -4,12 +4,18 @@ use std::{
     collections::HashMap,
     io,
     path::Path,
-    sync::{Arc, Mutex, RwLock},
+    sync::{
+        Arc, Mutex, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use futures::future::BoxFuture;
-use warren_raft::{Files, Freeze, Node, Options, Profile, StateMachine, Transport, TransportError, Unobserved};
+use warren_raft::{
+    Files, Freeze, Node, Observer, Options, Profile, SnapshotOperation, StateMachine, Transport, TransportError,
+    Unobserved,
+};
 
 /// Keeps every command in order, and replies with how many there are.
 #[derive(Clone, Default)]
@@ -34,7 +40,14 @@ impl StateMachine for Journal {
 }
 
 #[derive(Clone, Default)]
-struct Channels(Arc<RwLock<HashMap<String, Node>>>);
+struct Channels {
+    nodes: Arc<RwLock<HashMap<String, Node>>>,
+    /// Whether what is larger than a heartbeat is lost on its way.
+    narrow: Arc<AtomicBool>,
+}
+
+/// Larger than any message without entries.
+const ENTRIES: usize = 4096;
 
 impl Transport for Channels {
     fn call<'a>(
@@ -44,7 +57,10 @@ impl Transport for Channels {
         patience: Duration,
     ) -> BoxFuture<'a, Result<Vec<u8>, TransportError>> {
         Box::pin(async move {
-            let node = self.0.read().expect("no panics").get(address).cloned();
+            if message.len() > ENTRIES && self.narrow.load(Ordering::Relaxed) {
+                return Err(TransportError("too much".to_owned()));
+            }
+            let node = self.nodes.read().expect("no panics").get(address).cloned();
             let node = node.ok_or_else(|| TransportError(format!("{address} is away")))?;
             let answer = tokio::time::timeout(patience.max(Duration::from_secs(1)), node.handle(&message)).await;
             let answer = answer.map_err(|_| TransportError("too late".to_owned()))?;
@@ -93,7 +109,7 @@ async fn three_managers_agree_and_survive_the_loss_of_one() {
             Node::join(&options, files, machine, transport, Arc::new(Unobserved)).await
         };
         let node = node.expect("starts");
-        channels.0.write().expect("no panics").insert(options.address, node.clone());
+        channels.nodes.write().expect("no panics").insert(options.address, node.clone());
         nodes.insert(id, node);
         journals.insert(id, journal);
     }
@@ -109,7 +125,7 @@ async fn three_managers_agree_and_survive_the_loss_of_one() {
     }
     assert!(nodes[&2].propose("refused".to_owned()).await.is_err(), "a follower commits nothing itself");
 
-    channels.0.write().expect("no panics").remove("manager-1");
+    channels.nodes.write().expect("no panics").remove("manager-1");
     nodes[&1].shutdown().await;
     let leader = until("another leads", || {
         [2, 3].into_iter().find(|id| nodes[id].status().is_leader && nodes[id].status().leader == Some(*id))
@@ -138,6 +154,80 @@ async fn who_cannot_be_reached_gets_no_vote() {
     assert!(refused.contains("manager 2 cannot be reached at nowhere"), "{refused}");
     assert_eq!(node.propose("it goes on".to_owned()).await.expect("commits"), "2");
     assert_eq!(node.status().members.iter().filter(|member| member.voter).count(), 1);
+    node.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_far_behind_gets_no_vote_before_they_have_caught_up() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let channels = Channels::default();
+    let start = async |id: u64| {
+        // What is missing comes as entries, not as a snapshot.
+        let options = Options { snapshot_after: 100_000, snapshot_after_bytes: 1 << 30, ..options(id) };
+        let (machine, transport) = (Box::new(Journal::default()), Arc::new(channels.clone()));
+        let files = files(directory.path(), id);
+        let node = if id == 1 {
+            Node::start(&options, files, machine, transport, Arc::new(Unobserved)).await
+        } else {
+            Node::join(&options, files, machine, transport, Arc::new(Unobserved)).await
+        };
+        let node = node.expect("starts");
+        channels.nodes.write().expect("no panics").insert(options.address, node.clone());
+        node
+    };
+    let (leader, newcomer) = (start(1).await, start(2).await);
+    until("it leads", || leader.status().is_leader.then_some(())).await;
+    for i in 0..200 {
+        let _ = leader.propose(format!("{i:01000}")).await.expect("commits");
+    }
+    channels.narrow.store(true, Ordering::Relaxed);
+    let adding = tokio::spawn({
+        let leader = leader.clone();
+        async move { leader.add_voter(2, "manager-2").await }
+    });
+    until("it is heard", || leader.status().answers(2).then_some(())).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let voters = || leader.status().members.iter().filter(|member| member.voter).count();
+    assert_eq!(voters(), 1);
+    assert!(leader.status().lag[&2] >= 200, "{:?}", leader.status().lag);
+    channels.narrow.store(false, Ordering::Relaxed);
+    adding.await.expect("no panic").expect("joins");
+    assert_eq!(voters(), 2);
+    newcomer.shutdown().await;
+    leader.shutdown().await;
+}
+
+/// Counts snapshots.
+#[derive(Debug, Default)]
+struct Snapshots(Mutex<usize>);
+
+impl Observer for Snapshots {
+    fn log_synced(&self, _: Duration) {}
+    fn applied(&self, _: Duration) {}
+    fn snapshot(&self, operation: SnapshotOperation, ok: bool, _took: Duration, _bytes: u64) {
+        if operation == SnapshotOperation::Build && ok {
+            *self.0.lock().expect("no panics") += 1;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_of_few_large_entries_is_large_enough_for_a_snapshot() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let options = Options { snapshot_after: 100_000, snapshot_after_bytes: 1 << 20, ..options(1) };
+    let snapshots = Arc::new(Snapshots::default());
+    let transport = Arc::new(warren_raft::Disconnected);
+    let (files, machine) = (files(directory.path(), 1), Box::new(Journal::default()));
+    let node = Node::start(&options, files, machine, transport, snapshots.clone()).await.expect("starts");
+    until("it leads", || node.status().is_leader.then_some(())).await;
+    let built = || *snapshots.0.lock().expect("no panics");
+    for _ in 0..3 {
+        let _ = node.propose("x".repeat(300 << 10)).await.expect("commits");
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(built(), 0, "less than a MiB");
+    let _ = node.propose("x".repeat(300 << 10)).await.expect("commits");
+    until("it is built", || (built() == 1).then_some(())).await;
     node.shutdown().await;
 }
 

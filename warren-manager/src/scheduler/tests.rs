@@ -71,6 +71,17 @@ fn the_less_loaded_node_is_preferred() {
 }
 
 #[test]
+fn nodes_that_go_down_again_and_again_keep_what_they_have_and_get_no_more() {
+    let mut state = cluster(&[("a", 1000, 1000), ("b", 1000, 1000)]);
+    let unsteady = |node: &NodeId| if node.as_str() == "a" { Health::Unsteady } else { Health::Ready };
+    add(&mut state, "web", 4, NOTHING);
+    assert_eq!(by_node(&plan(&state, unsteady)), BTreeMap::from([("b", 4)]));
+    let all = plan(&state, |_| Health::Unsteady);
+    assert!(all.assignments.is_empty());
+    assert_eq!(all.refusals[0].1, "no suitable node (2 nodes: 2 went down too often lately)");
+}
+
+#[test]
 fn refusals_say_why_in_words() {
     let mut state = cluster(&[("a", 1000, 100), ("b", 100, 1000), ("c", 9000, 9000)]);
     add(&mut state, "web", 1, Amounts { cpu_millis: 500, memory_bytes: 500 });
