@@ -25,6 +25,8 @@ pub(crate) struct Container {
     name: String,
     pub(crate) state: ContainerState,
     stopping: bool,
+    /// Since when it has a process.
+    since: Duration,
 }
 
 impl Container {
@@ -38,10 +40,21 @@ impl Container {
     }
 }
 
+/// A container that ran when its node was told to stop it.
+#[derive(Clone, Debug)]
+pub(crate) struct Told {
+    pub(crate) id: String,
+    pub(crate) slot: (String, u32),
+    /// Since when it had run.
+    pub(crate) since: Duration,
+}
+
 #[derive(Debug, Default)]
 struct Inner {
     containers: BTreeMap<String, Container>,
     unsent: Vec<String>,
+    /// Containers with a process that it was told to stop, and has not told the world of.
+    told_to_stop: Vec<Told>,
     /// The manager it is in a session with, and since when it has had all that it is to run.
     settled: Option<(String, Duration)>,
 }
@@ -97,6 +110,11 @@ impl Agent {
         self.inner().settled.clone()
     }
 
+    /// What it was told to stop since this was asked last.
+    pub(crate) fn told_to_stop(&self) -> Vec<Told> {
+        std::mem::take(&mut self.inner().told_to_stop)
+    }
+
     fn set(&self, id: &str, state: ContainerState) {
         let mut inner = self.inner();
         let Some(container) = inner.containers.get_mut(id) else { return };
@@ -104,6 +122,10 @@ impl Agent {
             return;
         }
         container.state = state;
+        if state == ContainerState::Running {
+            container.since = turmoil::sim_elapsed().unwrap_or_default();
+            self.shared.container_started();
+        }
         let slot = container.slot.clone();
         inner.unsent.push(id.to_owned());
         drop(inner);
@@ -136,6 +158,7 @@ impl Agent {
                 name: assignment.service_name.clone(),
                 state,
                 stopping,
+                since: Duration::ZERO,
             };
             match (runs, known) {
                 (true, None) => self.start(id, new(ContainerState::Starting, false)),
@@ -155,11 +178,18 @@ impl Agent {
 
     /// Of a container that is no longer assigned nothing is left.
     fn forget(&self, id: &str) {
-        self.inner().containers.remove(id);
+        let mut inner = self.inner();
+        if let Some(container) = inner.containers.remove(id) {
+            inner.note_stop(id, &container);
+        }
     }
 
     fn start(&self, id: String, container: Container) {
         self.inner().containers.insert(id.clone(), container);
+        self.go_on_starting(id);
+    }
+
+    fn go_on_starting(&self, id: String) {
         let (agent, takes) = (self.clone(), Duration::from_millis(self.roll(5..200)));
         let fails = self.roll(0..50) == 0;
         let lives = Duration::from_millis(self.roll(100..5000));
@@ -176,9 +206,17 @@ impl Agent {
     }
 
     fn stop(&self, id: String) {
-        if let Some(container) = self.inner().containers.get_mut(&id) {
+        let mut inner = self.inner();
+        if let Some(container) = inner.containers.get_mut(&id) {
+            let before = container.clone();
             container.stopping = true;
+            inner.note_stop(&id, &before);
         }
+        drop(inner);
+        self.go_on_stopping(id);
+    }
+
+    fn go_on_stopping(&self, id: String) {
         let (agent, takes) = (self.clone(), Duration::from_millis(self.roll(5..300)));
         tokio::spawn(async move {
             tokio::time::sleep(takes).await;
@@ -216,13 +254,38 @@ impl Agent {
         inner.unsent.extend(ended);
         inner.settled = None;
     }
+
+    /// Its process has ended, and containers run on.
+    pub(crate) fn stop_agent(&self) {
+        self.inner().settled = None;
+    }
+
+    /// Goes on with what its process was about when it ended.
+    fn adopt(&self) {
+        let containers = self.inner().containers.clone();
+        for (id, container) in containers {
+            match (container.state, container.stopping) {
+                (ContainerState::Starting, false) => self.go_on_starting(id),
+                (ContainerState::Starting | ContainerState::Running, true) => self.go_on_stopping(id),
+                _ => {}
+            }
+        }
+    }
 }
 
-/// Runs some agents until their machine crashes.
+impl Inner {
+    fn note_stop(&mut self, id: &str, container: &Container) {
+        if container.runs() && !container.stopping {
+            self.told_to_stop.push(Told { id: id.to_owned(), slot: container.slot.clone(), since: container.since });
+        }
+    }
+}
+
+/// Runs some agents until their machine crashes, or their processes end.
 pub(crate) async fn run(agents: Vec<Agent>) -> turmoil::Result {
     let mut tasks = tokio::task::JoinSet::new();
     for agent in agents {
-        agent.crash();
+        agent.adopt();
         tasks.spawn(keep(agent));
     }
     while tasks.join_next().await.is_some() {}

@@ -33,6 +33,13 @@ pub(crate) enum Outcome {
     Unknown,
 }
 
+impl Outcome {
+    /// Whether it was answered.
+    pub(crate) fn is_known(self) -> bool {
+        !matches!(self, Self::NotDone | Self::Unknown)
+    }
+}
+
 /// A call of an operator.
 #[derive(Clone, Debug)]
 pub(crate) struct Call {

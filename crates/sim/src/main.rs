@@ -13,7 +13,7 @@ mod shared;
 mod world;
 
 use std::{
-    env,
+    env, panic,
     process::{Command, ExitCode, Output},
     sync::{
         Mutex, PoisonError,
@@ -59,6 +59,11 @@ fn one(seed: u64, quiet: bool) -> ExitCode {
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
     }
     // Whatever was made before the seed was known, as this thread's hash maps, must not matter.
+    let told = panic::take_hook();
+    panic::set_hook(Box::new(move |what| {
+        world::panicked(what);
+        told(what);
+    }));
     let ran =
         thread::Builder::new().name("world".to_owned()).stack_size(16 << 20).spawn(move || world::run(seed, !quiet));
     match ran.map(thread::JoinHandle::join) {

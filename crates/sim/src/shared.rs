@@ -20,6 +20,12 @@ struct Inner {
     members: BTreeSet<u64>,
     calls: Vec<Call>,
     calm: bool,
+    /// Operators that have said all that they had to say.
+    operators_done: u64,
+    /// Containers that have come to run.
+    started: u64,
+    /// What should not have happened.
+    failure: Option<String>,
     /// For who is outside the simulation.
     now: Duration,
     trace: Sha256,
@@ -106,7 +112,32 @@ impl Shared {
         self.inner().calls.clone()
     }
 
-    /// No more faults, and no more changes by operators.
+    pub(crate) fn operator_is_done(&self) {
+        self.inner().operators_done += 1;
+    }
+
+    pub(crate) fn operators_done(&self) -> u64 {
+        self.inner().operators_done
+    }
+
+    pub(crate) fn container_started(&self) {
+        self.inner().started += 1;
+    }
+
+    pub(crate) fn started(&self) -> u64 {
+        self.inner().started
+    }
+
+    /// Ends the run: this should not have happened.
+    pub(crate) fn fail(&self, why: String) {
+        self.inner().failure.get_or_insert(why);
+    }
+
+    pub(crate) fn failure(&self) -> Option<String> {
+        self.inner().failure.clone()
+    }
+
+    /// No more faults, and no more than a few calls of operators.
     pub(crate) fn calm(&self) {
         self.inner().calm = true;
     }

@@ -2,8 +2,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    panic::PanicHookInfo,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
@@ -12,12 +13,12 @@ use std::{
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng, seq::IndexedRandom as _};
 use sha2::{Digest as _, Sha256};
 use turmoil::Sim;
-use warren_manager::state::{ContainerState, Mode, State};
+use warren_manager::state::{ContainerState, Desired, Mode, State};
 
 use crate::{
     agent::{self, Agent},
     disk::Disk,
-    history,
+    history::{self, Call, Operation, Outcome},
     manager::{self, Hardware},
     operator,
     shared::Shared,
@@ -38,6 +39,16 @@ const CALM: Duration = Duration::from_secs(90);
 const DISK: Duration = Duration::from_millis(5);
 /// An agent that has been in its session for this long has done what it was told at first.
 const SETTLED: Duration = Duration::from_secs(2);
+/// How long a container may run on after the leader has decided that it is to end, while nothing keeps its node from being told.
+const LEAVES: Duration = Duration::from_secs(3);
+/// Within this everybody has noticed that links are whole again.
+const NOTICED: Duration = Duration::from_secs(3);
+/// Within this what went wrong before has been put right.
+const MENDED: Duration = Duration::from_secs(6);
+/// An agent that is without a session for no longer is well: what runs on it stays there, whoever leads.
+const GAP: Duration = Duration::from_millis(1500);
+/// What consensus says when it stops because a disk is full.
+const FULL: &str = "no storage space";
 /// Every so many revisions the states of managers are compared byte by byte.
 const COMPARED: u64 = 5;
 
@@ -54,6 +65,34 @@ struct World<'a> {
     seen: BTreeMap<u64, u64>,
     /// Which manager has been hearing which agents without a break, and since when.
     heard: BTreeMap<String, (u64, Duration)>,
+    /// Which agents have been in a session with whoever led, without a break that matters: since when, and until when.
+    well: BTreeMap<String, (Duration, Duration)>,
+    /// Which slots of which services the leader wants: since when, and until when.
+    wanted: BTreeMap<(String, u32), (Duration, Duration)>,
+    /// Until when the leader wanted which containers to run.
+    kept: BTreeMap<String, Duration>,
+    /// Since when no link has been cut, nor might be.
+    whole: Option<Duration>,
+    fails: bool,
+    /// Whether links are cut at all in this run: where they are not, agents are well for longer.
+    cuts: bool,
+}
+
+/// What has panicked, in whatever task.
+static PANICKED: OnceLock<String> = OnceLock::new();
+
+/// Notes that something has panicked, which ends the run.
+pub(crate) fn panicked(what: &PanicHookInfo<'_>) {
+    let _ = PANICKED.set(what.to_string());
+}
+
+/// Makes a stretch of time longer until now; one that has ended long ago begins again.
+fn prolong<K: Ord>(times: &mut BTreeMap<K, (Duration, Duration)>, key: K, now: Duration, gap: Duration) {
+    let (since, until) = times.entry(key).or_insert((now, now));
+    if now > *until + gap {
+        *since = now;
+    }
+    *until = now;
 }
 
 fn machine(number: usize) -> String {
@@ -69,6 +108,7 @@ fn digest(state: &State) -> Result<String, String> {
 pub(crate) fn run(seed: u64, says: bool) -> Result<String, String> {
     let mut dice = SmallRng::seed_from_u64(seed);
     let managers = if dice.random_bool(0.5) { 3 } else { 5 };
+    let cuts = dice.random_bool(0.7);
     let shared = Shared::new((1..=managers).collect(), says);
     let mut sim = turmoil::Builder::new()
         .rng_seed(seed)
@@ -111,19 +151,33 @@ pub(crate) fn run(seed: u64, says: bool) -> Result<String, String> {
         digests: BTreeMap::new(),
         seen: BTreeMap::new(),
         heard: BTreeMap::new(),
+        well: BTreeMap::new(),
+        wanted: BTreeMap::new(),
+        kept: BTreeMap::new(),
+        whole: Some(Duration::ZERO),
+        fails: false,
+        cuts,
     };
     world.live(SETTLE)?;
     let end = world.sim.elapsed() + FAULTS;
     while world.sim.elapsed() < end {
-        world.go_wrong();
+        world.go_wrong()?;
         let pause = Duration::from_millis(world.dice.random_range(100..1500));
         world.live(pause)?;
     }
-    world.heal();
+    world.heal()?;
     world.converge()?;
-    history::check(&world.shared.calls())?;
-    let calls = world.shared.calls().len();
-    world.shared.trace(format!("{calls} calls of operators can be put in an order"));
+    let mut calls = world.shared.calls();
+    let (asked, answered) = (calls.len(), calls.iter().filter(|call| call.outcome.is_known()).count());
+    // What is there in the end is what was acknowledged.
+    calls.extend(world.last_look());
+    history::check(&calls)?;
+    world.shared.trace(format!("{asked} calls of operators, {answered} answered, can be put in an order"));
+    let started = world.shared.started();
+    world.shared.trace(format!("{started} containers were started"));
+    if started == 0 {
+        return Err("no container ever ran".to_owned());
+    }
     Ok(world.shared.digest())
 }
 
@@ -134,6 +188,10 @@ impl World<'_> {
         while self.sim.elapsed() < end {
             self.sim.step().map_err(|error| format!("a machine failed: {error}"))?;
             self.shared.set_now(self.sim.elapsed());
+            if let Some(what) = PANICKED.get() {
+                return Err(what.clone());
+            }
+            self.shared.failure().map_or(Ok(()), Err)?;
             self.check().map_err(|why| format!("after {:.3} s: {why}", self.sim.elapsed().as_secs_f64()))?;
         }
         Ok(())
@@ -176,7 +234,55 @@ impl World<'_> {
                 self.heard.insert(agent.id.clone(), (leader, now));
             }
         }
-        self.check_slots(leader)
+        self.note_what_is_wanted(leader);
+        self.check_slots(leader)?;
+        self.check_stays(leader)
+    }
+
+    fn note_what_is_wanted(&mut self, leader: u64) {
+        let now = self.sim.elapsed();
+        let managers = self.shared.managers();
+        let Some(running) = managers.get(&leader) else { return };
+        let state = running.state.borrow();
+        for container in state.containers() {
+            if container.desired == Desired::Running {
+                self.kept.insert(container.id.to_string(), now);
+            }
+        }
+        for service in state.services() {
+            let Mode::Replicated(replicas) = service.spec.mode else { continue };
+            for slot in 1..=replicas {
+                prolong(&mut self.wanted, (service.id.to_string(), slot), now, TICK * 2);
+            }
+        }
+    }
+
+    /// No agent that is well is told to stop a container that is wanted: not when managers restart, nor when another leads.
+    fn check_stays(&mut self, leader: u64) -> Result<(), String> {
+        let now = self.sim.elapsed();
+        let leader = manager::name(leader);
+        // By what is lost on the way to a manager an agent is not well, and does not know.
+        let hears = self.whole.is_some_and(|whole| now > whole + NOTICED);
+        for agent in &self.agents {
+            if hears && agent.settled().is_some_and(|(manager, _)| manager == leader) {
+                prolong(&mut self.well, agent.id.clone(), now, GAP);
+            }
+            let Some((since, until)) = self.well.get(&agent.id).copied() else { continue };
+            for told in agent.told_to_stop() {
+                let wanted = self.wanted.get(&told.slot).copied();
+                let was_wanted =
+                    wanted.is_some_and(|(first, last)| now.saturating_sub(last) <= TICK && now >= first + MENDED);
+                let was_well = now <= until + GAP && now >= since + MENDED && now >= told.since + MENDED;
+                if was_wanted && was_well {
+                    let (service, slot) = told.slot;
+                    return Err(format!(
+                        "{} is well, and was told to stop {}, slot {slot} of service {service}",
+                        agent.id, told.id
+                    ));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// No two containers have the same port of a node, nor the same exclusive volume, whoever knows of them.
@@ -195,7 +301,7 @@ impl World<'_> {
         Ok(())
     }
 
-    /// No two containers have the same slot on nodes that the leader reaches.
+    /// No two containers have the same slot on nodes that the leader reaches, and none that is to end is there for long.
     fn check_slots(&self, leader: u64) -> Result<(), String> {
         let mut slots = BTreeMap::new();
         for agent in &self.agents {
@@ -206,6 +312,12 @@ impl World<'_> {
                 continue;
             }
             for (slot, id) in agent.running() {
+                let kept = self.kept.get(&id).copied().unwrap_or_default();
+                let told = self.whole.map(|whole| kept.max(since).max(*heard).max(whole + NOTICED) + LEAVES);
+                if told.is_some_and(|told| self.sim.elapsed() > told) {
+                    let node = &agent.id;
+                    return Err(format!("{id} on {node} is to end, and runs on"));
+                }
                 if let Some((node, other)) = slots.insert(slot.clone(), (agent.id.clone(), id.clone())) {
                     let (service, number) = slot;
                     return Err(format!(
@@ -245,6 +357,16 @@ impl World<'_> {
         }
     }
 
+    /// The processes of a machine's agents end; its containers do not.
+    fn stop_agents(&mut self, number: usize) {
+        let name = machine(number);
+        if self.crashed.insert(name.clone()) {
+            self.shared.trace(format!("the agents on {name} end"));
+            self.sim.crash(name.as_str());
+            self.agents.iter().skip(number).step_by(AGENT_MACHINES).for_each(Agent::stop_agent);
+        }
+    }
+
     fn restart(&mut self, name: String) {
         self.crashed.remove(&name);
         self.shared.trace(format!("{name} starts"));
@@ -263,8 +385,8 @@ impl World<'_> {
         names.into_iter().partition(|_| dice.random_bool(share))
     }
 
-    fn go_wrong(&mut self) {
-        match self.dice.random_range(0..16) {
+    fn go_wrong(&mut self) -> Result<(), String> {
+        match self.dice.random_range(0..17) {
             0..3 => {
                 let id = self.any_manager();
                 self.crash(manager::name(id));
@@ -275,9 +397,11 @@ impl World<'_> {
                     self.restart(name.clone());
                 }
             }
+            6 | 7 | 14 if !self.cuts => {}
             6 => {
                 let (one, other) = self.sides();
                 self.shared.trace(format!("a partition: {one:?}"));
+                self.whole = None;
                 for a in &one {
                     for b in &other {
                         self.sim.partition(a.as_str(), b.as_str());
@@ -289,6 +413,7 @@ impl World<'_> {
                 let one = [manager::name(id)];
                 let others: Vec<String> = self.names().into_iter().filter(|name| *name != one[0]).collect();
                 let to_it = self.dice.random_bool(0.5);
+                self.whole = None;
                 self.shared.trace(format!("nothing goes {} {}", if to_it { "to" } else { "from" }, one[0]));
                 for other in &others {
                     let (from, to) = if to_it { (other, &one[0]) } else { (&one[0], other) };
@@ -323,25 +448,31 @@ impl World<'_> {
                 self.crash(machine(number));
             }
             14 => {
-                let rate = if self.dice.random_bool(0.5) { 0.002 } else { 0.0 };
+                self.fails = self.dice.random_bool(0.5);
+                let rate = if self.fails { 0.002 } else { 0.0 };
                 self.shared.trace(format!("links fail at {rate}"));
                 self.sim.set_fail_rate(rate);
+                if self.fails {
+                    self.whole = None;
+                }
+            }
+            15 => {
+                let number = self.dice.random_range(0..AGENT_MACHINES);
+                self.stop_agents(number);
             }
             _ => self.change_members(),
         }
-        self.restart_stopped();
+        self.restart_stopped()
     }
 
-    /// A manager whose consensus has stopped says so in its health: whoever looks after processes starts it anew.
-    fn restart_stopped(&mut self) {
-        let stopped: Vec<u64> = self
-            .shared
-            .managers()
-            .into_iter()
-            .filter(|(_, running)| running.raft.status().failure.is_some())
-            .map(|(id, _)| id)
-            .collect();
-        for id in stopped {
+    /// A manager whose consensus has stopped says so in its health: whoever looks after processes starts it anew. A full disk is the only
+    /// reason that there is.
+    fn restart_stopped(&mut self) -> Result<(), String> {
+        for (id, running) in self.shared.managers() {
+            let Some(why) = running.raft.status().failure else { continue };
+            if !why.contains(FULL) {
+                return Err(format!("{} has stopped: {why}", manager::name(id)));
+            }
             self.crash(manager::name(id));
         }
         for id in 1..=MANAGERS {
@@ -351,10 +482,14 @@ impl World<'_> {
                 self.crashed.insert(name);
             }
         }
+        Ok(())
     }
 
     fn repair(&mut self) {
         self.shared.trace("links are repaired".to_owned());
+        if !self.fails {
+            self.whole = Some(self.sim.elapsed());
+        }
         let names = self.names();
         for (at, a) in names.iter().enumerate() {
             for b in &names[at + 1..] {
@@ -378,10 +513,11 @@ impl World<'_> {
     }
 
     /// Nothing goes wrong any more.
-    fn heal(&mut self) {
+    fn heal(&mut self) -> Result<(), String> {
         self.shared.trace("all is well again".to_owned());
         self.shared.calm();
         self.sim.set_fail_rate(0.0);
+        self.fails = false;
         self.repair();
         let hardware: Vec<Hardware> = self.hardware.values().cloned().collect();
         for own in hardware {
@@ -389,11 +525,7 @@ impl World<'_> {
             own.disk.set_latency(DISK);
             own.skew.store(0, Ordering::Relaxed);
         }
-        self.restart_stopped();
-        let crashed: Vec<String> = self.crashed.iter().cloned().collect();
-        for name in crashed {
-            self.restart(name);
-        }
+        self.restart_again()
     }
 
     /// Waits until everything is as operators want it.
@@ -407,21 +539,44 @@ impl World<'_> {
                     return Ok(());
                 }
                 Err(why) if self.sim.elapsed() >= end => return Err(format!("not well again after {CALM:?}: {why}")),
-                Err(_) => self.restart_again(),
+                Err(_) => self.restart_again()?,
             }
         }
     }
 
     /// What could not start, or has stopped, while links were still down is started again.
-    fn restart_again(&mut self) {
-        self.restart_stopped();
+    fn restart_again(&mut self) -> Result<(), String> {
+        self.restart_stopped()?;
         let crashed: Vec<String> = self.crashed.iter().cloned().collect();
         for name in crashed {
             self.restart(name);
         }
+        Ok(())
+    }
+
+    /// What every manager knows of the services in the end, as answers to a last question.
+    fn last_look(&self) -> Vec<Call> {
+        let now = self.sim.elapsed();
+        let (managers, members) = (self.shared.managers(), self.shared.members());
+        let Some(running) = members.iter().find_map(|id| managers.get(id)) else { return Vec::new() };
+        let state = running.state.borrow();
+        let look = |key: String| {
+            let service = state.services().find(|service| service.spec.name.as_str() == key);
+            let outcome = match service.map(|service| &service.spec.mode) {
+                Some(Mode::Replicated(replicas)) => Outcome::Read(Some(*replicas)),
+                Some(Mode::Global) => Outcome::Unknown,
+                None => Outcome::Absent,
+            };
+            Call { key, operation: Operation::Read, outcome, called: now, returned: now }
+        };
+        operator::services().map(look).collect()
     }
 
     fn is_converged(&self) -> Result<(), String> {
+        let done = self.shared.operators_done();
+        if done < OPERATORS {
+            return Err(format!("{done} of {OPERATORS} operators were answered"));
+        }
         let managers = self.shared.managers();
         let members = self.shared.members();
         let mut states = Vec::new();
@@ -444,9 +599,16 @@ impl World<'_> {
                 return Err(format!("managers {first} and {id} differ"));
             }
         }
+        // What waits for a volume that another service's container has waits for long.
+        let volumes: BTreeSet<String> =
+            self.agents.iter().flat_map(Agent::services).filter_map(|service| operator::volume(&service)).collect();
         let mut wanted = BTreeMap::new();
+        let mut waiting = BTreeSet::new();
         for service in state.services() {
             let Mode::Replicated(replicas) = service.spec.mode else { continue };
+            if operator::volume(service.spec.name.as_str()).is_some_and(|volume| volumes.contains(&volume)) {
+                waiting.insert(service.id.to_string());
+            }
             for slot in 1..=replicas {
                 wanted.insert((service.id.to_string(), slot), None::<String>);
             }
@@ -459,7 +621,8 @@ impl World<'_> {
                 }
             }
         }
-        if let Some((slot, _)) = wanted.iter().find(|(_, held)| held.is_none()) {
+        if let Some((slot, _)) = wanted.iter().find(|((service, _), held)| held.is_none() && !waiting.contains(service))
+        {
             return Err(format!("slot {slot:?} has no container"));
         }
         for container in state.containers() {
