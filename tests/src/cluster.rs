@@ -1,6 +1,6 @@
 //! Several managers of one cluster, each a process of its own.
 
-use std::{path::PathBuf, process::Command, time::Duration};
+use std::{collections::BTreeSet, path::PathBuf, process::Command, time::Duration};
 
 use serde_json::Value;
 
@@ -99,6 +99,17 @@ impl Manager {
     /// Stops it.
     pub fn stop(&mut self) {
         let _ = self.process.take().expect("it runs").terminate();
+    }
+
+    /// The names of the services that it has on its disk, itself. It must not run.
+    ///
+    /// # Panics
+    ///
+    /// When what is there cannot be read.
+    #[must_use]
+    pub fn services_on_disk(&self) -> BTreeSet<String> {
+        let found = warren_manager::backup::survey(&self.directory.join("manager")).expect("readable");
+        found.state().services().map(|service| service.spec.name.to_string()).collect()
     }
 
     /// What it wrote so far.

@@ -3,7 +3,6 @@
 
 use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
-use serde_json::Value;
 use warren_tests::{
     Hosts, Load, Process, WELL_BEHAVED, World,
     cluster::{self, Manager, all_vote, follows, leader},
@@ -15,38 +14,45 @@ const CLIENTS: usize = 4;
 const BETWEEN: usize = 40;
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Three managers and a node, each on a machine of its own.
+/// Three managers and two nodes, each on a machine of its own.
 struct Cluster {
     managers: Vec<Manager>,
-    agent: Option<Process>,
+    agents: Vec<Process>,
     hosts: Hosts,
     world: World,
 }
 
-/// The node's machine.
-const NODE: usize = 3;
+/// The nodes' machines.
+const NODES: [usize; 2] = [3, 4];
 
 impl Cluster {
     fn new(name: &str) -> Self {
         let world = World::empty(name);
-        let hosts = Hosts::new(&world, 4);
+        let hosts = Hosts::new(&world, 5);
         let world = world.and_containerd();
         let manager = |at: usize| Manager::at(&world, &format!("m{at}"), &Hosts::address(at), Some(hosts.name(at)));
         let mut managers: Vec<_> = (0..3).map(manager).collect();
         let token = cluster::found(&mut managers);
-        let place = world.path("node").display().to_string();
-        let mut join = World::binary("warren");
-        join.args(["cluster", "join", "--token", &token, &managers[0].address(), "--data-dir", &place]);
-        let mut inside = std::process::Command::new("nsenter");
-        inside.arg(format!("--net=/run/netns/{}", hosts.name(NODE))).arg(join.get_program()).args(join.get_args());
-        let _ = World::run(&mut inside).succeeded();
-        let agent = Some(start_agent(&world, &hosts));
-        let cluster = Self { managers, agent, hosts, world };
-        until_within(PATIENCE, "the node is ready", || {
-            cluster.managers[0].warren(&["node", "ls"]).stdout.contains("ready").then_some(())
-        });
-        let create = ["service", "create", "web", "--image", image_name(), "--replicas", "3", "--wait", "--"];
-        let _ = cluster.managers[0].warren(&[&create[..], &["sh", "-c", WELL_BEHAVED]].concat()).succeeded();
+        for at in NODES {
+            let place = world.path(&node(at)).display().to_string();
+            let mut join = World::binary("warren");
+            join.args(["cluster", "join", "--token", &token, &managers[0].address(), "--data-dir", &place]);
+            let mut inside = std::process::Command::new("nsenter");
+            inside.arg(format!("--net=/run/netns/{}", hosts.name(at))).arg(join.get_program()).args(join.get_args());
+            let _ = World::run(&mut inside).succeeded();
+        }
+        let agents = NODES.map(|at| start_agent(&world, &hosts, at)).into();
+        let cluster = Self { managers, agents, hosts, world };
+        cluster.nodes_are("ready", NODES.len());
+        for (name, more) in [("web", &[][..]), ("kept", &["--lost-after", "10m"])] {
+            let create = ["service", "create", name, "--image", image_name(), "--replicas", "4", "--wait"];
+            let create = [&create[..], more, &["--", "sh", "-c", WELL_BEHAVED]].concat();
+            let _ = cluster.managers[0].warren(&create).succeeded();
+        }
+        // Both have something that could go to the other.
+        for at in NODES {
+            assert_eq!(cluster.tasks_of(at).len(), 4, "{:?}", cluster.tasks());
+        }
         cluster
     }
 
@@ -54,12 +60,31 @@ impl Cluster {
         Load::start(CLIENTS, &self.managers.iter().map(Manager::socket).collect::<Vec<_>>())
     }
 
-    /// The node's containers as containerd has them: ids and process ids.
-    fn tasks(&self) -> Vec<String> {
-        let listed = self.world.ctr_of("node", &["tasks", "ls"]).succeeded();
+    fn nodes_are(&self, status: &str, count: usize) {
+        until_within(PATIENCE, &format!("{count} nodes are {status}"), || {
+            let nodes = self.managers[0].warren(&["node", "ls"]).stdout;
+            (nodes.matches(status).count() == count).then_some(())
+        });
+    }
+
+    /// A node's containers as containerd has them: ids and process ids.
+    fn tasks_of(&self, at: usize) -> Vec<String> {
+        let listed = self.world.ctr_of(&node(at), &["tasks", "ls"]).succeeded();
         let mut tasks: Vec<_> = listed.lines().skip(1).map(str::to_owned).collect();
         tasks.sort();
         tasks
+    }
+
+    /// All nodes' containers.
+    fn tasks(&self) -> [Vec<String>; 2] {
+        NODES.map(|at| self.tasks_of(at))
+    }
+
+    /// How far behind one manager is, as another exports it.
+    fn lag(&self, exporter: usize, behind: usize) -> Option<f64> {
+        let line = format!("warren_raft_replication_lag_entries{{peer=\"{}\"}} ", self.managers[behind].id());
+        let metrics = self.metrics(exporter);
+        metrics.lines().find_map(|shown| shown.strip_prefix(&line)?.parse().ok())
     }
 
     /// What a manager exports.
@@ -70,24 +95,30 @@ impl Cluster {
     }
 }
 
-/// Every manager has everything that was acknowledged.
-fn has_all(managers: &[Manager], acknowledged: &BTreeSet<String>) {
+/// Every manager has everything that was acknowledged, on a disk of its own, when all of them are killed.
+fn has_all(managers: &mut [Manager], acknowledged: &BTreeSet<String>) {
     assert!(acknowledged.len() >= BETWEEN, "only {} writes", acknowledged.len());
-    for manager in managers {
+    for manager in &*managers {
         until_within(PATIENCE, "it has caught up", || manager.has_caught_up().then_some(()));
-        let listed = manager.warren(&["service", "ls", "--format", "json"]).succeeded();
-        let listed: Vec<Value> = serde_json::from_str(&listed).expect("a list");
-        let names: BTreeSet<_> =
-            listed.iter().map(|service| service["spec"]["name"].as_str().expect("a name").to_owned()).collect();
+    }
+    for manager in &mut *managers {
+        manager.kill();
+    }
+    for manager in managers {
+        let names = manager.services_on_disk();
         let lost: Vec<_> = acknowledged.difference(&names).collect();
         assert!(lost.is_empty(), "of {} acknowledged writes {} are lost: {lost:?}", acknowledged.len(), lost.len());
     }
 }
 
-fn start_agent(world: &World, hosts: &Hosts) -> Process {
-    let place = world.path("node/agent").display().to_string();
-    let address = Hosts::address(NODE);
-    world.start_other_agent("node", hosts.name(NODE), &["--data-dir", &place, "--advertise-addr", &address])
+fn node(at: usize) -> String {
+    format!("node-{at}")
+}
+
+fn start_agent(world: &World, hosts: &Hosts, at: usize) -> Process {
+    let place = world.path(&format!("{}/agent", node(at))).display().to_string();
+    let address = Hosts::address(at);
+    world.start_other_agent(&node(at), hosts.name(at), &["--data-dir", &place, "--advertise-addr", &address])
 }
 
 /// Waits until so many more writes were acknowledged.
@@ -100,7 +131,6 @@ fn more(load: &Load) {
 fn the_leader_is_killed_again_and_again_under_load() {
     let mut cluster = Cluster::new("killed");
     let before = cluster.tasks();
-    assert_eq!(before.len(), 3);
     let load = cluster.load();
     for _ in 0..4 {
         more(&load);
@@ -112,13 +142,14 @@ fn the_leader_is_killed_again_and_again_under_load() {
     }
     let (acknowledged, longest) = load.stop();
     eprintln!("{} writes; the longest time without one was {longest:?}", acknowledged.len());
-    has_all(&cluster.managers, &acknowledged);
+    assert_eq!(cluster.tasks(), before);
+    has_all(&mut cluster.managers, &acknowledged);
     assert_eq!(cluster.tasks(), before);
 }
 
 #[test]
 fn managers_and_nodes_are_cut_off_and_come_back() {
-    let cluster = Cluster::new("cut");
+    let mut cluster = Cluster::new("cut");
     let before = cluster.tasks();
     let load = cluster.load();
     more(&load);
@@ -133,41 +164,56 @@ fn managers_and_nodes_are_cut_off_and_come_back() {
     // Nor does it go on saying that it leads, and what the cluster has: another says so by now.
     until_within(PATIENCE, "it knows that it does not lead", || {
         let metrics = cluster.metrics(led);
-        let is_over = ["\nwarren_raft_is_leader 0\n", "\nwarren_services_total 0\n"];
+        let is_over = ["\nwarren_raft_is_leader 0\n", "\nwarren_services_total 0\n", "\nwarren_raft_quorum_ok 0\n"];
         is_over.iter().all(|line| metrics.contains(line)).then_some(())
     });
     cluster.hosts.heal();
     follows(&cluster.managers, led);
     // A follower.
-    let follower = (leader(&cluster.managers) + 1) % 3;
+    let led = leader(&cluster.managers);
+    let follower = (led + 1) % 3;
+    assert!(cluster.metrics(led).contains("\nwarren_raft_quorum_ok 1\n"));
     cluster.hosts.cut_off(follower);
     more(&load);
     assert_eq!(cluster.managers[follower].warren(&["service", "ls"]).code, 4);
+    // The leader says how far behind it is; of the other one it is not.
+    let lag = cluster.lag(led, follower).expect("of a follower");
+    assert!(lag >= BETWEEN as f64, "{lag}");
+    assert!(cluster.lag(led, (led + 2) % 3).is_some_and(|other| other < lag));
     cluster.hosts.heal();
     follows(&cluster.managers, follower);
-    // The node, for long enough to be down: its containers go on, and are the same when it is back.
-    cluster.hosts.cut_off(NODE);
-    until_within(PATIENCE, "it is down", || {
-        cluster.managers[0].warren(&["node", "ls"]).stdout.contains("down").then_some(())
+    until_within(PATIENCE, "it is as near as the other", || {
+        cluster.lag(leader(&cluster.managers), follower).filter(|lag| *lag < BETWEEN as f64)
     });
-    more(&load);
+    // Whoever led, and however often that changed: nothing that runs was touched.
     assert_eq!(cluster.tasks(), before);
+    // A node, for long enough to be down: its containers go on. Of those that are not kept others do their work, and when it is
+    // back they end.
+    let (lost, other) = (NODES[0], NODES[1]);
+    let kept: BTreeSet<_> = cluster.managers[0].running("kept").into_iter().collect();
+    cluster.hosts.cut_off(lost);
+    cluster.nodes_are("down", 1);
+    until_within(PATIENCE, "web runs elsewhere", || (cluster.tasks_of(other).len() == 6).then_some(()));
+    more(&load);
+    assert_eq!(cluster.tasks_of(lost), before[0]);
     cluster.hosts.heal();
-    until_within(PATIENCE, "it is back", || {
-        cluster.managers[0].warren(&["node", "ls"]).stdout.contains("ready").then_some(())
-    });
+    cluster.nodes_are("ready", 2);
+    until_within(PATIENCE, "what was replaced has ended", || (cluster.tasks_of(lost).len() == 2).then_some(()));
+    assert_eq!(cluster.managers[0].running("kept").into_iter().collect::<BTreeSet<_>>(), kept);
+    let before = cluster.tasks();
+    assert!(before[0].iter().all(|task| kept.iter().any(|(id, _)| task.starts_with(id))), "{before:?} {kept:?}");
     // All of them, from everybody.
-    (0..4).for_each(|at| ip_down(&cluster.hosts, at));
+    (0..5).for_each(|at| ip_down(&cluster.hosts, at));
     until_within(PATIENCE, "nobody decides", || {
         cluster.managers.iter().all(|manager| manager.warren(&["service", "ls"]).code == 4).then_some(())
     });
-    (0..4).for_each(|at| ip_up(&cluster.hosts, at));
+    (0..5).for_each(|at| ip_up(&cluster.hosts, at));
     more(&load);
     let (acknowledged, longest) = load.stop();
     eprintln!("{} writes; the longest time without one was {longest:?}", acknowledged.len());
-    has_all(&cluster.managers, &acknowledged);
     assert_eq!(cluster.tasks(), before);
-    assert_eq!(cluster.managers[0].running("web").len(), 3);
+    assert_eq!(cluster.managers[0].running("web").len(), 4);
+    has_all(&mut cluster.managers, &acknowledged);
 }
 
 fn ip_down(hosts: &Hosts, at: usize) {
@@ -205,7 +251,7 @@ fn five_managers_are_split_in_two_and_three() {
     }
     let (acknowledged, longest) = load.stop();
     eprintln!("{} writes; the longest time without one was {longest:?}", acknowledged.len());
-    has_all(&managers, &acknowledged);
+    has_all(&mut managers, &acknowledged);
 }
 
 #[test]
@@ -220,19 +266,22 @@ fn everything_is_restarted_one_after_the_other_under_load() {
         cluster.managers[at].start();
         follows(&cluster.managers, at);
     }
-    let _ = cluster.agent.take().expect("it runs").terminate();
-    let agent = start_agent(&cluster.world, &cluster.hosts);
-    until_within(PATIENCE, "the node is in session again", || {
-        let log = agent.log();
-        (log.matches("in session with the manager").count() >= 2).then_some(())
-    });
-    more(&load);
+    for at in NODES {
+        let _ = cluster.agents.remove(0).terminate();
+        let agent = start_agent(&cluster.world, &cluster.hosts, at);
+        until_within(PATIENCE, "the node is in session again", || {
+            let log = agent.log();
+            (log.matches("in session with the manager").count() >= 2).then_some(())
+        });
+        cluster.agents.push(agent);
+        more(&load);
+    }
     let (acknowledged, longest) = load.stop();
     eprintln!("{} writes; the longest time without one was {longest:?}", acknowledged.len());
-    has_all(&cluster.managers, &acknowledged);
     all_vote(&cluster.managers);
     assert_eq!(cluster.tasks(), before);
-    let _ = agent.terminate();
+    has_all(&mut cluster.managers, &acknowledged);
+    assert_eq!(cluster.tasks(), before);
 }
 
 /// A small disk, unmounted with the value.
@@ -298,6 +347,6 @@ fn a_full_disk_stops_one_manager_and_nothing_else() {
     more(&load);
     let (acknowledged, longest) = load.stop();
     eprintln!("{} writes; the longest time without one was {longest:?}", acknowledged.len());
-    has_all(&managers, &acknowledged);
+    has_all(&mut managers, &acknowledged);
     drop(managers);
 }

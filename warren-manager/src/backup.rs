@@ -228,6 +228,12 @@ pub fn survey(directory: &Path) -> Result<Survivor, Error> {
 }
 
 impl Survivor {
+    /// The state that its log and snapshots are of.
+    #[must_use]
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
     /// Whether it is the whole cluster already.
     #[must_use]
     pub fn is_alone(&self) -> bool {
