@@ -6,10 +6,15 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use warren_pki::{Credentials, Role};
+
+use crate::formation::IDENTITY;
 
 /// The layout that this version writes, and the oldest that it reads.
 const FORMAT: u32 = 5;
 const OLDEST_FORMAT: u32 = 3;
+/// The first whose certificates have a checksum.
+const CHECKED_FORMAT: u32 = 4;
 const FILE: &str = "manager.json";
 /// Holds the log and its snapshots.
 pub(crate) const RAFT: &str = "raft";
@@ -81,6 +86,10 @@ pub(crate) fn open(directory: &Path) -> Result<Option<Identity>, Error> {
                 return Err(Error::Format { directory: directory.to_owned(), found: format });
             }
             let identity: Identity = serde_json::from_slice(&bytes).map_err(damaged)?;
+            if format < CHECKED_FORMAT {
+                let path = directory.join(IDENTITY);
+                Credentials::complete(&path).map_err(|error| Error::Damaged { path, why: error.to_string() })?;
+            }
             if format != FORMAT {
                 // What is written from now on, an older version must not take for its own.
                 write(directory, &Identity { format: FORMAT, ..identity.clone() })?;
@@ -97,6 +106,20 @@ pub(crate) fn open(directory: &Path) -> Result<Option<Identity>, Error> {
         },
         Err(error) => Err(io_error(error)),
     }
+}
+
+/// Checks that the directory and the certificate in it are the same manager's.
+///
+/// # Errors
+///
+/// When they are not: one of them is damaged, or from elsewhere.
+pub(crate) fn check_owner(directory: &Path, id: u64, credentials: &Credentials) -> Result<(), Error> {
+    let owner = credentials.identity();
+    if (owner.role, owner.id.as_str()) == (Role::Manager, id.to_string().as_str()) {
+        return Ok(());
+    }
+    let why = format!("it says manager {id}, and the certificate in {IDENTITY} beside it is of {owner}");
+    Err(Error::Damaged { path: directory.join(FILE), why })
 }
 
 /// Whose directory it is, if that can be read.

@@ -201,6 +201,7 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
 
     let credentials = Credentials::load(&options.data_dir.join(formation::IDENTITY))?;
     let credentials = credentials.ok_or_else(|| Error::NoIdentity(options.data_dir.clone()))?;
+    data_dir::check_owner(&options.data_dir, id, &credentials)?;
     let (peers, own) = (Peers::new(credentials.clone()), credentials.clone());
     let settings = core::Settings {
         id,

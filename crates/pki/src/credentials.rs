@@ -115,10 +115,28 @@ impl Credentials {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(Error::File { path: named(), source }),
         };
-        let checked = check(&text)
-            .ok_or_else(|| Error::Damaged { path: named(), why: "its checksum does not match".to_owned() })?;
+        let checked = check(&text).ok_or_else(|| Error::Damaged {
+            path: named(),
+            why: "its checksum is missing, or does not match".to_owned(),
+        })?;
         let material = read(checked).map_err(|error| Error::Damaged { path: named(), why: error.to_string() })?;
         Ok(Some(Self(Arc::new(ArcSwap::from_pointee(material)))))
+    }
+
+    /// Gives those that are kept in `directory` a checksum, if they are of a version that gave them none.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be read or written.
+    pub fn complete(directory: &Path) -> Result<(), Error> {
+        let path = directory.join(FILE);
+        match fs::read_to_string(&path) {
+            Ok(text) if !text.contains(CHECKSUM) => write(&path, &text),
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::File { path: path.display().to_string(), source })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Removes those that are kept in `directory`.
@@ -177,19 +195,23 @@ pub fn authorities_digest(authorities: &str) -> String {
 /// Before the file's SHA-256, in its last line.
 const CHECKSUM: &str = "SHA-256 ";
 
-/// What a file says, if it is whole. One of the version before says nothing of that.
+/// What a file says, if it is whole.
 fn check(text: &str) -> Option<&str> {
-    let Some((said, sum)) = text.split_once(CHECKSUM) else { return Some(text) };
+    let (said, sum) = text.split_once(CHECKSUM)?;
     (HEXLOWER.encode(&Sha256::digest(said)) == sum.trim_end()).then_some(said)
 }
 
 fn keep(directory: &Path, key: &str, certificate: &str, authorities: &str) -> Result<Material, Error> {
     let text = [key.trim(), certificate.trim(), authorities.trim(), ""].join("\n");
     let material = read(&text)?;
-    let text = format!("{text}{CHECKSUM}{}\n", HEXLOWER.encode(&Sha256::digest(&text)));
     let path = directory.join(FILE);
-    let failed = |source| Error::File { path: path.display().to_string(), source };
-    fs::create_dir_all(directory).map_err(failed)?;
-    warren_durable::replace(&path, text.as_bytes()).map_err(failed)?;
+    fs::create_dir_all(directory).map_err(|source| Error::File { path: path.display().to_string(), source })?;
+    write(&path, &text)?;
     Ok(material)
+}
+
+fn write(path: &Path, text: &str) -> Result<(), Error> {
+    let text = format!("{text}{CHECKSUM}{}\n", HEXLOWER.encode(&Sha256::digest(text)));
+    warren_durable::replace(path, text.as_bytes())
+        .map_err(|source| Error::File { path: path.display().to_string(), source })
 }
