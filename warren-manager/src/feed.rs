@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Events remembered.
-const REMEMBERED: usize = 10_000;
+pub(crate) const REMEMBERED: usize = 10_000;
 /// Events that wait for a slow follower; a slower one is told that it missed some.
 const QUEUE: usize = 4096;
 /// Between looks at nodes' health: silence tells nobody.

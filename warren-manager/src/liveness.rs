@@ -107,7 +107,7 @@ impl Timing {
     #[must_use]
     pub fn period(&self, nodes: usize) -> Duration {
         let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
-        self.heartbeat.max(Duration::from_secs(1) * (nodes / self.max_rate.max(1)))
+        self.heartbeat.max(Duration::from_secs(1) * nodes / self.max_rate.max(1))
     }
 
     fn patience(&self, nodes: usize) -> Duration {
@@ -380,6 +380,7 @@ mod tests {
     fn large_clusters_are_heard_less_often() {
         let timing = Timing::default();
         assert_eq!(timing.period(10), Duration::from_secs(2));
+        assert_eq!(timing.period(1250), Duration::from_millis(2500));
         assert_eq!(timing.period(5000), Duration::from_secs(10));
     }
 }

@@ -12,7 +12,7 @@ use warren_pki::{Credentials, Dialer};
 use warren_proto::v1::{RaftMessage, raft_client::RaftClient};
 use warren_raft::{Transport, TransportError};
 
-/// A snapshot is one message.
+/// Many entries may come in one message, each of up to 8 MiB.
 pub(crate) const MAX_MESSAGE: usize = 1 << 30;
 
 /// Connections to other managers, kept. Cheap to clone.

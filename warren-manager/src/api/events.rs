@@ -6,7 +6,10 @@ use tonic::{Request, Response, Status};
 use warren_proto::v1::{self, events_server};
 
 use super::Context;
-use crate::{feed::Feed, validate::Invalid};
+use crate::{
+    feed::{Feed, REMEMBERED},
+    validate::Invalid,
+};
 
 #[derive(Clone, Debug)]
 pub(super) struct Events(pub(super) Context, pub(super) Feed);
@@ -17,6 +20,12 @@ const MAX_TYPES: usize = 100;
 
 fn is_asked_for(types: &[String], event: &v1::Event) -> bool {
     types.is_empty() || types.iter().any(|asked| event.r#type.starts_with(asked.as_str()))
+}
+
+/// The oldest revision that whoever wants all since another may go on from, when what is remembered does not reach back so far.
+fn forgotten(remembered: &[Arc<v1::Event>], since: u64, most: usize) -> Option<u64> {
+    let oldest = remembered.first().filter(|_| remembered.len() >= most)?.revision;
+    (0 < since && since < oldest).then_some(oldest)
 }
 
 type Sent = Result<v1::StreamEventsResponse, Status>;
@@ -46,6 +55,10 @@ impl events_server::Events for Events {
         self.0.store.read().await.map_err(super::status)?;
         let followed = tokio::time::timeout(BEGIN_PATIENCE, self.1.follow()).await;
         let (remembered, mut news) = followed.map_err(|_| Status::unavailable("this manager no longer leads"))?;
+        if let Some(oldest) = forgotten(&remembered, since_revision, REMEMBERED) {
+            let why = format!("what came after revision {since_revision} is not all remembered: ask from {oldest} on");
+            return Err(Status::out_of_range(why));
+        }
         let mut leads = self.1.leads();
         let (sender, receiver) = mpsc::channel(QUEUE);
         let wanted = move |event: &Arc<v1::Event>| is_asked_for(&event_types, event);
@@ -88,5 +101,21 @@ impl events_server::Events for Events {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_wants_more_than_is_remembered_is_told() {
+        let event = |revision| Arc::new(v1::Event { revision, ..Default::default() });
+        let all: Vec<_> = (5..8).map(event).collect();
+        assert_eq!(forgotten(&all, 0, 3), None, "whatever there is");
+        assert_eq!(forgotten(&all, 4, 3), Some(5));
+        assert_eq!(forgotten(&all, 5, 3), None);
+        assert_eq!(forgotten(&all, 4, 4), None, "nothing was forgotten yet");
+        assert_eq!(forgotten(&[], 4, 3), None);
     }
 }
