@@ -150,7 +150,7 @@ impl Dispatcher {
         }
     }
 
-    async fn receive(self, node: NodeId, hostname: String, mut from: Streaming<v1::AgentMessage>) {
+    async fn receive(self, node: &NodeId, hostname: &str, mut from: Streaming<v1::AgentMessage>) {
         loop {
             let message = match from.message().await {
                 Ok(Some(message)) => message.message,
@@ -160,17 +160,30 @@ impl Dispatcher {
                     break;
                 }
             };
-            self.liveness.heard(&node);
+            self.liveness.heard(node);
             match message {
-                Some(agent_message::Message::Status(report)) => self.reports.add(&node, report),
+                Some(agent_message::Message::Status(report)) => self.reports.add(node, report),
                 Some(agent_message::Message::Telemetry(snapshot)) => {
-                    let known = self.collected.accept(&node, &hostname, snapshot);
+                    let known = self.collected.accept(node, hostname, snapshot);
                     let result = if known { "accepted" } else { "rejected" };
-                    let labels = [KeyValue::new("node", hostname.clone()), KeyValue::new("result", result)];
+                    let labels = [KeyValue::new("node", hostname.to_owned()), KeyValue::new("result", result)];
                     self.metrics.telemetry_snapshots.add(1, &labels);
                 }
                 Some(agent_message::Message::Heartbeat(_)) | Some(agent_message::Message::Hello(_)) | None => {}
             }
+        }
+    }
+
+    /// Keeps a session until either side ends it: a node that was removed is not listened to either.
+    async fn keep(
+        self,
+        (node, hostname): (NodeId, String),
+        to: mpsc::Sender<Result<v1::ManagerMessage, Status>>,
+        from: Streaming<v1::AgentMessage>,
+    ) {
+        tokio::select! {
+            () = self.clone().send(node.clone(), to) => {}
+            () = self.clone().receive(&node, &hostname, from) => {}
         }
         self.collected.closed(&node);
         tracing::info!(node = hostname, "an agent's session ended");
@@ -248,8 +261,7 @@ impl dispatcher_server::Dispatcher for Dispatcher {
         // The queue is empty: this cannot wait.
         let _ = to.send(Ok(wrap(manager_message::Message::Welcome(welcome)))).await;
         self.relay.opened(&node, to.clone());
-        tokio::spawn(self.clone().send(node.clone(), to));
-        tokio::spawn(self.clone().receive(node, hostname, from));
+        tokio::spawn(self.clone().keep((node, hostname), to, from));
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 }

@@ -16,6 +16,11 @@ use crate::{
     state::{Amounts, Constraint, Mode, Resources, RestartCondition, RestartPolicy, ServiceSpec, Trait, protocol_name},
 };
 
+/// Whether a name can be shown, and passed on in a header.
+pub(crate) fn is_printable(name: &str) -> bool {
+    name.bytes().all(|byte| byte.is_ascii_graphic())
+}
+
 /// What is wrong with a request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {why}")]

@@ -9,7 +9,7 @@ use std::{
 
 use prost::Message as _;
 use tempfile::TempDir;
-use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Status, client::Grpc, transport::Channel};
 use tonic_prost::ProstCodec;
@@ -316,7 +316,7 @@ async fn everybody_may_call_what_is_for_them_and_nothing_else() {
 async fn a_node_speaks_for_itself_until_it_is_removed() {
     let manager = Manager::start().await;
     let (id, worker) = manager.join().await;
-    let (other, _) = manager.join().await;
+    let (other, other_worker) = manager.join().await;
     let channel = manager.dial(&worker);
     let register = async |channel: &Channel, node_id: &str| {
         let description = v1::NodeDescription { hostname: "host".to_owned(), ..Default::default() };
@@ -324,17 +324,24 @@ async fn a_node_speaks_for_itself_until_it_is_removed() {
         NodesClient::new(channel.clone()).register_node(request).await.map(drop)
     };
     let session = async |channel: &Channel, node_id: &str| {
+        let (sender, messages) = tokio::sync::mpsc::channel(1);
         let hello = v1::Hello { node_id: node_id.to_owned(), boot_id: "boot".to_owned() };
         let hello = v1::AgentMessage { message: Some(agent_message::Message::Hello(hello)) };
-        let messages = tokio_stream::once(hello).chain(tokio_stream::pending());
-        DispatcherClient::new(channel.clone()).session(messages).await.map(drop)
+        sender.send(hello).await.expect("room");
+        let messages = ReceiverStream::new(messages);
+        let answers = DispatcherClient::new(channel.clone()).session(messages).await?.into_inner();
+        Ok::<_, Status>((sender, answers))
     };
     register(&channel, &id).await.expect("its own");
-    session(&channel, &id).await.expect("its own");
-    for refused in [register(&channel, &other).await, session(&channel, &other).await] {
+    let (said, _answers) = session(&channel, &id).await.expect("its own");
+    for refused in [register(&channel, &other).await, session(&channel, &other).await.map(drop)] {
         let refused = refused.expect_err("another's");
         assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
     }
+    // Nor under the name of one that is there, by which people and metrics know it.
+    let refused = register(&manager.dial(&other_worker), &other).await.expect_err("its name");
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
+    assert!(refused.message().contains("is host too, and is running"), "{refused:?}");
     // Saying that somebody else is calling is for managers that pass calls on.
     let mut forged = Request::new(v1::ListServicesRequest::default());
     forged.metadata_mut().insert("warren-caller", "admin|root|here".parse().expect("ASCII"));
@@ -358,6 +365,8 @@ async fn a_node_speaks_for_itself_until_it_is_removed() {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    // It is not listened to any longer either, though it has not hung up.
+    tokio::time::timeout(Duration::from_secs(5), said.closed()).await.expect("the session is over");
     for credentials in [&worker, &renewed] {
         let refused = register(&manager.dial(credentials), &id).await.expect_err("removed");
         assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");

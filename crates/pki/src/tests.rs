@@ -3,7 +3,10 @@ use std::time::{Duration, SystemTime};
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt as _;
 
-use super::*;
+use super::{
+    incoming::{VISIT, VISITORS},
+    *,
+};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -116,6 +119,43 @@ async fn seen(manager: &Credentials, dial: impl FnOnce(&str) -> Dialer) -> Optio
     let seen = tokio::time::timeout(Duration::from_millis(500), incoming.next()).await.ok().flatten();
     call.abort();
     seen.map(|incoming| tonic::transport::server::Connected::connect_info(&incoming.expect("a connection")))
+}
+
+/// Strangers may be there in number, and for long: members are not kept out by them.
+#[tokio::test]
+async fn there_is_only_so_much_room_for_those_without_a_certificate() {
+    let ours = authority("c");
+    let manager = credentials(&ours, &identity(Role::Manager, "1"), SystemTime::now());
+    let worker = credentials(&ours, &identity(Role::Worker, "w"), SystemTime::now());
+    let token = Token::new(ours.certificate_pem(), Secret::random().expect("random")).expect("a token");
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address").to_string();
+    let mut incoming = incoming(listener, manager.clone());
+    let call = |dialer: Dialer| tokio::spawn(async move { dialer.connect().await });
+    let patience = Duration::from_secs(2);
+    let (mut there, mut calls) = (Vec::new(), Vec::new());
+    for _ in 0..VISITORS {
+        calls.push(call(Dialer::newcomer(&address, &token).expect("an address")));
+        let next = tokio::time::timeout(patience, incoming.next()).await.expect("let in");
+        there.push(next.expect("more").expect("a connection"));
+    }
+    calls.push(call(Dialer::newcomer(&address, &token).expect("an address")));
+    assert!(tokio::time::timeout(patience, incoming.next()).await.is_err(), "one too many");
+    calls.push(call(Dialer::new(&address, &worker).expect("an address")));
+    let member = tokio::time::timeout(patience, incoming.next()).await.expect("let in").expect("more");
+    assert!(member.is_ok_and(|member| member.peer().identity.is_some()));
+    // One that has gone makes room for another.
+    there.pop();
+    calls.push(call(Dialer::newcomer(&address, &token).expect("an address")));
+    let next = tokio::time::timeout(patience, incoming.next()).await.expect("let in").expect("more");
+    // And whoever stays for long is shown out.
+    let mut next = next.expect("a connection");
+    tokio::time::pause();
+    tokio::time::advance(VISIT + Duration::from_secs(1)).await;
+    let mut byte = [0];
+    let end = tokio::io::AsyncReadExt::read_exact(&mut next, &mut byte).await.expect_err("it is over");
+    assert_eq!(end.kind(), std::io::ErrorKind::UnexpectedEof);
+    calls.iter().for_each(tokio::task::JoinHandle::abort);
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use crate::{
     signing::{self, Invited, Signed},
     state::{Change, JoinToken, Manager, SealedAuthority, State, TokenRole, Transaction},
     store,
-    validate::Invalid,
+    validate::{self, Invalid},
     vault::UnlockKey,
 };
 
@@ -75,6 +75,10 @@ fn left_without(status: &warren_raft::Status, id: u64) -> (usize, usize) {
 
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
     request.extensions().get().cloned().ok_or_else(|| Status::internal("who calls is not known"))
+}
+
+fn refused() -> Error {
+    Error::Refused("the token is not valid, or no longer".to_owned())
 }
 
 impl Cluster {
@@ -138,7 +142,6 @@ impl Cluster {
 
     /// Lets somebody in whose token is good: their role, and the id that they have from now on.
     async fn admit(&self, request: &v1::JoinClusterRequest) -> Result<(Role, String), Error> {
-        let refused = || Error::Refused("the token is not valid, or no longer".to_owned());
         let hash = Token::read_secret(&request.secret).map_err(|_| refused())?.hash();
         for _ in 0..ATTEMPTS {
             let state = self.0.store.read().await?;
@@ -175,11 +178,20 @@ impl Cluster {
     }
 
     async fn join(&self, request: v1::JoinClusterRequest) -> Result<v1::JoinClusterResponse, Error> {
-        if request.hostname.len() > MAX_NAME {
-            return Err(Invalid::new("hostname", format!("is longer than {MAX_NAME} bytes")).into());
+        // Whoever has no token makes no work.
+        let state = self.0.store.read().await?;
+        let known = Token::read_secret(&request.secret).map(|secret| secret.hash());
+        if !known
+            .is_ok_and(|hash| state.token(&hash).is_some() || state.invited(&hash, self.0.environment.now()).is_some())
+        {
+            return Err(refused());
+        }
+        if request.hostname.len() > MAX_NAME || !validate::is_printable(&request.hostname) {
+            let why = format!("is longer than {MAX_NAME} bytes, or has other than printable ASCII characters in it");
+            return Err(Invalid::new("hostname", why).into());
         }
         // What cannot be signed lets nobody in.
-        self.sign(&self.0.store.read().await?, &request.certificate_request, Role::Worker, "nobody")?;
+        self.sign(&state, &request.certificate_request, Role::Worker, "nobody")?;
         let (role, id) = self.admit(&request).await?;
         let state = self.0.store.view();
         let Signed { certificate, authorities } = self.sign(&state, &request.certificate_request, role, &id)?;

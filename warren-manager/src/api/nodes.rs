@@ -41,7 +41,21 @@ impl Nodes {
             let why = format!("is not 1 to {MAX_HOSTNAME} bytes long");
             return Err(Invalid::new("description.hostname", why).into());
         }
+        if !validate::is_printable(&description.hostname) {
+            let why = "has other than printable ASCII characters in it".to_owned();
+            return Err(Invalid::new("description.hostname", why).into());
+        }
         let state = self.0.store.read().await?;
+        let is_other = |node: &&Arc<Node>| node.id != id && node.description.hostname == description.hostname;
+        if let Some(other) =
+            state.nodes().find(|node| is_other(node) && self.0.liveness.health(&node.id).is_reachable())
+        {
+            // Metrics, constraints and people tell nodes apart by it.
+            let (hostname, other) = (&description.hostname, &other.id);
+            return Err(Error::Precondition(format!(
+                "node {other} is {hostname} too, and is running: give one of them another name (--hostname)"
+            )));
+        }
         let known = state.node(&id);
         // A node that comes back as it was costs no log entry.
         if known.is_none_or(|known| known.description != description) {
