@@ -45,8 +45,9 @@ const LEAVES: Duration = Duration::from_secs(3);
 const NOTICED: Duration = Duration::from_secs(3);
 /// Within this what went wrong before has been put right.
 const MENDED: Duration = Duration::from_secs(6);
-/// An agent that is without a session for no longer is well: what runs on it stays there, whoever leads.
+/// An agent that is without a session for no longer is well: what runs on it stays there. A new leader gives it more time.
 const GAP: Duration = Duration::from_millis(1500);
+const FAILOVER: Duration = Duration::from_secs(5);
 /// What consensus says when it stops because a disk is full.
 const FULL: &str = "no storage space";
 /// Every so many revisions the states of managers are compared byte by byte.
@@ -65,10 +66,10 @@ struct World<'a> {
     seen: BTreeMap<u64, u64>,
     /// Which manager has been hearing which agents without a break, and since when.
     heard: BTreeMap<String, (u64, Duration)>,
-    /// Which agents have been in a session with whoever led, without a break that matters: since when, and until when.
-    well: BTreeMap<String, (Duration, Duration)>,
-    /// Which slots of which services the leader wants: since when, and until when.
-    wanted: BTreeMap<(String, u32), (Duration, Duration)>,
+    /// Which agents have been in a session with whoever led, without a break that matters, and who that was last.
+    well: BTreeMap<String, (Stretch, String)>,
+    /// Which slots of which services the leader wants.
+    wanted: BTreeMap<(String, u32), Stretch>,
     /// Until when the leader wanted which containers to run.
     kept: BTreeMap<String, Duration>,
     /// Since when no link has been cut, nor might be.
@@ -86,13 +87,25 @@ pub(crate) fn panicked(what: &PanicHookInfo<'_>) {
     let _ = PANICKED.set(what.to_string());
 }
 
-/// Makes a stretch of time longer until now; one that has ended long ago begins again.
-fn prolong<K: Ord>(times: &mut BTreeMap<K, (Duration, Duration)>, key: K, now: Duration, gap: Duration) {
-    let (since, until) = times.entry(key).or_insert((now, now));
-    if now > *until + gap {
-        *since = now;
+/// From when to when something was so.
+#[derive(Clone, Copy)]
+struct Stretch {
+    since: Duration,
+    until: Duration,
+}
+
+impl Stretch {
+    fn begin(now: Duration) -> Self {
+        Self { since: now, until: now }
     }
-    *until = now;
+
+    /// It is so now; if it has not been for longer than the gap, that is another stretch.
+    fn prolong(&mut self, now: Duration, gap: Duration) {
+        if now > self.until + gap {
+            self.since = now;
+        }
+        self.until = now;
+    }
 }
 
 fn machine(number: usize) -> String {
@@ -252,7 +265,8 @@ impl World<'_> {
         for service in state.services() {
             let Mode::Replicated(replicas) = service.spec.mode else { continue };
             for slot in 1..=replicas {
-                prolong(&mut self.wanted, (service.id.to_string(), slot), now, TICK * 2);
+                let key = (service.id.to_string(), slot);
+                self.wanted.entry(key).or_insert(Stretch::begin(now)).prolong(now, TICK * 2);
             }
         }
     }
@@ -265,14 +279,17 @@ impl World<'_> {
         let hears = self.whole.is_some_and(|whole| now > whole + NOTICED);
         for agent in &self.agents {
             if hears && agent.settled().is_some_and(|(manager, _)| manager == leader) {
-                prolong(&mut self.well, agent.id.clone(), now, GAP);
+                let (well, with) =
+                    self.well.entry(agent.id.clone()).or_insert_with(|| (Stretch::begin(now), leader.clone()));
+                well.prolong(now, if *with == leader { GAP } else { FAILOVER });
+                with.clone_from(&leader);
             }
-            let Some((since, until)) = self.well.get(&agent.id).copied() else { continue };
+            let Some((well, _)) = self.well.get(&agent.id) else { continue };
             for told in agent.told_to_stop() {
                 let wanted = self.wanted.get(&told.slot).copied();
                 let was_wanted =
-                    wanted.is_some_and(|(first, last)| now.saturating_sub(last) <= TICK && now >= first + MENDED);
-                let was_well = now <= until + GAP && now >= since + MENDED && now >= told.since + MENDED;
+                    wanted.is_some_and(|wanted| now <= wanted.until + TICK && now >= wanted.since + MENDED);
+                let was_well = now <= well.until + GAP && now >= well.since.max(told.since) + MENDED;
                 if was_wanted && was_well {
                     let (service, slot) = told.slot;
                     return Err(format!(
