@@ -502,7 +502,10 @@ async fn believe(
 ) {
     loop {
         let view = state.borrow_and_update().clone();
-        let cluster = view.cluster().filter(|cluster| cluster.authority.is_some());
+        // One that has just joined is told the cluster's history from its beginning, and of authorities that are not believed any more:
+        // what it came with is newer until it has heard of itself.
+        let has_heard = view.manager(id).is_some();
+        let cluster = view.cluster().filter(|cluster| has_heard && cluster.authority.is_some());
         let wanted = cluster.map(|cluster| warren_pki::authorities_digest(&cluster.authorities()));
         told.send_if_modified(|known| {
             *known != wanted && {
