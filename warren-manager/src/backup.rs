@@ -121,7 +121,7 @@ fn read(file: &Path) -> Result<(About, State), Error> {
     decode(&bytes).map_err(unusable)
 }
 
-/// So many managers may have joined since a backup was made.
+/// So many managers may have joined since a backup was made, or out of this one's sight.
 const NUMBERS_SKIPPED: u64 = 100;
 
 /// Has a state go on with one manager: others are no longer in the cluster.
@@ -248,6 +248,9 @@ impl Survivor {
     pub fn go_on_alone(mut self, directory: &Path, hostname: &str) -> Result<PathBuf, Error> {
         let at = now();
         let manager = Manager { id: self.id, hostname: hostname.to_owned(), created_at: at, voter: true };
+        // Those that are lost may have revoked tokens, removed operators and used numbers that this one never heard of.
+        self.state.forget_whom_it_let_in();
+        self.state.skip_managers(NUMBERS_SKIPPED);
         go_on_with(&mut self.state, manager, "cluster recover");
         let own = self.reach.members.iter().find(|member| member.id == self.id);
         let address = own.map(|own| own.address.clone()).unwrap_or_default();

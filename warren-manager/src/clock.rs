@@ -35,7 +35,8 @@ impl Timestamp {
     #[must_use]
     pub fn from_proto(time: &pbjson_types::Timestamp) -> Self {
         let seconds = u64::try_from(time.seconds).unwrap_or(0);
-        Self(seconds.saturating_mul(1000) + u64::try_from(time.nanos).unwrap_or(0) / 1_000_000)
+        let millis = u64::try_from(time.nanos).unwrap_or(0) / 1_000_000;
+        Self(seconds.saturating_mul(1000).saturating_add(millis))
     }
 }
 

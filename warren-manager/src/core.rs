@@ -354,7 +354,17 @@ async fn keep_members(store: Store, own: u64) {
                     && status.answers(member.id)
                     && state.manager(member.id).is_some_and(|manager| manager.voter)
             };
-            if let Some(member) = status.members.iter().find(is_demoted) {
+            // One that was being removed may have come in again meanwhile. Without what was said of managers there is nothing to go by.
+            let is_stranger = |state: &State, member: &&warren_raft::Member| {
+                member.id != status.id && state.manager(status.id).is_some() && state.manager(member.id).is_none()
+            };
+            let strange = status.members.iter().any(|member| is_stranger(&state, &member));
+            // What this manager has applied may be behind whom it knows of.
+            let certain = if strange { store.read().await.ok() } else { None };
+            let stranger = certain.and_then(|state| status.members.iter().find(|member| is_stranger(&state, member)));
+            if let Some(member) = stranger {
+                raft.remove(member.id).await
+            } else if let Some(member) = status.members.iter().find(is_demoted) {
                 raft.demote(member.id).await
             } else if let Some(member) = status.members.iter().find(is_promoted) {
                 raft.add_voter(member.id, &member.address).await

@@ -5,15 +5,17 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
-use futures::{StreamExt as _, stream};
+use futures::{StreamExt as _, future::BoxFuture};
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::Frame;
 use http_body_util::{BodyStream, StreamBody};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Status,
     body::Body,
@@ -36,6 +38,13 @@ const LEADER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a follower may take to hear of somebody whom the leader has let in.
 const NEWS_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Calls at a time of those who show no certificate, and how long each may take.
+const VISITORS: usize = 256;
+const VISIT: Duration = Duration::from_secs(60);
+
+/// Between looks whether those who follow something are still members.
+const MEMBERS_LOOK: Duration = Duration::from_secs(1);
 
 /// Who calls at a manager's socket. No operator has this id.
 const ROOT: &str = "root";
@@ -78,11 +87,6 @@ impl Caller {
     /// Whether they call at a manager's socket.
     pub(crate) fn is_root(&self) -> bool {
         (self.role, self.id.as_str()) == (Some(Role::Admin), ROOT)
-    }
-
-    /// Whether they have an operator's certificate.
-    fn is_operator(&self) -> bool {
-        self.role == Some(Role::Admin) && !self.is_root()
     }
 
     fn to_header(&self) -> String {
@@ -154,11 +158,12 @@ pub(crate) struct Front {
     raft: Node,
     state: watch::Receiver<State>,
     peers: Peers,
+    visitors: Arc<Semaphore>,
 }
 
 impl Front {
     pub(crate) fn new(raft: Node, state: watch::Receiver<State>, peers: Peers) -> Self {
-        Self { raft, state, peers }
+        Self { raft, state, peers, visitors: Arc::new(Semaphore::new(VISITORS)) }
     }
 
     /// Whether a manager may have been let in after what this one knows so far, and be the one that it is to learn from.
@@ -222,28 +227,49 @@ impl Front {
         Ok((Caller::new(&state, Some(identity.role), &identity.id, address), false))
     }
 
-    /// What an operator is told, for as long as they are one: who was turned out follows nothing any more.
-    fn while_admitted(&self, id: &str, response: Response<Body>) -> Response<Body> {
-        let (id, mut state) = (id.to_owned(), self.state.clone());
-        let removed = Box::pin(async move {
-            if state.wait_for(|state| !is_member(state, Role::Admin, &id)).await.is_err() {
-                // This manager ends, and with it what is followed.
-                std::future::pending::<()>().await;
-            }
-        });
-        response.map(|body| {
-            let frames = stream::unfold(Some((BodyStream::new(body), removed)), async |left| {
-                let (mut frames, mut removed) = left?;
-                tokio::select! {
-                    frame = frames.next() => Some((frame?, Some((frames, removed)))),
-                    () = &mut removed => {
-                        let mut trailers = HeaderMap::new();
-                        Status::permission_denied("you were removed from this cluster").add_header(&mut trailers).ok()?;
-                        Some((Ok(Frame::trailers(trailers)), None))
-                    }
+    /// When what a caller is told is over, whatever they want; `None` for what is short.
+    ///
+    /// # Errors
+    ///
+    /// When too many without a certificate are being answered.
+    fn over(
+        &self,
+        caller: &Caller,
+        extensions: &http::Extensions,
+        path: &str,
+    ) -> Result<Option<BoxFuture<'static, Status>>, Status> {
+        if path.starts_with("/warren.v1.Raft/") || caller.is_root() && extensions.get::<Peer>().is_none() {
+            return Ok(None);
+        }
+        if caller.role.is_none() {
+            let place = Arc::clone(&self.visitors).try_acquire_owned();
+            let place =
+                place.map_err(|_| Status::resource_exhausted("too many call without a certificate: try again"))?;
+            return Ok(Some(Box::pin(async move {
+                tokio::time::sleep(VISIT).await;
+                drop(place);
+                Status::deadline_exceeded("this takes too long for somebody without a certificate")
+            })));
+        }
+        // Who passed it on must be a member as well, for as long as it lasts.
+        let connected = extensions.get::<Peer>().and_then(|peer| peer.identity.as_ref());
+        let connected = connected.map(|identity| (identity.role, identity.id.clone()));
+        let own = caller.role.filter(|_| !caller.is_root()).map(|role| (role, caller.id.clone()));
+        Ok(Some(self.turned_out(connected.into_iter().chain(own).collect())))
+    }
+
+    /// Returns when one of those who have called is no member any more. Looking at every change of the state would be much, for
+    /// thousands of sessions.
+    fn turned_out(&self, callers: Vec<(Role, String)>) -> BoxFuture<'static, Status> {
+        let state = self.state.clone();
+        Box::pin(async move {
+            loop {
+                let is_in = |(role, id): &(Role, String)| is_member(&state.borrow(), *role, id);
+                if !callers.iter().all(is_in) {
+                    return Status::permission_denied("you were removed from this cluster");
                 }
-            });
-            Body::new(StreamBody::new(frames))
+                tokio::time::sleep(MEMBERS_LOOK).await;
+            }
         })
     }
 
@@ -267,6 +293,35 @@ impl Front {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
+}
+
+/// What somebody is told, until it is over for them. It is seen to apart from who reads it: one who does not is turned out all the same,
+/// and what they were doing ends.
+fn until_over(mut over: BoxFuture<'static, Status>, response: Response<Body>) -> Response<Body> {
+    response.map(|body| {
+        let (sender, receiver) = mpsc::channel(1);
+        tokio::spawn(async move {
+            let mut frames = BodyStream::new(body);
+            let why = loop {
+                let frame = tokio::select! {
+                    frame = frames.next() => frame,
+                    why = &mut over => break why,
+                    () = sender.closed() => return,
+                };
+                let Some(frame) = frame else { return };
+                tokio::select! {
+                    sent = sender.send(frame) => if sent.is_err() { return },
+                    why = &mut over => break why,
+                }
+            };
+            drop(frames);
+            let mut trailers = HeaderMap::new();
+            if why.add_header(&mut trailers).is_ok() {
+                let _ = sender.send(Ok(Frame::trailers(trailers))).await;
+            }
+        });
+        Body::new(StreamBody::new(ReceiverStream::new(receiver)))
+    })
 }
 
 impl<S> Layer<S> for Front {
@@ -318,7 +373,10 @@ where
                 };
                 return Ok(status.into_http());
             }
-            let operator = caller.is_operator().then(|| caller.id.clone());
+            let over = match front.over(&caller, request.extensions(), path) {
+                Ok(over) => over,
+                Err(status) => return Ok(status.into_http()),
+            };
             let leader = if is_local(path) { Ok(None) } else { front.leader().await };
             let response = match leader {
                 Ok(None) => {
@@ -330,9 +388,9 @@ where
                 Ok(Some(leader)) => pass_on(leader, request, &caller).await.unwrap_or_else(|status| status.into_http()),
                 Err(status) => status.into_http(),
             };
-            Ok(match operator {
-                Some(id) if !passed_on => front.while_admitted(&id, response),
-                _ => response,
+            Ok(match over {
+                Some(over) => until_over(over, response),
+                None => response,
             })
         })
     }
@@ -348,8 +406,11 @@ async fn pass_on(mut leader: Channel, mut request: Request<Body>, caller: &Calle
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, time::SystemTime};
+    use std::time::SystemTime;
 
+    use futures::stream;
+    use tokio::sync::oneshot;
+    use tonic::codegen::Bytes;
     use warren_pki::{Authority, Credentials, Request as CertificateRequest};
     use warren_raft::{Disconnected, Files, Options, Profile, Unobserved};
 
@@ -367,6 +428,29 @@ mod tests {
         let operator = Operator { id: "o".into(), name: "ada".to_owned(), created_at: Timestamp(1), invitation: None };
         apply(&mut state, [Change::CreateOperator(operator)]);
         state
+    }
+
+    #[tokio::test]
+    async fn who_does_not_read_is_turned_out_all_the_same() {
+        let (held, dropped) = oneshot::channel::<()>();
+        let endless = stream::repeat_with(move || {
+            let _ = &held;
+            Ok::<_, Status>(Frame::data(Bytes::from_static(b"more")))
+        });
+        let (end, over) = oneshot::channel::<()>();
+        let over = async {
+            let _ = over.await;
+            Status::permission_denied("out")
+        };
+        let body = Body::new(StreamBody::new(endless));
+        let response = until_over(Box::pin(over), Response::new(body));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        end.send(()).expect("it is waited for");
+        let gone = tokio::time::timeout(Duration::from_secs(1), dropped).await.expect("what was being read is gone");
+        assert!(gone.is_err());
+        let told: Vec<_> = BodyStream::new(response.into_body()).collect().await;
+        let last = told.last().and_then(|last| last.as_ref().ok()).and_then(Frame::trailers_ref).expect("trailers");
+        assert_eq!(last.get("grpc-status"), Some(&HeaderValue::from_static("7")));
     }
 
     #[test]

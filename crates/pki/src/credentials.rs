@@ -1,6 +1,7 @@
 //! What somebody shows to prove who they are.
 
 use std::{
+    collections::BTreeSet,
     fmt, fs,
     path::Path,
     sync::Arc,
@@ -15,6 +16,7 @@ use rustls::{
 };
 
 use sha2::{Digest as _, Sha256};
+use tokio::sync::watch;
 
 use crate::{Error, Identity, Role, tls};
 
@@ -33,7 +35,7 @@ struct Material {
 
 /// Somebody's key and certificate. Cheap to clone; replaced while in use, and then by all clones. Does not show the key.
 #[derive(Clone)]
-pub struct Credentials(Arc<ArcSwap<Material>>);
+pub struct Credentials(Arc<ArcSwap<Material>>, Arc<watch::Sender<()>>);
 
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -80,7 +82,11 @@ impl Credentials {
     /// When they are none, or not of each other.
     pub fn new(key: &str, certificate: &str, authorities: &str) -> Result<Self, Error> {
         let material = read(&[key, certificate, authorities].join("\n"))?;
-        Ok(Self(Arc::new(ArcSwap::from_pointee(material))))
+        Ok(Self::of(material))
+    }
+
+    fn of(material: Material) -> Self {
+        Self(Arc::new(ArcSwap::from_pointee(material)), Arc::default())
     }
 
     /// Makes new ones, keeps them in `directory`, and uses them from now on.
@@ -90,6 +96,7 @@ impl Credentials {
     /// When they are none or not of each other, or cannot be kept. The old ones are then still used.
     pub fn replace(&self, directory: &Path, key: &str, certificate: &str, authorities: &str) -> Result<(), Error> {
         self.0.store(Arc::new(keep(directory, key, certificate, authorities)?));
+        self.1.send_replace(());
         Ok(())
     }
 
@@ -99,7 +106,7 @@ impl Credentials {
     ///
     /// As [`Self::replace`].
     pub fn create(directory: &Path, key: &str, certificate: &str, authorities: &str) -> Result<Self, Error> {
-        Ok(Self(Arc::new(ArcSwap::from_pointee(keep(directory, key, certificate, authorities)?))))
+        Ok(Self::of(keep(directory, key, certificate, authorities)?))
     }
 
     /// Those that are kept in `directory`, if there are any.
@@ -120,7 +127,7 @@ impl Credentials {
             why: "its checksum is missing, or does not match".to_owned(),
         })?;
         let material = read(checked).map_err(|error| Error::Damaged { path: named(), why: error.to_string() })?;
-        Ok(Some(Self(Arc::new(ArcSwap::from_pointee(material)))))
+        Ok(Some(Self::of(material)))
     }
 
     /// Gives those that are kept in `directory` a checksum, if they are of a version that gave them none.
@@ -172,6 +179,20 @@ impl Credentials {
     pub fn validity(&self) -> (SystemTime, SystemTime) {
         let material = self.0.load();
         (material.not_before, material.not_after)
+    }
+
+    /// Returns once one of the authorities that they believe now is not believed any more.
+    pub(crate) async fn forget_one(&self) {
+        let certificates = || -> BTreeSet<Vec<u8>> {
+            let authorities = self.authorities();
+            CertificateDer::pem_slice_iter(authorities.as_bytes()).flatten().map(|one| one.to_vec()).collect()
+        };
+        let mut changes = self.1.subscribe();
+        let believed = certificates();
+        while certificates().is_superset(&believed) {
+            // The sender is this value's own.
+            let _ = changes.changed().await;
+        }
     }
 
     pub(crate) fn client(&self) -> Arc<ClientConfig> {

@@ -1,19 +1,19 @@
 //! Being called.
 
 use std::{
-    io,
-    net::SocketAddr,
+    collections::HashMap,
+    fmt, io,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    time::Sleep,
+    sync::{Semaphore, mpsc},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
@@ -31,19 +31,32 @@ pub struct Peer {
 }
 
 /// A connection whose other end is known.
-#[derive(Debug)]
 pub struct Incoming {
     stream: TlsStream<TcpStream>,
     peer: Peer,
-    /// Of one who has shown no certificate.
-    visit: Option<Visit>,
+    /// When it is over, whatever the other end wants.
+    over: Over,
 }
 
-/// A stay that is limited in time, and counts among those that there are.
-#[derive(Debug)]
-struct Visit {
-    ends: Pin<Box<Sleep>>,
-    _place: OwnedSemaphorePermit,
+type Over = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+impl fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Incoming").field(&self.peer).finish()
+    }
+}
+
+impl Incoming {
+    /// Also for one who does not read, and so keeps the connection busy with writing.
+    fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        match self.over.as_mut().poll(cx) {
+            Poll::Ready(()) => {
+                self.over = Box::pin(std::future::ready(()));
+                Err(io::Error::new(io::ErrorKind::ConnectionAborted, "it has been open for long enough"))
+            }
+            Poll::Pending => Ok(()),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -63,20 +76,19 @@ impl Connected for Incoming {
 
 impl AsyncRead for Incoming {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.visit.as_mut().is_some_and(|visit| visit.ends.as_mut().poll(cx).is_ready()) {
-            // As if the other end had closed it.
-            return Poll::Ready(Ok(()));
-        }
+        self.check(cx)?;
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Incoming {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.check(cx)?;
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check(cx)?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
@@ -89,6 +101,7 @@ impl AsyncWrite for Incoming {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.check(cx)?;
         Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
     }
 
@@ -99,8 +112,10 @@ impl AsyncWrite for Incoming {
 
 /// Whoever has not said hello in this time is not listened to any longer.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Handshakes at a time; others wait to be accepted.
-const HANDSHAKES: usize = 256;
+/// Handshakes at a time from one address, so that none keeps the others out; one more is hung up on.
+const HANDSHAKES: usize = 128;
+/// Between looks at the clock.
+const CLOCK_LOOK: Duration = Duration::from_secs(600);
 /// Connections at a time of those who show no certificate, who want to join or ask for health, and how long each may be: members are not
 /// to be kept out by whoever can reach the port.
 pub(crate) const VISITORS: usize = 128;
@@ -114,10 +129,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 pub fn incoming(listener: TcpListener, credentials: Credentials) -> ReceiverStream<io::Result<Incoming>> {
     let (sender, receiver) = mpsc::channel(16);
     tokio::spawn(async move {
-        let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+        let handshakes = Handshakes::default();
         let visitors = Arc::new(Semaphore::new(VISITORS));
         while !sender.is_closed() {
-            let Ok(turn) = Arc::clone(&handshakes).acquire_owned().await else { return };
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = sender.closed() => return,
@@ -130,6 +144,7 @@ pub fn incoming(listener: TcpListener, credentials: Credentials) -> ReceiverStre
                     continue;
                 }
             };
+            let Some(turn) = handshakes.begin(address.ip()) else { continue };
             let (sender, credentials, visitors) = (sender.clone(), credentials.clone(), Arc::clone(&visitors));
             tokio::spawn(async move {
                 let greeted =
@@ -146,6 +161,38 @@ pub fn incoming(listener: TcpListener, credentials: Credentials) -> ReceiverStre
     ReceiverStream::new(receiver)
 }
 
+/// How many handshakes there are with whom. Cheap to clone.
+#[derive(Clone, Default)]
+struct Handshakes(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+/// One of them.
+struct Handshake(Handshakes, IpAddr);
+
+impl Handshakes {
+    fn begin(&self, with: IpAddr) -> Option<Handshake> {
+        // Every change leaves it whole.
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = all.entry(with).or_default();
+        if *count >= HANDSHAKES {
+            return None;
+        }
+        *count += 1;
+        Some(Handshake(self.clone(), with))
+    }
+}
+
+impl Drop for Handshake {
+    fn drop(&mut self) {
+        let mut all = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = all.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                all.remove(&self.1);
+            }
+        }
+    }
+}
+
 async fn greet(
     stream: TcpStream,
     address: SocketAddr,
@@ -156,14 +203,32 @@ async fn greet(
     let config = credentials.server().ok_or_else(|| io::Error::other("only managers are called"))?;
     let stream = TlsAcceptor::from(config).accept(stream).await?;
     let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let identity = shown.map(|certificate| tls::read(certificate)).transpose().map_err(io::Error::other)?;
-    let identity = identity.map(|(identity, ..)| identity);
-    let visit = if identity.is_some() {
-        None
-    } else {
-        let place =
-            visitors.try_acquire_owned().map_err(|_| io::Error::other("too many callers without a certificate"))?;
-        Some(Visit { ends: Box::pin(tokio::time::sleep(VISIT)), _place: place })
+    let Some((identity, _, not_after)) = shown.map(|own| tls::read(own)).transpose().map_err(io::Error::other)? else {
+        let place = visitors.try_acquire_owned();
+        let place = place.map_err(|_| io::Error::other("there are too many callers without a certificate"))?;
+        // From now on, and not from when it is first waited for.
+        let visit = tokio::time::sleep(VISIT);
+        let over = Box::pin(async move {
+            visit.await;
+            drop(place);
+        });
+        return Ok(Incoming { stream, peer: Peer { address, identity: None }, over });
     };
-    Ok(Incoming { stream, peer: Peer { address, identity }, visit })
+    let credentials = credentials.clone();
+    let over = Box::pin(async move {
+        tokio::select! {
+            () = run_out(not_after) => {}
+            // Who signed it may not be believed any more; whoever is of the cluster still connects anew.
+            () = credentials.forget_one() => {}
+        }
+    });
+    Ok(Incoming { stream, peer: Peer { address, identity: Some(identity) }, over })
+}
+
+/// Returns when a certificate that is valid until then, in seconds since the epoch, is not any more; clocks may be set meanwhile.
+async fn run_out(not_after: i64) {
+    let end = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(not_after).unwrap_or(0));
+    while let Ok(left) = end.duration_since(SystemTime::now()) {
+        tokio::time::sleep(left.clamp(Duration::from_secs(1), CLOCK_LOOK)).await;
+    }
 }

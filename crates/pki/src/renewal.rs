@@ -18,6 +18,9 @@ const TO: u32 = 80;
 /// After an attempt that failed; sooner when little time is left.
 const RETRY: Duration = Duration::from_secs(600);
 const SOONEST_RETRY: Duration = Duration::from_secs(1);
+/// Between looks at the clock, which may be set meanwhile, and at least between renewals, should clocks be far apart.
+const LOOK: Duration = Duration::from_secs(3600);
+const PAUSE: Duration = Duration::from_secs(60);
 
 /// A request that is being signed: the certificate and the authorities, in PEM, or why there is none.
 pub type Asked = Pin<Box<dyn Future<Output = Result<(String, String), String>> + Send>>;
@@ -44,11 +47,18 @@ pub async fn keep_valid(
     mut wanted: watch::Receiver<Option<String>>,
     ask: impl Fn(String) -> Asked + Send + Sync,
 ) {
+    let mut pause = Duration::ZERO;
     loop {
-        let wait = due(&credentials).duration_since(SystemTime::now()).unwrap_or_default();
+        let due = due(&credentials);
+        let comes = async {
+            tokio::time::sleep(pause).await;
+            while let Ok(left) = due.duration_since(SystemTime::now()) {
+                tokio::time::sleep(left.min(LOOK)).await;
+            }
+        };
         let believes_others = |wanted: &Option<String>| wanted.as_ref().is_some_and(|it| *it != credentials.digest());
         tokio::select! {
-            () = tokio::time::sleep(wait) => {}
+            () = comes => {}
             Ok(_) = wanted.wait_for(believes_others) => {}
         }
         while let Err(why) = renew(&credentials, directory, &ask).await {
@@ -57,6 +67,7 @@ pub async fn keep_valid(
             let patience = if believes_others(&wanted.borrow()) { SOONEST_RETRY } else { RETRY };
             tokio::time::sleep(patience.min(left / 10).max(SOONEST_RETRY)).await;
         }
+        pause = PAUSE;
         tracing::info!(identity = %credentials.identity(), "the certificate was renewed");
         if believes_others(&wanted.borrow()) {
             // Whoever signed it is behind whoever wants it.

@@ -154,7 +154,9 @@ async fn there_is_only_so_much_room_for_those_without_a_certificate() {
     tokio::time::advance(VISIT + Duration::from_secs(1)).await;
     let mut byte = [0];
     let end = tokio::io::AsyncReadExt::read_exact(&mut next, &mut byte).await.expect_err("it is over");
-    assert_eq!(end.kind(), std::io::ErrorKind::UnexpectedEof);
+    assert_eq!(end.kind(), std::io::ErrorKind::ConnectionAborted);
+    let end = tokio::io::AsyncWriteExt::write_all(&mut next, &byte).await.expect_err("nor to be written to");
+    assert_eq!(end.kind(), std::io::ErrorKind::ConnectionAborted);
     calls.iter().for_each(tokio::task::JoinHandle::abort);
 }
 
@@ -199,4 +201,47 @@ async fn only_the_clusters_own_are_let_in_and_only_its_managers_are_called() {
     worker.replace(directory.path(), &request.key_pem(), &next, ours.certificate_pem()).expect("kept");
     let known = seen(&manager, dial(&clone)).await.expect("let in");
     assert_eq!(known.identity, Some(identity(Role::Worker, "v")));
+}
+
+/// A connection is as good as the certificate that it began with.
+#[tokio::test]
+async fn a_connection_ends_with_its_certificate_and_with_who_signed_it() {
+    let (old, new) = (authority("c"), authority("c"));
+    let now = SystemTime::now();
+    let manager = credentials(&old, &identity(Role::Manager, "1"), now);
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address").to_string();
+    let mut incoming = incoming(listener, manager.clone());
+    let mut calls = Vec::new();
+    let mut connect = async |worker: &Credentials| {
+        let dialer = Dialer::new(&address, worker).expect("an address");
+        calls.push(tokio::spawn(async move { dialer.connect().await }));
+        let next = tokio::time::timeout(Duration::from_secs(2), incoming.next()).await.expect("let in");
+        next.expect("more").expect("a connection")
+    };
+    let lasts = async |connection: &mut Incoming| {
+        let mut bytes = [0; 1024];
+        let all =
+            async { while tokio::io::AsyncReadExt::read(connection, &mut bytes).await.is_ok_and(|some| some > 0) {} };
+        tokio::time::timeout(Duration::from_secs(3), all).await.is_err()
+    };
+    // One second is left of its life, which began two hours ago at most.
+    let request = Request::new().expect("a request");
+    let who = identity(Role::Worker, "w");
+    let brief = old.sign(request.pem(), &who, now, Duration::from_secs(2)).expect("a certificate");
+    let brief = Credentials::new(&request.key_pem(), &brief, old.certificate_pem()).expect("credentials");
+    assert!(!lasts(&mut connect(&brief).await).await, "it has run out");
+    let mut known = connect(&credentials(&old, &who, now)).await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let replace = |signer: &Authority, authorities: &[&Authority]| {
+        let request = Request::new().expect("a request");
+        let own = signer.sign(request.pem(), &identity(Role::Manager, "1"), now, DAY).expect("a certificate");
+        let authorities: String = authorities.iter().map(|authority| authority.certificate_pem()).collect();
+        manager.replace(directory.path(), &request.key_pem(), &own, &authorities).expect("kept");
+    };
+    replace(&new, &[&old, &new]);
+    assert!(lasts(&mut known).await, "both are believed");
+    replace(&new, &[&new]);
+    assert!(!lasts(&mut known).await, "the old one is not believed any more");
+    calls.iter().for_each(tokio::task::JoinHandle::abort);
 }

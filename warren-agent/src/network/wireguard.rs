@@ -215,8 +215,8 @@ impl WireGuard {
 
     /// A peer's packets come from its subnets only, and for each of these there is a route. One without a key is none.
     pub(super) async fn add(&self, netlink: &Netlink, peer: &Peer) -> Result<(), Error> {
-        let Some(key) = &peer.public_key else { return Ok(()) };
-        let mut added = WireGuardPeer::new(public(key)?);
+        let Some(public) = public(peer) else { return Ok(()) };
+        let mut added = WireGuardPeer::new(public);
         added.endpoint = Some(SocketAddr::new(peer.address, PORT));
         added.allowed_ips =
             peer.subnets.iter().map(|subnet| IpAddrMask::new(subnet.network(), subnet.prefix_len())).collect();
@@ -230,15 +230,17 @@ impl WireGuard {
     }
 
     pub(super) async fn remove_peer(&self, netlink: &Netlink, peer: &Peer) -> Result<(), Error> {
-        let Some(key) = &peer.public_key else { return Ok(()) };
+        let Some(public) = public(peer) else { return Ok(()) };
         for subnet in &peer.subnets {
             netlink.remove_route(*subnet, self.link).await?;
         }
-        let (interface, public) = (Arc::clone(&self.interface), public(key)?);
+        let interface = Arc::clone(&self.interface);
         apart(move || interface.remove_peer(&public)).await
     }
 }
 
-fn public(key: &str) -> Result<Key, Error> {
-    key.parse().map_err(|_| Error::WireGuard(format!("{key:?} is no public key")))
+/// A peer's key. One that is none is that peer's trouble, and not the others'.
+fn public(peer: &Peer) -> Option<Key> {
+    let key = peer.public_key.as_ref()?;
+    key.parse().map_err(|_| tracing::warn!(key, address = %peer.address, "a node's public key is none")).ok()
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::Error;
+use crate::ids::NodeId;
 use crate::state::{Container, ContainerState, Node, Operator, Secret, Service, State, Volume, kind_name};
 use warren_proto::v1;
 
@@ -71,6 +72,10 @@ pub(super) fn container(state: &State, name: &str) -> Result<Arc<Container>, Err
 }
 
 pub(super) fn node(state: &State, name: &str) -> Result<Arc<Node>, Error> {
+    // Hostnames are what machines say of themselves: another's id is none.
+    if let Some(node) = state.node(&NodeId::from(name)) {
+        return Ok(Arc::clone(node));
+    }
     let mut named = state.nodes().filter(|node| node.description.hostname == name);
     match (named.next(), named.next()) {
         (Some(node), None) => Ok(Arc::clone(node)),

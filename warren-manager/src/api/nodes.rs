@@ -1,5 +1,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
+use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
+use prost::Message as _;
 use tonic::{Request, Response, Status};
 use warren_proto::v1::{self, nodes_server};
 
@@ -18,6 +20,10 @@ pub(super) struct Nodes(pub(super) Context);
 
 const MAX_ID: usize = 64;
 const MAX_HOSTNAME: usize = 253;
+/// Bytes of a public key of WireGuard.
+const KEY: usize = 32;
+/// Everything that a node says of itself, encoded.
+const MAX_DESCRIPTION: usize = 64 << 10;
 
 /// Whether that could be a node's id.
 pub(super) fn is_id(id: &NodeId) -> bool {
@@ -36,7 +42,11 @@ impl Nodes {
             let why = format!("is not 1 to {MAX_ID} of a-z and 0-9");
             return Err(Invalid::new("node_id", why).into());
         }
-        let description = convert::description(request.description.unwrap_or_default());
+        let description = request.description.unwrap_or_default();
+        if description.encoded_len() > MAX_DESCRIPTION {
+            return Err(Invalid::new("description", format!("is larger than {MAX_DESCRIPTION} bytes")).into());
+        }
+        let description = convert::description(description);
         if description.hostname.is_empty() || description.hostname.len() > MAX_HOSTNAME {
             let why = format!("is not 1 to {MAX_HOSTNAME} bytes long");
             return Err(Invalid::new("description.hostname", why).into());
@@ -44,6 +54,13 @@ impl Nodes {
         if !validate::is_printable(&description.hostname) {
             let why = "has other than printable ASCII characters in it".to_owned();
             return Err(Invalid::new("description.hostname", why).into());
+        }
+        let key = &description.wireguard_public_key;
+        let is_key = || BASE64.decode(key).is_ok_and(|bytes| bytes.len() == KEY);
+        if !key.is_empty() && !is_key() {
+            return Err(
+                Invalid::new("description.wireguard_public_key", format!("is not {KEY} bytes in base64")).into()
+            );
         }
         let state = self.0.store.read().await?;
         let is_other = |node: &&Arc<Node>| node.id != id && node.description.hostname == description.hostname;
@@ -55,6 +72,12 @@ impl Nodes {
             return Err(Error::Precondition(format!(
                 "node {other} is {hostname} too, and is running: give one of them another name (--hostname)"
             )));
+        }
+        let has_its_key = |node: &&Arc<Node>| node.id != id && node.description.wireguard_public_key == *key;
+        if !key.is_empty() && state.nodes().any(|node| has_its_key(&node)) {
+            return Err(
+                Invalid::new("description.wireguard_public_key", "is another node's: remove that one first").into()
+            );
         }
         let known = state.node(&id);
         // A node that comes back as it was costs no log entry.
