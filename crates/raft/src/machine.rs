@@ -20,6 +20,11 @@ pub type Freeze = Box<dyn FnOnce() -> io::Result<Vec<u8>> + Send + Sync>;
 
 /// What commands are applied to. A pure function of the log: no clock, no randomness, no effects outside.
 pub trait StateMachine: Send + Sync + 'static {
+    /// The newest version of commands that it reads, for those who ask before they propose one ([`crate::Node::all_read`]).
+    fn reads(&self) -> u32 {
+        0
+    }
+
     /// Applies one command and replies. `index` is the command's place in the log.
     ///
     /// # Errors

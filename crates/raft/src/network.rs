@@ -61,6 +61,9 @@ pub(crate) enum Message {
     Vote(VoteRequest<Config>),
     PreVote(VoteRequest<Config>),
     TransferLeader(TransferLeaderRequest<Config>),
+    /// Asks which versions of commands a member's state machine reads; who does not know the question reads none of those that it
+    /// is asked about for.
+    Reads,
 }
 
 pub(crate) struct Network {

@@ -5,8 +5,9 @@ use std::{
     time::Duration,
 };
 
+use futures::future::join_all;
 use openraft::{
-    BasicNode, ChangeMembers, Instant as _, LogIdOptionExt as _, RaftMetrics, ReadPolicy, ServerState,
+    BasicNode, ChangeMembers, Instant as _, LogIdOptionExt as _, RaftMetrics, RaftState, ReadPolicy, ServerState,
     async_runtime::WatchReceiver as _,
     errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError},
     raft::{AppendEntriesRequest, AppendEntriesResponse},
@@ -34,6 +35,11 @@ pub struct Node {
     failure: FirstFailure,
     /// A snapshot that another manager sends.
     incoming: Arc<Incoming>,
+    transport: Arc<dyn Transport>,
+    /// The newest version of commands that the state machine here reads.
+    reads: u32,
+    /// Held by whoever changes the members.
+    changes: Arc<tokio::sync::Mutex<()>>,
     /// When a leader last sent something.
     led: Arc<Mutex<Option<tokio::time::Instant>>>,
 }
@@ -104,6 +110,9 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
 const CATCH_UP_PATIENCE: Duration = Duration::from_secs(120);
 const CATCH_UP_LOOK: Duration = Duration::from_millis(20);
 
+/// How long a member may take to say what it reads.
+const READS_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Escaped once more in the log it may grow by seven, still below what the log takes.
 const MAX_COMMAND: usize = 8 << 20;
 
@@ -162,11 +171,21 @@ impl Node {
         let config = options.raft(sync).map_err(|error| Error::Stopped(error.to_string()))?;
         let full = Arc::new(Notify::new());
         let limit = LogLimit::new(options.snapshot_after_bytes, Arc::clone(&full));
+        let reads = machine.reads();
         let machine = Machine::new(machine, snapshots, blocks, limit, observer);
-        let raft = Raft::new(options.id, config, Network { transport }, log, machine).await;
+        let network = Network { transport: Arc::clone(&transport) };
+        let raft = Raft::new(options.id, config, network, log, machine).await;
         let raft = raft.map_err(|error| storage_error(io::Error::other(error.to_string())))?;
         tokio::spawn(snapshot_when_full(raft.clone(), full));
-        let node = Self { raft, failure, incoming: Arc::default(), led: Arc::default() };
+        let node = Self {
+            raft,
+            failure,
+            incoming: Arc::default(),
+            transport,
+            reads,
+            changes: Arc::default(),
+            led: Arc::default(),
+        };
         node.has_read_members().await?;
         // A lone voter need not wait for anyone.
         if node.is_alone() {
@@ -351,6 +370,7 @@ impl Node {
             Message::Vote(rpc) => answer(self.raft.vote(rpc).await),
             Message::PreVote(rpc) => answer(self.raft.pre_vote(rpc).await),
             Message::TransferLeader(rpc) => answer(self.raft.handle_transfer_leader(rpc).await),
+            Message::Reads => answer::<u32, String>(Ok(self.reads)),
         }
     }
 
@@ -382,7 +402,7 @@ impl Node {
         if known.is_some_and(|known| known.voter) {
             return Ok(());
         }
-        self.raft.add_learner(id, node, false).await.map_err(changing)?;
+        self.change(ChangeMembers::AddNodes(BTreeMap::from([(id, node)])), true).await?;
         self.caught_up(id, address).await?;
         self.change(ChangeMembers::AddVoterIds(BTreeSet::from([id])), false).await
     }
@@ -433,7 +453,7 @@ impl Node {
             Some(_) => {
                 self.change(ChangeMembers::SetNodes(BTreeMap::from([(id, BasicNode::new(address))])), false).await
             }
-            None => self.raft.add_learner(id, BasicNode::new(address), false).await.map(drop).map_err(changing),
+            None => self.change(ChangeMembers::AddNodes(BTreeMap::from([(id, BasicNode::new(address))])), true).await,
         }
     }
 
@@ -462,7 +482,29 @@ impl Node {
 
     /// Changes the members; `retain` has voters that lose their vote follow on.
     async fn change(&self, change: ChangeMembers<u64, BasicNode>, retain: bool) -> Result<(), Error> {
+        let _one_at_a_time = self.changes.lock().await;
+        // A change that begins at half of another forgets whoever was to lose their vote by that, even if they lead by now; and
+        // openraft panics when it goes on as a leader that is no member.
+        let is_joint = |state: &RaftState<Config>| state.membership_state.effective().get_joint_config().len() > 1;
+        if self.raft.with_raft_state(is_joint).await.map_err(|error| Error::Stopped(error.to_string()))? {
+            let nobody = ChangeMembers::AddVoterIds(BTreeSet::new());
+            self.raft.change_membership(nobody, true).await.map_err(changing)?;
+        }
         self.raft.change_membership(change, retain).await.map(drop).map_err(changing)
+    }
+
+    /// The newest version of commands that every member's state machine reads; each is asked, now. `None` while one does not say.
+    pub async fn all_read(&self) -> Option<u32> {
+        let status = self.status();
+        let others = status.members.iter().filter(|member| member.id != status.id);
+        let answers = join_all(others.map(|member| self.reads_at(&member.address))).await;
+        answers.into_iter().try_fold(self.reads, |all, reads| Some(all.min(reads?)))
+    }
+
+    async fn reads_at(&self, address: &str) -> Option<u32> {
+        let question = serde_json::to_vec(&Message::Reads).ok()?;
+        let answer = self.transport.call(address, question, READS_PATIENCE).await.ok()?;
+        serde_json::from_slice::<Result<u32, String>>(&answer).ok()?.ok()
     }
 
     /// Asks the voter that answers and is least behind to lead instead of this manager. Whether it does shows in the status.

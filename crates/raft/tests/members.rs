@@ -287,3 +287,60 @@ async fn a_restarted_manager_has_every_command_once() {
         node.shutdown().await;
     }
 }
+
+/// Whoever was to lose their vote by a change that was left half done may lead by now, and take another member out.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_goes_on_from_half_of_another() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let channels = Channels::default();
+    let mut nodes = HashMap::new();
+    for id in 1..=3 {
+        let (machine, transport) = (Box::new(Journal::default()), Arc::new(channels.clone()));
+        let (options, files) = (options(id), files(directory.path(), id));
+        let node = if id == 1 {
+            Node::start(&options, files, machine, transport, Arc::new(Unobserved)).await
+        } else {
+            Node::join(&options, files, machine, transport, Arc::new(Unobserved)).await
+        };
+        let node = node.expect("starts");
+        channels.nodes.write().expect("no panics").insert(options.address, node.clone());
+        nodes.insert(id, node);
+    }
+    until("manager 1 leads", || nodes[&1].status().is_leader.then_some(())).await;
+    nodes[&1].add_voter(2, "manager-2").await.expect("joins");
+    nodes[&1].add_voter(3, "manager-3").await.expect("joins");
+
+    // Whoever takes manager 2 out goes away half-way.
+    {
+        let removing = nodes[&1].remove(2);
+        let half = async {
+            while !nodes[&1].status().is_joint {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = half => {}
+            _ = removing => panic!("the change was not seen half done"),
+        }
+    }
+    until("manager 2 leads", || {
+        let leader = [1, 2, 3].into_iter().find(|id| nodes[id].status().is_leader)?;
+        if leader != 2 {
+            let others = nodes[&leader].clone();
+            tokio::spawn(async move { others.hand_over().await });
+        }
+        (leader == 2 && nodes[&2].status().leader == Some(2)).then_some(())
+    })
+    .await;
+    assert!(nodes[&2].status().is_joint);
+    nodes[&2].remove(1).await.expect("manager 1 is taken out");
+    assert_eq!(nodes[&2].status().failure, None);
+    let votes = |node: &Node| -> Vec<u64> {
+        node.status().members.iter().filter(|member| member.voter).map(|member| member.id).collect()
+    };
+    until("manager 3 alone votes", || (votes(&nodes[&3]) == [3]).then_some(())).await;
+    for node in nodes.values() {
+        node.shutdown().await;
+    }
+}
