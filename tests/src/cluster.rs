@@ -53,6 +53,11 @@ impl Manager {
         self
     }
 
+    /// Has it start with these arguments instead, from its next start on.
+    pub fn instead(&mut self, arguments: &[&str]) {
+        self.more = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+    }
+
     /// Where it is, as HOST:PORT.
     #[must_use]
     pub fn address(&self) -> String {

@@ -200,6 +200,86 @@ fn what_the_versions_before_wrote_is_read() {
     }
 }
 
+fn schema(manager: &Manager) -> Option<u64> {
+    manager.info()?["schema"].as_u64()
+}
+
+/// Managers that are held to a schema read and write what the version of that schema did.
+#[test]
+fn a_cluster_is_upgraded_one_manager_at_a_time() {
+    let mut world = World::with_containerd("rolling");
+    let old = ["--max-schema", "5"];
+    let mut managers: Vec<_> = ["m1", "m2", "m3"].iter().map(|name| Manager::new(&world, name).with(&old)).collect();
+    let worker_token = cluster::found(&mut managers);
+    join(&world, &worker_token, &managers[0].address());
+    world.start_agent(&[]);
+    create(&managers[0], "web", 2, &["--wait"]);
+    let before = managers[0].running("web");
+    assert!(managers.iter().all(|manager| schema(manager) == Some(5)));
+
+    // The leader first: it hands over, and comes back as a follower of the version before.
+    let new = leader(&managers);
+    managers[new].stop();
+    managers[new].instead(&[]);
+    managers[new].start();
+    cluster::follows(&managers, new);
+    create(&managers[new], "one", 0, &[]);
+    // It leads, and the others read what it writes.
+    for attempt in 0.. {
+        let leading = leader(&managers);
+        if leading == new {
+            break;
+        }
+        assert!(attempt < 20, "the new one never leads");
+        managers[leading].kill();
+        let _ = leader(&managers);
+        managers[leading].start();
+        cluster::follows(&managers, leading);
+    }
+    create(&managers[(new + 1) % 3], "two", 0, &[]);
+    assert!(managers.iter().all(|manager| schema(manager) == Some(5)));
+    // It crashes half-way: one of the version before goes on from what it wrote.
+    managers[new].kill();
+    let leading = leader(&managers);
+    create(&managers[leading], "three", 0, &[]);
+    assert_eq!(names(&managers[leading]), ["one", "three", "two", "web"]);
+    managers[new].start();
+    cluster::follows(&managers, new);
+
+    // The others, the leader last. While one is not there, nobody knows what it reads.
+    let last = leader(&managers);
+    assert_ne!(last, new);
+    let second = 3 - new - last;
+    managers[second].stop();
+    managers[second].instead(&[]);
+    managers[second].start();
+    cluster::follows(&managers, second);
+    managers[last].stop();
+    create(&managers[second], "four", 0, &[]);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(schema(&managers[new]), Some(5));
+    managers[last].instead(&[]);
+    managers[last].start();
+    for manager in &managers {
+        until("the schema is raised", || (schema(manager) == Some(6)).then_some(()));
+        until("all is there", || (names(manager) == ["four", "one", "three", "two", "web"]).then_some(()));
+    }
+    assert_eq!(managers[0].running("web"), before, "its containers have run on");
+    let events = managers[0].warren(&["events", "--type", "cluster.schema_raised"]).succeeded();
+    assert_eq!(events.lines().filter(|line| line.contains("cluster.schema_raised")).count(), 1, "{events}");
+
+    // There is no way back.
+    let back = (leader(&managers) + 1) % 3;
+    managers[back].stop();
+    managers[back].instead(&old);
+    let refused = World::run(managers[back].command().stdin(Stdio::null()).env("RUST_BACKTRACE", "0"));
+    assert_eq!(refused.code, 8, "{}{}", refused.stdout, refused.stderr);
+    assert!(refused.stderr.contains("schema 6, this manager reads 3 to 5"), "{}", refused.stderr);
+    managers[back].instead(&[]);
+    managers[back].start();
+    cluster::follows(&managers, back);
+}
+
 /// The files below a directory, with their sizes.
 fn files(directory: &Path) -> Vec<std::path::PathBuf> {
     let entries = fs::read_dir(directory).expect("readable").flatten().map(|entry| entry.path());

@@ -9,7 +9,13 @@ use warren_raft::Profile;
 use warren_registry::cli::RegistryArguments;
 use warren_telemetry::cli::TelemetryArguments;
 
-use crate::{core::Networks, liveness, manager::Options, validate::Policy};
+use crate::{
+    core::Networks,
+    liveness,
+    manager::Options,
+    state::{OLDEST_WRITTEN_SCHEMA, SCHEMA},
+    validate::Policy,
+};
 
 /// The file with a manager's settings, in the configuration's directory.
 pub const FILE: &str = "manager.toml";
@@ -71,6 +77,10 @@ pub struct ManagerArguments {
     /// for all of them.
     #[arg(long, env = "WARREN_PROFILE", value_enum, default_value = "lan")]
     pub profile: ProfileArgument,
+    /// The newest schema of the state to read and write. While one manager of a cluster is held to an earlier version's, all of them
+    /// can go back to that version.
+    #[arg(long, env = "WARREN_MAX_SCHEMA", default_value_t = SCHEMA, value_parser = clap::value_parser!(u32).range(i64::from(OLDEST_WRITTEN_SCHEMA)..=i64::from(SCHEMA)))]
+    pub max_schema: u32,
     /// Allow services whose containers are privileged: those can do to their node whatever root can.
     #[arg(long, env = "WARREN_ALLOW_PRIVILEGED")]
     pub allow_privileged: bool,
@@ -107,6 +117,7 @@ impl ManagerArguments {
             snapshot_after_bytes: self.snapshot_after_mib << 20,
             profile: self.profile.into(),
             liveness: liveness::Timing::default(),
+            newest_schema: self.max_schema,
             policy: Policy { privileged: self.allow_privileged },
             registries: self.registries.options(),
             networks: Networks {

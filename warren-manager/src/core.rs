@@ -63,6 +63,9 @@ pub struct Settings {
     pub profile: Profile,
     /// Heartbeats of agents.
     pub liveness: liveness::Timing,
+    /// The newest schema of the state that is read and written; an earlier one than the program's keeps the way back to an earlier
+    /// program open.
+    pub newest_schema: u32,
     /// What services may ask for.
     pub policy: Policy,
     /// Who is asked what an image's name means.
@@ -146,7 +149,7 @@ impl Core {
             snapshot_after: settings.snapshot_after,
             snapshot_after_bytes: settings.snapshot_after_bytes,
         };
-        let (machine, view) = Machine::new();
+        let (machine, view) = Machine::of_schema(settings.newest_schema);
         let observer: Arc<dyn warren_raft::Observer> = metrics.clone();
         let machine = Box::new(machine);
         let raft = match settings.founding {
@@ -159,7 +162,7 @@ impl Core {
             raft.recovered().await?;
         }
         if let Some(founding) = settings.founding {
-            found_cluster(&store, &*environment, settings.id, founding).await?;
+            found_cluster(&store, &*environment, settings.id, settings.newest_schema, founding).await?;
         }
         let leads = leadership(&raft, shutdown.clone());
 
@@ -192,6 +195,8 @@ impl Core {
         tasks.spawn(controller.run(shutdown.clone()));
         tasks.spawn(shutdown.clone().run_until_cancelled_owned(feed.run()));
         tasks.spawn(shutdown.clone().run_until_cancelled_owned(keep_members(store.clone(), settings.id)));
+        let raising = raise_schema(store.clone(), settings.id, settings.newest_schema);
+        tasks.spawn(shutdown.clone().run_until_cancelled_owned(raising));
         tasks.spawn(count_leader_changes(raft, Arc::clone(&metrics), shutdown));
         Ok(Self { store, liveness, routes, measured: MetricsLayer::new(&metrics), tasks })
     }
@@ -277,6 +282,7 @@ async fn found_cluster(
     store: &Store,
     environment: &dyn Environment,
     manager: u64,
+    schema: u32,
     founding: Founding,
 ) -> Result<(), Error> {
     if store.view().cluster().is_some() {
@@ -287,7 +293,7 @@ async fn found_cluster(
     let network = founding.networks.complete(ClusterNetwork::of_random(environment.random()))?;
     let authority = founding.authority;
     let cluster = Cluster { id, created_at: now, network, authority, lock: None, rotation: None };
-    let mut changes = vec![Change::FoundCluster(Box::new(cluster))];
+    let mut changes = vec![Change::RaiseSchema(schema), Change::FoundCluster(Box::new(cluster))];
     let founder = Manager { id: manager, hostname: founding.hostname, created_at: now, voter: true };
     changes.push(Change::AdmitManager(founder));
     changes.extend(founding.tokens.into_iter().map(|(hash, role)| {
@@ -385,6 +391,32 @@ async fn keep_members(store: Store, own: u64) {
     }
 }
 
+/// While this manager leads, has the cluster write the newest schema that every manager reads. Ends when that is the newest here.
+async fn raise_schema(store: Store, own: u64, newest: u32) {
+    while store.view().schema() < newest {
+        tokio::time::sleep(MEMBERS_PERIOD).await;
+        let status = store.raft().status();
+        // Who has no cluster yet has no members to ask.
+        if !status.is_leader || store.view().cluster().is_none() {
+            continue;
+        }
+        let Some(all) = store.raft().all_read().await.filter(|all| *all > store.view().schema()) else { continue };
+        match store.transact(&own_transaction(&store, own, Change::RaiseSchema(all))).await {
+            Ok(_) => {
+                tracing::info!(schema = all, "every manager reads this schema of the state; it is written from here on")
+            }
+            Err(error) => tracing::warn!(%error, "the schema of the state is not raised yet; trying again"),
+        }
+    }
+}
+
+/// A change that a manager makes of its own accord.
+fn own_transaction(store: &Store, own: u64, change: Change) -> Transaction {
+    let actor = Actor { id: own.to_string(), role: "manager".to_owned(), address: String::new() };
+    let origin = Some(Origin { actor, at: store.now() });
+    Transaction { origin, changes: vec![change], ..Transaction::default() }
+}
+
 /// Goes on with a change of the authority once every member is known to have followed so far.
 async fn advance_rotation(store: &Store, own: u64) -> Result<(), crate::store::Error> {
     let state = store.view();
@@ -394,13 +426,8 @@ async fn advance_rotation(store: &Store, own: u64) -> Result<(), crate::store::E
     if state.uncertified(&digest).next().is_some() {
         return Ok(());
     }
-    let actor = Actor { id: own.to_string(), role: "manager".to_owned(), address: String::new() };
-    let transaction = Transaction {
-        origin: Some(Origin { actor, at: store.now() }),
-        changes: vec![Change::AdvanceRotation { signs: rotation.signs }],
-        ..Transaction::default()
-    };
-    store.transact(&transaction).await.map(drop)
+    let advance = Change::AdvanceRotation { signs: rotation.signs };
+    store.transact(&own_transaction(store, own, advance)).await.map(drop)
 }
 
 async fn count_leader_changes(raft: Node, metrics: Arc<ManagerMetrics>, shutdown: CancellationToken) {

@@ -67,6 +67,8 @@ pub struct Options {
     pub profile: Profile,
     /// Heartbeats of agents.
     pub liveness: liveness::Timing,
+    /// The newest schema of the state that is read and written.
+    pub newest_schema: u32,
     /// What services may ask for.
     pub policy: Policy,
     /// Where images come from.
@@ -210,6 +212,7 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
         snapshot_after_bytes: options.snapshot_after_bytes,
         profile: options.profile,
         liveness: options.liveness,
+        newest_schema: options.newest_schema,
         policy: options.policy,
         founding: formation::founding(&options.data_dir, options.networks)?,
         registries: Arc::new(Registries::new(options.registries.clone())?),

@@ -93,6 +93,8 @@ pub(crate) fn needed_secrets(spec: &v1::ContainerSpec) -> impl Iterator<Item = (
 /// Everything the cluster agrees on.
 #[derive(Clone, Debug, Default)]
 pub struct State {
+    /// What its log and snapshots are written in; none of the members is too old to read it.
+    schema: Schema,
     revision: u64,
     cluster: Option<Arc<Cluster>>,
     services: OrdMap<ServiceId, Arc<Service>>,
@@ -138,8 +140,18 @@ pub struct State {
     forgotten: u64,
 }
 
+/// A schema's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Schema(u32);
+
+impl Default for Schema {
+    fn default() -> Self {
+        Self(OLDEST_WRITTEN_SCHEMA)
+    }
+}
+
 #[derive(Deserialize)]
-struct Schema {
+struct OfSchema {
     schema: u32,
 }
 
@@ -173,12 +185,21 @@ struct Stored {
     operators: Vec<Arc<Operator>>,
 }
 
-/// The layout of states and transactions that this version writes; and the oldest that it reads: what a newer one has besides
-/// is as if it had never been used.
-pub(crate) const SCHEMA: u32 = 5;
+/// The newest layout of states and transactions.
+pub const SCHEMA: u32 = 6;
+/// The oldest that is written; a cluster's managers write one between both: [`State::schema`].
+pub const OLDEST_WRITTEN_SCHEMA: u32 = 5;
+/// The oldest that is read: what a newer one has besides is as if it had never been used.
 pub(crate) const OLDEST_SCHEMA: u32 = 3;
 
 impl State {
+    /// The schema that the cluster's log and snapshots are written in. What came with a later one must not be written, nor be done
+    /// otherwise than before, until every manager reads it and it is raised.
+    #[must_use]
+    pub fn schema(&self) -> u32 {
+        self.schema.0
+    }
+
     /// The revision of the last change: its place in the log.
     #[must_use]
     pub fn revision(&self) -> u64 {
@@ -482,7 +503,7 @@ impl State {
     /// Never for a state that transactions made.
     pub fn to_bytes(&self) -> io::Result<Vec<u8>> {
         let stored = Stored {
-            schema: SCHEMA,
+            schema: self.schema(),
             revision: self.revision,
             cluster: self.cluster.clone(),
             services: self.services.values().cloned().collect(),
@@ -513,15 +534,21 @@ impl State {
     ///
     /// When they are of another schema or damaged.
     pub fn from_bytes(bytes: &[u8]) -> io::Result<Self> {
+        Self::of_schema(bytes, SCHEMA)
+    }
+
+    /// The state of these bytes, if it is of this schema or an earlier one.
+    fn of_schema(bytes: &[u8], newest: u32) -> io::Result<Self> {
         let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
         // First of all: what another version wrote may have another shape.
-        let Schema { schema } = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
-        if !(OLDEST_SCHEMA..=SCHEMA).contains(&schema) {
-            let known = format!("this manager reads {OLDEST_SCHEMA} to {SCHEMA}");
+        let OfSchema { schema } = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
+        if !(OLDEST_SCHEMA..=newest).contains(&schema) {
+            let known = format!("this manager reads {OLDEST_SCHEMA} to {newest}");
             return Err(invalid(format!("the state is of schema {schema}, {known}")));
         }
         let stored: Stored = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
         let mut state = Self {
+            schema: Schema(schema.max(OLDEST_WRITTEN_SCHEMA)),
             revision: stored.revision,
             cluster: stored.cluster,
             requests: stored.requests,

@@ -102,9 +102,9 @@ impl Store {
         let command = match Caller::current().filter(|_| transaction.origin.is_none()) {
             Some(caller) => {
                 let origin = Some(Origin { actor: caller.actor(), at: self.environment.now() });
-                state::encode(&Transaction { origin, ..transaction.clone() })?
+                state::encode(&Transaction { origin, ..transaction.clone() }, self.view().schema())?
             }
-            None => state::encode(transaction)?,
+            None => state::encode(transaction, self.view().schema())?,
         };
         let span = tracing::info_span!("propose", changes = transaction.changes.len());
         let began = Instant::now();

@@ -40,6 +40,7 @@ impl Manager {
             snapshot_after: 1000,
             snapshot_after_bytes: 64 << 20,
             profile: warren_raft::Profile::Lan,
+            newest_schema: warren_manager::state::SCHEMA,
             liveness: liveness::Timing {
                 heartbeat: Duration::from_millis(100),
                 tolerated: 5,

@@ -13,7 +13,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Status, client::Grpc, transport::Channel};
 use tonic_prost::ProstCodec;
-use warren_manager::{Options, Policy, Vault, core::Networks, formation, liveness, state::Sealed};
+use warren_manager::{
+    Options, Policy, Vault,
+    core::Networks,
+    formation, liveness,
+    state::{SCHEMA, Sealed},
+};
 use warren_pki::{Authority, Credentials, Dialer, Identity, Request as CertificateRequest, Role, Token};
 use warren_proto::v1::{
     self, agent_message, cluster_client::ClusterClient, dispatcher_client::DispatcherClient,
@@ -68,6 +73,7 @@ impl Manager {
             snapshot_after: 1000,
             snapshot_after_bytes: 64 << 20,
             profile: warren_raft::Profile::Lan,
+            newest_schema: SCHEMA,
             liveness: liveness::Timing {
                 heartbeat: Duration::from_millis(20),
                 tolerated: 3,

@@ -174,6 +174,7 @@ impl Manager {
             snapshot_after: 10,
             snapshot_after_bytes: 64 << 20,
             profile: warren_raft::Profile::Lan,
+            newest_schema: warren_manager::state::SCHEMA,
             liveness: liveness::Timing::default(),
             policy: Policy::default(),
             founding: Some(Founding::default()),

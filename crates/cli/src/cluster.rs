@@ -296,6 +296,7 @@ async fn info(client: &ClientArguments, format: Format) -> Result<(), Error> {
         ("leader", leader),
         ("term", info.term.to_string()),
         ("applied", format!("{} of {}", info.applied_index, info.last_log_index)),
+        ("schema", info.schema.to_string()),
         ("locked", if info.locked { "yes" } else { "no" }.to_owned()),
     ]);
     if let Some(rotation) = &info.rotation {

@@ -58,6 +58,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
         snapshot_after_mib: 64,
         unlock_key: None,
         profile: ProfileArgument::Lan,
+        max_schema: warren_manager::state::SCHEMA,
         allow_privileged: arguments.allow_privileged,
         registries: arguments.node.registries.clone(),
         container_network: None,

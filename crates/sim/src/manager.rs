@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     sync::{
         Arc,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -18,8 +18,9 @@ use warren_manager::{
     core::{Core, Founding, Seams, Settings},
     liveness::{self, Liveness},
     pinning::Unasked,
-    state::State,
+    state::{self, Change, State, Transaction},
 };
+use warren_proto::v1::{self, cluster_client::ClusterClient};
 use warren_raft::Node;
 use warren_telemetry::{Meters, signals::Identity, table::Emitter};
 
@@ -35,6 +36,8 @@ const EPOCH: u64 = 1_780_000_000_000;
 const HEAR_PERIOD: Duration = Duration::from_millis(20);
 /// Between looks at who should be a member.
 const MEMBERS_PERIOD: Duration = Duration::from_millis(500);
+/// How long a change of them may take.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A clock that may be wrong, and dice.
 #[derive(Debug)]
@@ -69,6 +72,8 @@ pub(crate) struct Hardware {
     pub(crate) skew: Arc<AtomicI64>,
     /// How often it was started.
     pub(crate) starts: Arc<AtomicU64>,
+    /// Which version of the program it runs, from its next start on.
+    pub(crate) newest_schema: Arc<AtomicU32>,
 }
 
 /// A manager that runs, seen from outside.
@@ -84,7 +89,7 @@ pub(crate) fn name(id: u64) -> String {
 
 /// Runs a manager until its machine crashes.
 pub(crate) async fn run(hardware: Hardware, seed: u64, shared: Shared) -> turmoil::Result {
-    let Hardware { id, disk, skew, starts } = hardware;
+    let Hardware { id, disk, skew, starts, newest_schema } = hardware;
     let start = starts.fetch_add(1, Ordering::Relaxed);
     let identity = Identity { service: "warren-manager", instance: id.to_string() };
     let meters = Meters::new(&identity, &[Emitter::Manager]);
@@ -96,6 +101,7 @@ pub(crate) async fn run(hardware: Hardware, seed: u64, shared: Shared) -> turmoi
         snapshot_after_bytes: 64 << 20,
         profile: warren_raft::Profile::Lan,
         liveness: liveness::Timing { heartbeat: Duration::from_millis(500), ..liveness::Timing::default() },
+        newest_schema: newest_schema.load(Ordering::Relaxed),
         policy: Policy::default(),
         registries: Arc::new(Unasked),
         vault: Vault::ephemeral()?,
@@ -114,11 +120,11 @@ pub(crate) async fn run(hardware: Hardware, seed: u64, shared: Shared) -> turmoi
             return Ok(());
         }
     };
+    let core = Arc::new(core);
     shared.manager_runs(id, Running { raft: core.raft().clone(), state: core.watch() });
-    let raft = core.raft().clone();
-    tokio::spawn(members(raft.clone(), shared.clone()));
+    tokio::spawn(members(Arc::clone(&core), shared.clone()));
     tokio::spawn(hear(id, core.watch(), core.liveness(), shared));
-    let serve_raft = network::serve_raft(raft);
+    let serve_raft = network::serve_raft(core.raft().clone());
     let incoming = network::incoming().await?;
     let serve_api = Server::builder().add_routes(core.routes()).serve_with_incoming(incoming);
     tokio::select! {
@@ -139,23 +145,44 @@ async fn hear(id: u64, state: watch::Receiver<State>, liveness: Liveness, shared
 }
 
 /// While this manager leads, sees to it that the members are those that should be.
-async fn members(raft: Node, shared: Shared) {
+async fn members(core: Arc<Core>, shared: Shared) {
     loop {
         tokio::time::sleep(MEMBERS_PERIOD).await;
-        let status = raft.status();
+        let status = core.raft().status();
         if !status.is_leader {
             continue;
         }
         let wanted = shared.members();
+        let state = core.state();
         let voters: BTreeSet<u64> = status.members.iter().filter(|m| m.voter).map(|m| m.id).collect();
-        let known: BTreeSet<u64> = status.members.iter().map(|member| member.id).collect();
+        let known = status.members.iter().map(|member| member.id).chain(state.managers().map(|manager| manager.id));
+        let known: BTreeSet<u64> = known.collect();
         // One change at a time, and joining before leaving: as an operator would. What fails is tried again.
         if let Some(id) = wanted.difference(&voters).next() {
-            let outcome = tokio::time::timeout(Duration::from_secs(5), raft.add_voter(*id, &name(*id))).await;
+            let outcome = tokio::time::timeout(PATIENCE, join(&core, *id)).await;
             shared.trace(format!("{} joins: {}", name(*id), matches!(outcome, Ok(Ok(())))));
         } else if let Some(id) = known.difference(&wanted).next() {
-            let outcome = if *id == status.id { raft.hand_over().await } else { raft.remove(*id).await };
-            shared.trace(format!("{} leaves: {}", name(*id), outcome.is_ok()));
+            let outcome = tokio::time::timeout(PATIENCE, leave(status.id, *id)).await;
+            shared.trace(format!("{} leaves: {}", name(*id), matches!(outcome, Ok(Ok(())))));
         }
     }
+}
+
+/// Lets a manager in as one that has a token is let in, and has it take part as it asks for then.
+async fn join(core: &Core, id: u64) -> Result<(), warren_raft::Error> {
+    // Numbers are given in order; whoever had one and never came is turned out like any other.
+    while core.state().manager(id).is_none() && core.state().next_manager() <= id {
+        let next = core.state().next_manager();
+        let manager = state::Manager { id: next, hostname: name(next), created_at: Timestamp(EPOCH), voter: true };
+        let transaction = Transaction { changes: vec![Change::AdmitManager(manager)], ..Transaction::default() };
+        core.raft().propose(state::encode(&transaction, core.state().schema()).unwrap_or_default()).await?;
+    }
+    core.raft().add_voter(id, &name(id)).await
+}
+
+/// Turns a manager out, by the API of the one that leads.
+async fn leave(leader: u64, id: u64) -> Result<(), String> {
+    let channel = network::connect(&name(leader)).await.map_err(|error| error.to_string())?;
+    let asked = ClusterClient::new(channel).remove_manager(v1::RemoveManagerRequest { id }).await;
+    asked.map(drop).map_err(|status| status.message().to_owned())
 }

@@ -5,7 +5,7 @@ use std::{
     panic::PanicHookInfo,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -13,7 +13,7 @@ use std::{
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng, seq::IndexedRandom as _};
 use sha2::{Digest as _, Sha256};
 use turmoil::Sim;
-use warren_manager::state::{ContainerState, Desired, Mode, State};
+use warren_manager::state::{ContainerState, Desired, Mode, OLDEST_WRITTEN_SCHEMA, SCHEMA, State};
 
 use crate::{
     agent::{self, Agent},
@@ -122,6 +122,8 @@ pub(crate) fn run(seed: u64, says: bool) -> Result<String, String> {
     let mut dice = SmallRng::seed_from_u64(seed);
     let managers = if dice.random_bool(0.5) { 3 } else { 5 };
     let cuts = dice.random_bool(0.7);
+    // Half of the clusters are upgraded under way: each manager at one of its starts.
+    let schema = if dice.random_bool(0.5) { OLDEST_WRITTEN_SCHEMA } else { SCHEMA };
     let shared = Shared::new((1..=managers).collect(), says);
     let mut sim = turmoil::Builder::new()
         .rng_seed(seed)
@@ -139,6 +141,8 @@ pub(crate) fn run(seed: u64, says: bool) -> Result<String, String> {
             disk: Disk::new(DISK),
             skew: Arc::new(AtomicI64::new(0)),
             starts: Arc::new(AtomicU64::new(0)),
+            // Who joins one day is of the new version: it may be told to read what the others have raised the schema to.
+            newest_schema: Arc::new(AtomicU32::new(if id <= managers { schema } else { SCHEMA })),
         };
         let (host, shared) = (own.clone(), shared.clone());
         sim.host(manager::name(id), move || manager::run(host.clone(), seed, shared.clone()));
@@ -390,8 +394,18 @@ impl World<'_> {
         if let Some(id) = name.strip_prefix('m').and_then(|id| id.parse().ok()) {
             self.shared.manager_crashed(id);
             self.seen.remove(&id);
+            if self.dice.random_bool(0.5) {
+                self.upgrade(id);
+            }
         }
         self.sim.bounce(name.as_str());
+    }
+
+    /// Gives a manager the new version, from its next start on.
+    fn upgrade(&mut self, id: u64) {
+        if self.hardware.get(&id).is_some_and(|own| own.newest_schema.swap(SCHEMA, Ordering::Relaxed) != SCHEMA) {
+            self.shared.trace(format!("{} is upgraded", manager::name(id)));
+        }
     }
 
     /// Some machines on one side, the others on the other.
@@ -538,6 +552,10 @@ impl World<'_> {
         self.repair();
         let hardware: Vec<Hardware> = self.hardware.values().cloned().collect();
         for own in hardware {
+            if own.newest_schema.load(Ordering::Relaxed) != SCHEMA {
+                self.upgrade(own.id);
+                self.crash(manager::name(own.id));
+            }
             own.disk.set_full(false);
             own.disk.set_latency(DISK);
             own.skew.store(0, Ordering::Relaxed);
@@ -608,7 +626,15 @@ impl World<'_> {
             if status.leader.is_none() || leader.replace(status.leader).is_some_and(|other| other != status.leader) {
                 return Err("they do not agree on a leader".to_owned());
             }
-            states.push((*id, running.state.borrow().clone()));
+            let state = running.state.borrow().clone();
+            let admitted: BTreeSet<u64> = state.managers().map(|manager| manager.id).collect();
+            if admitted != members {
+                return Err(format!("the state of manager {id} knows managers {admitted:?} instead of {members:?}"));
+            }
+            if state.schema() != SCHEMA {
+                return Err(format!("the state of manager {id} is of schema {}", state.schema()));
+            }
+            states.push((*id, state));
         }
         let (first, state) = states.first().ok_or("nobody is left")?;
         for (id, other) in &states[1..] {

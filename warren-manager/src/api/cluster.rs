@@ -331,6 +331,7 @@ impl cluster_server::Cluster for Cluster {
             version: build::LONG_VERSION.to_owned(),
             locked: state.cluster().is_some_and(|cluster| cluster.lock.is_some()),
             rotation: rotation(&state),
+            schema: state.schema(),
         }))
     }
 

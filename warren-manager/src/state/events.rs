@@ -152,6 +152,11 @@ pub(super) fn tell(state: &State, change: &Change) -> Option<Told> {
         }
         Change::AdvanceRotation { signs: true } => ("authority.changed", String::new(), String::new(), String::new()),
         Change::Certify { .. } => return None,
+        // One that begins has had no other.
+        Change::RaiseSchema(schema) => {
+            state.cluster()?;
+            ("cluster.schema_raised", String::new(), String::new(), format!("to {schema}"))
+        }
         Change::AdmitManager(manager) => {
             ("manager.admitted", manager.id.to_string(), manager.hostname.clone(), String::new())
         }

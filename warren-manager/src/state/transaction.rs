@@ -7,8 +7,8 @@ use warren_proto::v1;
 
 use super::{
     Availability, Cluster, Container, ContainerState, DELETED_VOLUMES, Desired, EVENTS, Event, JoinToken, Manager,
-    Node, Operator, Origin, REQUESTS, Rotation, Sealed, SealedAuthority, Secret, Service, State, Status, TokenRole,
-    Volume, events, needed_secrets, needed_volumes, secret_key,
+    Node, Operator, Origin, REQUESTS, Rotation, Schema, Sealed, SealedAuthority, Secret, Service, State, Status,
+    TokenRole, Volume, events, needed_secrets, needed_volumes, secret_key,
 };
 use crate::{
     clock::Timestamp,
@@ -31,6 +31,8 @@ pub enum Expected {
 pub enum Change {
     /// Gives the cluster its identity, unless it has one.
     FoundCluster(Box<Cluster>),
+    /// Has log and snapshots be of this schema from here on, unless they are of a later one: every manager reads it.
+    RaiseSchema(u32),
     /// Locks managers' keys of secrets, or does not.
     SetLock(Option<Sealed>),
     /// Begins to give the cluster another authority, unless that is under way.
@@ -222,6 +224,14 @@ pub struct Transaction {
     pub changes: Vec<Change>,
 }
 
+impl Transaction {
+    /// The schema that the cluster has by it: only who reads that may read it. 0 when it is the one that it had.
+    pub(super) fn raises_schema_to(&self) -> u32 {
+        let raised = |change: &Change| if let Change::RaiseSchema(schema) = change { *schema } else { 0 };
+        self.changes.iter().map(raised).max().unwrap_or(0)
+    }
+}
+
 /// Why a transaction changed nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Rejection {
@@ -372,6 +382,7 @@ impl State {
                     cluster.rotation = Some(Rotation { other: new.clone(), signs: false });
                 })?;
             }
+            Change::RaiseSchema(schema) => self.schema = Schema(self.schema().max(*schema)),
             Change::AdvanceRotation { signs } => self.advance_rotation(*signs)?,
             Change::Certify { member, digest } => {
                 if self.cluster.as_ref().is_some_and(|cluster| cluster.rotation.is_some()) {

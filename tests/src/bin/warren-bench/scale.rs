@@ -28,7 +28,7 @@ use warren_manager::{
     scheduler,
     state::{
         Amounts, Availability, Change, Cluster, ClusterNetwork, ContainerState, Description, Expected, Mode, Resources,
-        RestartCondition, RestartPolicy, Service, ServiceSpec, State, Transaction,
+        RestartCondition, RestartPolicy, SCHEMA, Service, ServiceSpec, State, Transaction,
     },
 };
 use warren_pki::Dialer;
@@ -172,6 +172,7 @@ async fn manager(directory: &Path, id: u64, here: &Here) -> Core {
         snapshot_after: 5000,
         snapshot_after_bytes: 64 << 20,
         profile: Profile::Lan,
+        newest_schema: SCHEMA,
         liveness: liveness::Timing::default(),
         policy: Policy::default(),
         registries: Arc::new(Unasked),
