@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,
@@ -189,6 +190,7 @@ pub fn identity(data_dir: &Path) -> Identity {
 ///
 /// When it cannot start. What fails later is logged and shown by `/ready`.
 pub async fn run(options: Options, asked_to_stop: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
+    take_open_files();
     let address = advertised(&options)?;
     let shutdown = CancellationToken::new();
     let Some(data_dir::Identity { id, has_log, .. }) = wait_for_identity(&options, &asked_to_stop).await? else {
@@ -303,6 +305,15 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
         let _ = fs::remove_file(&options.socket);
     }
     Ok(())
+}
+
+/// Takes as many open files as this process may have: each agent has a connection, and what systems allow unless asked is often 1024.
+fn take_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, wanted) {
+        tracing::warn!(%error, limit = limit.current, "no more files may be open at a time");
+    }
 }
 
 async fn log_failure<E: std::fmt::Display>(what: &'static str, serve: impl Future<Output = Result<(), E>>) {
@@ -584,5 +595,18 @@ async fn enter(raft: Node, state: watch::Receiver<State>, peers: Peers, address:
             }
         }
         tokio::time::sleep(ENTER_AGAIN).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_open_files_that_are_allowed_are_taken() {
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        setrlimit(Resource::Nofile, Rlimit { current: Some(100), maximum }).expect("fewer may be");
+        take_open_files();
+        assert_eq!(getrlimit(Resource::Nofile).current, maximum);
     }
 }

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::future::BoxFuture;
+use futures::{StreamExt as _, future::BoxFuture};
 use tokio::{net::UnixListener, runtime, sync::mpsc};
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tokio_util::sync::CancellationToken;
@@ -31,13 +31,17 @@ use warren_manager::{
         RestartCondition, RestartPolicy, SCHEMA, Service, ServiceSpec, State, Transaction,
     },
 };
-use warren_pki::Dialer;
+use warren_pki::{Credentials, Dialer, Request, Token};
 use warren_proto::v1::{
-    self, agent_message, dispatcher_client::DispatcherClient, manager_message, nodes_client::NodesClient, service_spec,
-    services_client::ServicesClient,
+    self, agent_message, cluster_client::ClusterClient, dispatcher_client::DispatcherClient, manager_message,
+    nodes_client::NodesClient, service_spec, services_client::ServicesClient,
 };
 use warren_raft::{Files, Node, Profile, Transport, TransportError};
 use warren_telemetry::{Meters, signals::Identity, table::Emitter};
+use warren_tests::{
+    World,
+    cluster::{self, Manager},
+};
 
 const NODES: usize = 1000;
 const CONTAINERS: u32 = 100_000;
@@ -45,6 +49,8 @@ const CONTAINERS: u32 = 100_000;
 const DISTINCT: u32 = 50_000;
 const SERVICES: usize = 1000;
 const IDLE_AGENTS: usize = 5000;
+/// On one connection without a certificate.
+const JOINED_AT_ONCE: usize = 25;
 const IDLE: Duration = Duration::from_secs(30);
 /// So long without a log entry and without a message to an agent, everybody knows everything.
 const QUIET: Duration = Duration::from_secs(5);
@@ -191,18 +197,17 @@ async fn manager(directory: &Path, id: u64, here: &Here) -> Core {
 }
 
 /// An agent without containers: it says at once that what it is to run runs. Counts what it is told.
-async fn agent(channel: Channel, number: usize, told: Arc<AtomicUsize>) {
-    let about = node(number);
+async fn agent(channel: Channel, id: String, number: usize, told: Arc<AtomicUsize>) {
     let description = v1::NodeDescription {
-        hostname: about.description.hostname.clone(),
+        hostname: format!("node-{number:05}"),
         resources: Some(v1::ResourceAmounts { cpu_millis: 64_000, memory_bytes: 1 << 38 }),
         ..Default::default()
     };
-    let register = v1::RegisterNodeRequest { node_id: about.id.to_string(), description: Some(description) };
+    let register = v1::RegisterNodeRequest { node_id: id.clone(), description: Some(description) };
     NodesClient::new(channel.clone()).register_node(register).await.expect("registered");
     let (up, outgoing) = mpsc::channel(16);
     let say = |message| v1::AgentMessage { message: Some(message) };
-    let hello = v1::Hello { node_id: about.id.to_string(), boot_id: "bench".to_owned() };
+    let hello = v1::Hello { node_id: id, boot_id: "bench".to_owned() };
     up.send(say(agent_message::Message::Hello(hello))).await.expect("sent");
     let session = DispatcherClient::new(channel).session(ReceiverStream::new(outgoing)).await;
     let mut down = session.expect("a session").into_inner();
@@ -250,22 +255,35 @@ async fn agent(channel: Channel, number: usize, told: Arc<AtomicUsize>) {
     }
 }
 
-/// Threads of several managers, and of one that is measured after them.
+/// Threads of the managers.
 const MANAGERS: &str = "managers";
-const ONE_MANAGER: &str = "one-manager";
+
+/// Name and processor time of the thread or process of which this is `/proc`'s directory.
+fn stat(directory: &Path) -> Option<(String, Duration)> {
+    let stat = fs::read_to_string(directory.join("stat")).ok()?;
+    let (name, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
+    let mut fields = rest.split_whitespace().skip(11);
+    let mut next = || fields.next()?.parse::<u64>().ok();
+    let ticks = next()? + next()?;
+    Some((name.to_owned(), Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())))
+}
 
 /// Processor time of this process's threads of a name.
 fn processor_time(name: &str) -> Duration {
-    let ticks = rustix::param::clock_ticks_per_second();
     let threads = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
-    let used = threads.filter_map(|thread| {
-        let stat = fs::read_to_string(thread.path().join("stat")).ok()?;
-        let (comm, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
-        let mut fields = rest.split_whitespace().skip(11);
-        let mut next = || fields.next()?.parse::<u64>().ok();
-        comm.starts_with(name).then_some(next()? + next()?)
-    });
-    Duration::from_millis(used.sum::<u64>() * 1000 / ticks)
+    let used = threads.filter_map(|thread| stat(&thread.path()).filter(|(of, _)| of.starts_with(name)));
+    used.map(|(_, time)| time).sum()
+}
+
+/// Processor time of another process.
+fn processor_time_of(process: u32) -> Duration {
+    stat(Path::new(&format!("/proc/{process}"))).map_or(Duration::ZERO, |(_, time)| time)
+}
+
+fn resident_mib(process: u32) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse().ok());
+    resident.map_or(f64::NAN, |kib: f64| kib / 1024.0)
 }
 
 async fn wait(what: &str, mut check: impl FnMut() -> bool) {
@@ -315,7 +333,7 @@ fn control_plane() {
         let sessions: Vec<_> = range
             .map(|number| {
                 let channel = channels[number % channels.len()].clone();
-                agents.spawn(agent(channel, number, Arc::clone(&told)))
+                agents.spawn(agent(channel, format!("n{number:05}"), number, Arc::clone(&told)))
             })
             .collect();
         agents.block_on(wait("all nodes are there", || leader.state().nodes().count() >= sessions.len()));
@@ -363,7 +381,7 @@ fn control_plane() {
     );
     println!("  all reported as running                     {:8.1} s", run.as_secs_f64());
 
-    idle("1000 nodes with 100,000 containers", MANAGERS, leader, &told);
+    idle(leader, &told);
     agents.block_on(async {
         let mut services = ServicesClient::new(channels[0].clone());
         for number in 0..SERVICES {
@@ -382,67 +400,120 @@ fn control_plane() {
     idle_agents();
 }
 
-/// Processor time of managers' threads while some time passes, in cores.
-fn used_in(threads: &str, time: Duration) -> f64 {
-    let (before, began) = (processor_time(threads), Instant::now());
-    std::thread::sleep(time);
-    (processor_time(threads) - before).as_secs_f64() / began.elapsed().as_secs_f64()
-}
-
-fn idle(what: &str, threads: &str, leader: &Core, told: &AtomicUsize) {
+/// Waits until nobody writes or tells anything any more; how long that took.
+fn settle(mut state: impl FnMut() -> (u64, usize)) -> Duration {
     // What is still being written, or told to agents, is not idleness.
     let began = Instant::now();
-    let state = || (leader.raft().status().last_log_index, told.load(Ordering::Relaxed));
     let mut before = state();
     let mut quiet_since = Instant::now();
     while quiet_since.elapsed() < QUIET && began.elapsed() < PATIENCE {
-        std::thread::sleep(Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(500));
         let now = state();
         if now != before {
             (before, quiet_since) = (now, Instant::now());
         }
     }
-    let settled = began.elapsed() - quiet_since.elapsed();
-    let index = leader.raft().status().last_log_index;
-    let used = used_in(threads, IDLE);
-    let written = leader.raft().status().last_log_index - index;
+    began.elapsed() - quiet_since.elapsed()
+}
+
+/// Percent of a core that is used while some time passes.
+fn used(time: impl Fn() -> Duration) -> f64 {
+    let (before, began) = (time(), Instant::now());
+    std::thread::sleep(IDLE);
+    (time() - before).as_secs_f64() / began.elapsed().as_secs_f64() * 100.0
+}
+
+fn idle(leader: &Core, told: &AtomicUsize) {
+    let index = || leader.raft().status().last_log_index;
+    let settled = settle(|| (index(), told.load(Ordering::Relaxed)));
+    let before = index();
+    let used = used(|| processor_time(MANAGERS));
     println!(
-        "  idle, {what}: {:.1} % of a core, managers only; {written} log entries in {} s, after {:.0} s to settle",
-        used * 100.0,
+        "  idle: {used:.1} % of a core, all three managers; {} log entries in {} s, after {:.0} s to settle",
+        index() - before,
         IDLE.as_secs(),
         settled.as_secs_f64()
     );
 }
 
+/// Lets a node in, with a certificate of its own.
+async fn join(channel: Channel, token: &Token, number: usize) -> (String, Credentials) {
+    let request = Request::new().expect("a key");
+    let asked = v1::JoinClusterRequest {
+        secret: token.secret(),
+        certificate_request: request.pem().to_owned(),
+        hostname: format!("node-{number:05}"),
+        ..Default::default()
+    };
+    let joined = ClusterClient::new(channel).join_cluster(asked).await.expect("let in").into_inner();
+    let credentials = Credentials::new(&request.key_pem(), &joined.certificate, &joined.authorities);
+    (joined.id, credentials.expect("a certificate"))
+}
+
+/// Agents with nothing to run, each with a certificate and a connection of its own, at the leader of three managers that are
+/// processes with logs on one disk.
 fn idle_agents() {
-    let own = std::env::current_exe().expect("a path");
-    let directory = tempfile::tempdir_in(own.parent().expect("a directory")).expect("a directory");
-    let (managers, agents) = (several(ONE_MANAGER), several("agents"));
-    let core = managers.block_on(manager(directory.path(), 1, &Here::default()));
-    let socket = directory.path().join("api.sock");
-    let routes = core.routes();
-    managers.spawn({
-        let socket = socket.clone();
-        async move {
-            let listener = UnixListener::bind(socket)?;
-            let served = Server::builder().add_routes(routes).serve_with_incoming(UnixListenerStream::new(listener));
-            served.await.map_err(io::Error::other)
+    let world = World::empty("bench-idle");
+    let mut managers: Vec<_> = ["m1", "m2", "m3"].iter().map(|name| Manager::new(&world, name)).collect();
+    let token: Token = cluster::found(&mut managers).parse().expect("a token");
+    let led = cluster::leader(&managers);
+    let (leader, address) = (&managers[led], managers[led].address());
+    let agents = several("agents");
+    let told = Arc::new(AtomicUsize::new(0));
+    let joining = Instant::now();
+    agents.block_on(async {
+        let mut joined = futures::stream::iter(0..IDLE_AGENTS.div_ceil(JOINED_AT_ONCE))
+            .map(|batch| {
+                let (address, token) = (&address, &token);
+                async move {
+                    let channel = Dialer::newcomer(address, token).expect("an address").connect().await;
+                    let channel = channel.expect("connected");
+                    let numbers = batch * JOINED_AT_ONCE..((batch + 1) * JOINED_AT_ONCE).min(IDLE_AGENTS);
+                    let joins = numbers.map(|number| {
+                        let channel = channel.clone();
+                        async move { (number, join(channel, token, number).await) }
+                    });
+                    futures::future::join_all(joins).await
+                }
+            })
+            .buffer_unordered(4);
+        while let Some(batch) = joined.next().await {
+            for (number, (id, credentials)) in batch {
+                let channel = Dialer::new(&address, &credentials).expect("an address").lazy();
+                tokio::spawn(agent(channel, id, number, Arc::clone(&told)));
+            }
         }
     });
-    crate::until("the API is served", || socket.exists().then_some(()));
-    let told = Arc::new(AtomicUsize::new(0));
-    agents.block_on(async {
-        let channels: Vec<Channel> = (0..50).map(|_| Dialer::socket(&socket).expect("a path").lazy()).collect();
-        for number in 0..IDLE_AGENTS {
-            tokio::spawn(agent(channels[number % channels.len()].clone(), number, Arc::clone(&told)));
-        }
-        wait("all nodes are there", || core.state().nodes().count() == IDLE_AGENTS).await;
+    let nodes = || {
+        let listed = leader.warren(&["node", "ls", "--format", "json"]).stdout;
+        let listed: serde_json::Value = serde_json::from_str(&listed).unwrap_or_default();
+        listed.as_array().map_or(0, |nodes| nodes.iter().filter(|node| node["status"] == "NODE_STATUS_READY").count())
+    };
+    warren_tests::until_within(PATIENCE, "all nodes are ready", || (nodes() == IDLE_AGENTS).then_some(()));
+    let joined = joining.elapsed();
+    let index = || leader.info().and_then(|info| info["lastLogIndex"].as_str()?.parse::<u64>().ok()).unwrap_or(0);
+    let settled = settle(|| (index(), told.load(Ordering::Relaxed)));
+    let before = index();
+    let processes: Vec<_> = managers.iter().map(|manager| manager.process.as_ref().expect("it runs").id()).collect();
+    let followers = |at: &usize| *at != led;
+    let (by_followers, by_leader) = std::thread::scope(|scope| {
+        let others = || (0..3).filter(followers).map(|at| processor_time_of(processes[at])).sum();
+        let others = scope.spawn(move || used(others));
+        let leader = used(|| processor_time_of(processes[led]));
+        (others.join().expect("it measures"), leader)
     });
     println!(
-        "{IDLE_AGENTS} agents in session with one manager, heartbeats only (goal: no log entry, below 10 % of a core)"
+        "{IDLE_AGENTS} agents in sessions with the leader of three managers, in TLS, a connection each; heartbeats only"
     );
-    idle("5000 nodes without containers", ONE_MANAGER, &core, &told);
-    println!();
+    println!("  let in, and ready                           {:8.1} s", joined.as_secs_f64());
+    println!(
+        "  idle: {by_leader:.1} % of a core, leader (goal: below 10); {by_followers:.1} % both others; {} log entries in {} s (goal: \
+         none), after {:.0} s to settle; {nodes} of them ready after it",
+        index() - before,
+        IDLE.as_secs(),
+        settled.as_secs_f64(),
+        nodes = nodes(),
+    );
+    println!("  memory of the leader                        {:8.1} MiB\n", resident_mib(processes[led]));
     agents.shutdown_background();
-    managers.shutdown_background();
 }
