@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -86,6 +87,7 @@ pub(crate) fn open(directory: &Path) -> Result<Option<Identity>, Error> {
                 return Err(Error::Format { directory: directory.to_owned(), found: format });
             }
             let identity: Identity = serde_json::from_slice(&bytes).map_err(damaged)?;
+            close_to_others(directory).map_err(io_error)?;
             if format < CHECKED_FORMAT {
                 let path = directory.join(IDENTITY);
                 Credentials::complete(&path).map_err(|error| Error::Damaged { path, why: error.to_string() })?;
@@ -128,16 +130,25 @@ pub(crate) fn known_id(directory: &Path) -> Option<u64> {
     Some(identity.id)
 }
 
-/// Makes the directory, for nobody but root.
+/// Makes the directory, for nobody but root; one that was there already is nobody else's any more.
 ///
 /// # Errors
 ///
 /// When it cannot be made.
 pub(crate) fn prepare(directory: &Path) -> Result<(), Error> {
-    use std::os::unix::fs::DirBuilderExt as _;
-
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
-    made.map_err(|source| Error::Io { directory: directory.to_owned(), source })
+    made.and_then(|()| close_to_others(directory))
+        .map_err(|source| Error::Io { directory: directory.to_owned(), source })
+}
+
+/// What is in it says what the cluster's secrets are.
+fn close_to_others(directory: &Path) -> io::Result<()> {
+    let mode = fs::metadata(directory)?.permissions().mode();
+    if mode & 0o077 != 0 {
+        tracing::warn!(directory = %directory.display(), "the data directory was open to others than root, and is not any more");
+        fs::set_permissions(directory, fs::Permissions::from_mode(mode & 0o7700))?;
+    }
+    Ok(())
 }
 
 /// Makes the directory this manager's: whatever else is to be in it must be there by now.
@@ -175,6 +186,20 @@ mod tests {
         settle(directory.path(), 7).expect("writable");
         assert_eq!(open(directory.path()).expect("opens").map(|identity| identity.id), Some(7));
         assert_eq!(known_id(directory.path()), Some(7));
+    }
+
+    #[test]
+    fn a_directory_that_others_could_read_is_closed_to_them() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mode = || fs::metadata(directory.path()).expect("there").permissions().mode() & 0o777;
+        let open_to_all = || fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("ours");
+        open_to_all();
+        prepare(directory.path()).expect("ours");
+        assert_eq!(mode(), 0o700);
+        settle(directory.path(), 7).expect("writable");
+        open_to_all();
+        assert!(open(directory.path()).expect("opens").is_some());
+        assert_eq!(mode(), 0o700);
     }
 
     #[test]

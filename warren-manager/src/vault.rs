@@ -93,13 +93,20 @@ impl FromStr for UnlockKey {
 }
 
 /// The key of keys as a file has it: as it is, or locked.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KeptKey {
     /// In base64; behind it the beginning of its SHA-256, so that damage is noticed before a secret cannot be opened.
     Open(String),
     /// Encrypted with the unlock key; in base64.
     Locked(String),
+}
+
+impl fmt::Debug for KeptKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kept = if matches!(self, Self::Open(_)) { "Open" } else { "Locked" };
+        f.debug_tuple(kept).finish_non_exhaustive()
+    }
 }
 
 impl KeptKey {
