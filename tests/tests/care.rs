@@ -274,7 +274,11 @@ fn a_cluster_is_upgraded_one_manager_at_a_time() {
     managers[back].instead(&old);
     let refused = World::run(managers[back].command().stdin(Stdio::null()).env("RUST_BACKTRACE", "0"));
     assert_eq!(refused.code, 8, "{}{}", refused.stdout, refused.stderr);
-    assert!(refused.stderr.contains("schema 6, this manager reads 3 to 5"), "{}", refused.stderr);
+    let why =
+        "is unusable: the log holds a transaction of schema 6, this manager reads 3 to 5: another version wrote it";
+    assert!(refused.stderr.contains(why), "{}", refused.stderr);
+    let events = managers[new].warren(&["events", "--type", "manager"]).succeeded();
+    assert!(["1 (", "2 (", "3 ("].iter().all(|number| events.contains(number)), "{events}");
     managers[back].instead(&[]);
     managers[back].start();
     cluster::follows(&managers, back);

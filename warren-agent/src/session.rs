@@ -154,6 +154,9 @@ pub async fn run(options: Options, mut supervisor: Supervisor, board: Board, lin
         supervisor.disconnected();
         let why = crate::probes::describe(&ended);
         match link.check() {
+            Ok(()) if matches!(ended, Ended::Moves) => {
+                tracing::info!("another manager leads, and is spoken to directly")
+            }
             Ok(()) => tracing::warn!(why, "the session with the manager ended; containers go on"),
             // Each reason once: it tries again for as long as it takes.
             Err(known) if known == why => tracing::debug!(why, "no session with a manager"),

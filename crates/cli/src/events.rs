@@ -47,6 +47,8 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
 fn line(event: &v1::Event) {
     let at = event.at.as_ref().map(output::time).unwrap_or_default();
     let name = match (event.object_name.as_str(), event.object_id.as_str()) {
+        // By which it is named to `cluster rm`; several may be on one machine.
+        (name, id) if event.r#type.starts_with("manager.") => format!("{id} ({name})"),
         ("", id) => output::short(id),
         (name, _) => name.to_owned(),
     };

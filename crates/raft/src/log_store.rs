@@ -23,8 +23,8 @@ use crate::{
 /// Payload bytes sent to a follower in one message, beyond the first entry.
 const BATCH_BYTES: usize = 1 << 20;
 
-/// Why the log could not be written when that first failed, in words. Consensus ends then, and says what it tried last, which may
-/// only be what followed from it.
+/// Why the log could not be written, or what is in it not be applied, when that first failed, in words. Consensus ends then, and says
+/// what it tried last, which may only be what followed from it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct FirstFailure(Arc<OnceLock<String>>);
 
@@ -33,9 +33,17 @@ impl FirstFailure {
         self.0.get().map(String::as_str)
     }
 
+    /// Notes that the log could not be written, if it could not.
     fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
         result.inspect_err(|error| {
             let _ = self.0.set(format!("the log cannot be written: {error}"));
+        })
+    }
+
+    /// Notes what the state machine says, if it cannot go on.
+    pub(crate) fn note_of_machine<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        result.inspect_err(|error| {
+            let _ = self.0.set(error.to_string());
         })
     }
 }

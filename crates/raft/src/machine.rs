@@ -11,6 +11,7 @@ use tokio::sync::Notify;
 
 use crate::{
     Observer, SnapshotOperation,
+    log_store::FirstFailure,
     snapshot::{self, SnapshotBytes, SnapshotStore},
     types::{Config, LogId, Reply, SnapshotMeta, StoredMembership},
 };
@@ -74,6 +75,7 @@ pub(crate) struct Machine {
     store: SnapshotStore,
     blocks: bool,
     observer: Arc<dyn Observer>,
+    failure: FirstFailure,
 }
 
 /// Calls what may block where it may, if it does.
@@ -94,13 +96,15 @@ impl Machine {
         blocks: bool,
         limit: LogLimit,
         observer: Arc<dyn Observer>,
+        failure: FirstFailure,
     ) -> Self {
-        Self { limit, inner, last_applied: None, membership: StoredMembership::default(), store, blocks, observer }
+        let (last_applied, membership) = (None, StoredMembership::default());
+        Self { limit, inner, last_applied, membership, store, blocks, observer, failure }
     }
 
     fn restore(&mut self, bytes: &SnapshotBytes) -> io::Result<()> {
         let (meta, state) = snapshot::decode(bytes)?;
-        self.inner.restore(&state)?;
+        self.failure.note_of_machine(self.inner.restore(&state))?;
         self.last_applied = meta.last_log_id;
         self.membership = meta.last_membership;
         Ok(())
@@ -153,7 +157,8 @@ impl RaftStateMachine<Config> for Machine {
                 EntryPayload::Blank => Reply::default(),
                 EntryPayload::Normal(proposal) => {
                     self.limit.add(proposal.0.len());
-                    Reply(self.inner.apply(entry.log_id.index, &proposal.0)?)
+                    let applied = self.inner.apply(entry.log_id.index, &proposal.0);
+                    Reply(self.failure.note_of_machine(applied)?)
                 }
                 EntryPayload::Membership(membership) => {
                     self.membership = StoredMembership::new(Some(entry.log_id), membership);

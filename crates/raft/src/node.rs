@@ -172,10 +172,11 @@ impl Node {
         let full = Arc::new(Notify::new());
         let limit = LogLimit::new(options.snapshot_after_bytes, Arc::clone(&full));
         let reads = machine.reads();
-        let machine = Machine::new(machine, snapshots, blocks, limit, observer);
+        let machine = Machine::new(machine, snapshots, blocks, limit, observer, failure.clone());
         let network = Network { transport: Arc::clone(&transport) };
         let raft = Raft::new(options.id, config, network, log, machine).await;
-        let raft = raft.map_err(|error| storage_error(io::Error::other(error.to_string())))?;
+        let why = |error: &dyn std::error::Error| failure.get().map_or_else(|| error.to_string(), str::to_owned);
+        let raft = raft.map_err(|error| storage_error(io::Error::other(why(&error))))?;
         tokio::spawn(snapshot_when_full(raft.clone(), full));
         let node = Self {
             raft,

@@ -50,7 +50,9 @@ impl StoreBuilder<Config, LogStore, Machine, tempfile::TempDir> for Builder {
         let snapshots = SnapshotFile::open(&directory.path().join("snapshot")).expect("opens");
         let snapshots = SnapshotStore::new(Box::new(snapshots));
         let limit = LogLimit::new(u64::MAX, Arc::default());
-        Ok((directory, log, Machine::new(Box::new(Forgetful), snapshots, true, limit, Arc::new(Unobserved))))
+        let failure = log.failure();
+        let machine = Machine::new(Box::new(Forgetful), snapshots, true, limit, Arc::new(Unobserved), failure);
+        Ok((directory, log, machine))
     }
 }
 
