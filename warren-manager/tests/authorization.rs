@@ -484,3 +484,29 @@ async fn a_manager_whose_certificate_has_run_out_gives_itself_another() {
     assert_eq!(info.expect("it answers").into_inner().manager_id, 1);
     manager.stop().await;
 }
+
+#[tokio::test]
+async fn a_manager_that_cannot_read_the_state_is_not_let_in() {
+    let manager = Manager::start().await;
+    let wanted = v1::GenerateJoinTokenRequest { role: v1::Role::Manager.into(), lifetime: None };
+    let made = ClusterClient::new(manager.root()).generate_join_token(wanted).await.expect("made").into_inner();
+    let token: Token = made.token.parse().expect("a token");
+    let come = async |schema| {
+        let request = CertificateRequest::new().expect("a request");
+        let asked = v1::JoinClusterRequest {
+            secret: token.secret(),
+            certificate_request: request.pem().to_owned(),
+            schema,
+            ..Default::default()
+        };
+        ClusterClient::new(manager.nobody()).join_cluster(asked).await.map(|joined| joined.into_inner().id)
+    };
+    // One that does not say is of the first version that might be asked.
+    for schema in [0, SCHEMA - 1] {
+        let refused = come(schema).await.expect_err("it is too old");
+        assert_eq!(refused.code(), Code::FailedPrecondition);
+        assert!(refused.message().contains("too old: it reads the state up to schema 5"), "{refused}");
+    }
+    assert_eq!(come(SCHEMA).await.expect("let in"), "2");
+    manager.stop().await;
+}

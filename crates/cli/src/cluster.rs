@@ -95,7 +95,7 @@ pub(crate) enum Command {
     /// Locks what opens secrets on the disks of managers, or does not: a locked one that is started waits for the unlock key.
     Autolock {
         /// Whether.
-        #[arg(value_enum)]
+        #[arg(value_enum, value_name = "on|off")]
         state: Switch,
     },
     /// Shows the unlock key.
@@ -263,13 +263,15 @@ async fn join(token: &str, manager: &str, place: &Place) -> Result<(), Error> {
         node_id: membership::known_id(&place.agent()).unwrap_or_default(),
         hostname: warren_manager::hostname(),
         taken,
+        schema: warren_manager::state::SCHEMA,
     };
     let joined = match ClusterClient::new(channel).join_cluster(asked).await {
         Err(refused) if refused.code() == tonic::Code::FailedPrecondition => {
             // It says the same, and where.
             manager_free?;
             agent_free?;
-            return Err(Error::Usage(format!("{}: use `warren login`", refused.message())));
+            let hint = if refused.message().ends_with("for an operator") { ": use `warren login`" } else { "" };
+            return Err(Error::Usage(format!("{}{hint}", refused.message())));
         }
         joined => joined?.into_inner(),
     };

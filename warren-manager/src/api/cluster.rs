@@ -12,7 +12,7 @@ use crate::{
     front::Caller,
     ids::NodeId,
     signing::{self, Invited, Signed},
-    state::{Change, JoinToken, Manager, SealedAuthority, State, TokenRole, Transaction},
+    state::{Change, JoinToken, Manager, OLDEST_WRITTEN_SCHEMA, SealedAuthority, State, TokenRole, Transaction},
     store,
     validate::{self, Invalid},
     vault::UnlockKey,
@@ -148,6 +148,14 @@ impl Cluster {
             let now = self.0.environment.now();
             let (what, role, change, admitted) = match state.token(&hash).filter(|token| token.expires_at > now) {
                 Some(token) if token.role == TokenRole::Manager => {
+                    let reads = request.schema.max(OLDEST_WRITTEN_SCHEMA);
+                    if reads < state.schema() {
+                        return Err(Error::Precondition(format!(
+                            "the newcomer's version is too old: it reads the state up to schema {reads}, and the cluster's is of \
+                             schema {}",
+                            state.schema()
+                        )));
+                    }
                     let id = state.next_manager();
                     let manager = Manager { id, hostname: request.hostname.clone(), created_at: now, voter: true };
                     let admitted = (Role::Manager, id.to_string());
