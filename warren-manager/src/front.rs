@@ -121,9 +121,8 @@ fn may(caller: &Caller, path: &str) -> bool {
     match method {
         "Cluster/JoinCluster" => true,
         _ if method.starts_with("/grpc.health.v1.Health/") => true,
-        "Cluster/GetClusterInfo" | "Cluster/RequestCertificate" => role.is_some(),
+        "Cluster/GetClusterInfo" | "Cluster/RequestCertificate" | "Cluster/ConfirmAuthorities" => role.is_some(),
         _ if method.starts_with("/grpc.reflection.v1.ServerReflection/") => role.is_some(),
-        "Cluster/ConfirmAuthorities" => matches!(role, Some(Role::Worker | Role::Manager)),
         "Cluster/EnterManager" => role == Some(Role::Manager),
         _ if method.starts_with("Raft/") => role == Some(Role::Manager),
         // The agent of a machine that runs both goes by the socket. Operators get to see no secret.

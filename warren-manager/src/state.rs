@@ -342,12 +342,17 @@ impl State {
         })
     }
 
-    /// The members of the cluster that have certificates, like `manager 2` and `node x`, which are not known to believe the
-    /// authorities of this digest.
+    /// The members of the cluster that have certificates, like `manager 2`, `node x` and `operator y`, which are not known to believe
+    /// the authorities of this digest.
     pub fn uncertified<'a>(&'a self, digest: &'a str) -> impl Iterator<Item = String> + 'a {
         let managers = self.managers.keys().map(|id| format!("manager {id}"));
         let nodes = self.admitted.iter().map(|id| format!("node {id}"));
-        managers.chain(nodes).filter(move |member| self.certified.get(member).is_none_or(|known| known != digest))
+        let operators = self.operators.values().filter(|operator| operator.invitation.is_none());
+        let operators = operators.map(|operator| format!("operator {}", operator.id));
+        managers
+            .chain(nodes)
+            .chain(operators)
+            .filter(move |member| self.certified.get(member).is_none_or(|known| known != digest))
     }
 
     /// Whether a node was let in with a token, and not removed since.

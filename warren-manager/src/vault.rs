@@ -37,6 +37,9 @@ pub enum Error {
         /// Its file.
         path: String,
     },
+    /// There is none to open what is locked.
+    #[error("the key of secrets is locked, and no unlock key was given")]
+    NoUnlockKey,
     /// It is not this lock's.
     #[error("the unlock key does not fit")]
     UnlockKey,
@@ -126,7 +129,7 @@ impl KeptKey {
                 }
                 key.to_vec()
             }
-            (Self::Locked(_), None) => return Err(Error::UnlockKey),
+            (Self::Locked(_), None) => return Err(Error::NoUnlockKey),
             (Self::Locked(text), Some(unlock)) => {
                 decrypt(&key(&unlock.0)?, &decode(text)?, LOCK).map_err(|_| Error::UnlockKey)?
             }

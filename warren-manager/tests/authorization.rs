@@ -212,9 +212,10 @@ fn is_turned_away(answer: &Result<(), Status>, code: Code) -> bool {
 /// Methods that are for those without a certificate, for nodes, and for managers. All others are for operators and root.
 const EVERYBODY: [&str; 3] =
     ["/warren.v1.Cluster/JoinCluster", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"];
-const MEMBERS: [&str; 3] = [
+const MEMBERS: [&str; 4] = [
     "/warren.v1.Cluster/GetClusterInfo",
     "/warren.v1.Cluster/RequestCertificate",
+    "/warren.v1.Cluster/ConfirmAuthorities",
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
 ];
 const NODES: [&str; 5] = [
@@ -224,8 +225,6 @@ const NODES: [&str; 5] = [
     "/warren.v1.Dispatcher/UploadStats",
     "/warren.v1.Dispatcher/ServeExec",
 ];
-/// For whoever has a certificate to be renewed.
-const CERTIFIED: [&str; 1] = ["/warren.v1.Cluster/ConfirmAuthorities"];
 const MANAGERS: [&str; 2] = ["/warren.v1.Cluster/EnterManager", "/warren.v1.Raft/Exchange"];
 
 #[tokio::test]
@@ -236,22 +235,12 @@ async fn everybody_may_call_what_is_for_them_and_nothing_else() {
     let own = Credentials::load(&manager.directory.path().join("data/identity")).expect("readable").expect("there");
     let callers: [(&str, Channel, Code, Vec<&str>); 3] = [
         ("nobody", manager.nobody(), Code::Unauthenticated, EVERYBODY.to_vec()),
-        (
-            "a node",
-            manager.dial(&worker),
-            Code::PermissionDenied,
-            [&EVERYBODY[..], &MEMBERS, &CERTIFIED, &NODES].concat(),
-        ),
-        (
-            "a manager",
-            manager.dial(&own),
-            Code::PermissionDenied,
-            [&EVERYBODY[..], &MEMBERS, &CERTIFIED, &MANAGERS].concat(),
-        ),
+        ("a node", manager.dial(&worker), Code::PermissionDenied, [&EVERYBODY[..], &MEMBERS, &NODES].concat()),
+        ("a manager", manager.dial(&own), Code::PermissionDenied, [&EVERYBODY[..], &MEMBERS, &MANAGERS].concat()),
     ];
     let methods = methods();
     assert!(methods.len() >= 40, "{methods:?}");
-    for known in [&EVERYBODY[..], &MEMBERS, &CERTIFIED, &NODES, &MANAGERS].concat() {
+    for known in [&EVERYBODY[..], &MEMBERS, &NODES, &MANAGERS].concat() {
         assert!(methods.iter().any(|method| method == known), "{known} is not served");
     }
     for (who, channel, code, allowed) in &callers {
@@ -265,13 +254,13 @@ async fn everybody_may_call_what_is_for_them_and_nothing_else() {
     let operator = manager.dial(&manager.log_in("ada").await);
     for method in &methods {
         let answer = call(&operator, method).await;
-        let expected = [&MANAGERS[..], &CERTIFIED, &NODES].concat().contains(&method.as_str());
+        let expected = [&MANAGERS[..], &NODES].concat().contains(&method.as_str());
         assert_eq!(is_turned_away(&answer, Code::PermissionDenied), expected, "an operator at {method}: {answer:?}");
     }
     // Root may speak for the node of this machine, too.
     for method in &methods {
         let answer = call(&manager.root(), method).await;
-        let expected = [&MANAGERS[..], &CERTIFIED].concat().contains(&method.as_str());
+        let expected = MANAGERS.contains(&method.as_str());
         assert_eq!(is_turned_away(&answer, Code::PermissionDenied), expected, "root at {method}: {answer:?}");
     }
 
@@ -505,7 +494,10 @@ async fn a_manager_that_cannot_read_the_state_is_not_let_in() {
     for schema in [0, SCHEMA - 1] {
         let refused = come(schema).await.expect_err("it is too old");
         assert_eq!(refused.code(), Code::FailedPrecondition);
-        assert!(refused.message().contains("too old: it reads the state up to schema 5"), "{refused}");
+        assert!(
+            refused.message().contains("it reads the state up to schema 5, and the cluster's is of schema 6"),
+            "{refused}"
+        );
     }
     assert_eq!(come(SCHEMA).await.expect("let in"), "2");
     manager.stop().await;

@@ -235,7 +235,8 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
 
 fn init(place: &Place) -> Result<(), Error> {
     let founded = formation::found(&place.manager(), &warren_manager::hostname())?;
-    say!("cluster {} is founded; its first manager is on this machine", founded.cluster_id);
+    let directory = place.manager();
+    say!("cluster {} is founded; its first manager is on this machine, in {}", founded.cluster_id, directory.display());
     say!("");
     say!("within a day, where HOST is this machine:");
     say!("  a machine with a manager:  warren cluster join --token {} HOST:7443", founded.manager_token);
@@ -282,7 +283,7 @@ async fn join(token: &str, manager: &str, place: &Place) -> Result<(), Error> {
         membership::settle(&place.agent(), &joined, &request.key_pem())?;
         ("node", &place.agent())
     };
-    say!("this machine is {} {} of cluster {}", settled.0, joined.id, joined.cluster_id);
+    say!("this machine is {} {} of cluster {}, in {}", settled.0, joined.id, joined.cluster_id, settled.1.display());
     Ok(())
 }
 
@@ -306,7 +307,10 @@ async fn info(client: &ClientArguments, format: Format) -> Result<(), Error> {
             v1::RotationPhase::Renewing => "members get certificates of the new authority",
             _ => "members learn of the new authority",
         };
-        say!("{phase}; waiting for {}", rotation.waits_for.join(", "));
+        match rotation.waits_for.as_slice() {
+            [] => say!("{phase}"),
+            waits_for => say!("{phase}; waiting for {}", waits_for.join(", ")),
+        }
     }
     say!("");
     let rows = info.managers.iter().map(|manager| {

@@ -132,7 +132,8 @@ impl Error {
             Self::NoSuchManager(_) => 3,
             Self::SeveralManagers(_) => 2,
             Self::Backup(backup::Error::Formation(formation::Error::Taken(_))) => 5,
-            Self::Backup(backup::Error::Vault(VaultError::UnlockKey)) | Self::Vault(VaultError::UnlockKey) => 6,
+            Self::Backup(backup::Error::Vault(VaultError::UnlockKey | VaultError::NoUnlockKey))
+            | Self::Vault(VaultError::UnlockKey) => 6,
             Self::Backup(_) | Self::Vault(_) => 8,
             Self::NotEmpty { .. }
             | Self::NotReady { .. }

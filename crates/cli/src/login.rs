@@ -19,8 +19,8 @@ use crate::{
 
 /// The cluster's managers, beside the certificate.
 const MANAGERS: &str = "managers.json";
-/// How often somebody who works with a cluster asks who its managers are.
-const ASK_AGAIN: Duration = Duration::from_secs(24 * 3600);
+/// How often somebody who works with a cluster asks who its managers are, and whether its authority changes.
+const ASK_AGAIN: Duration = Duration::from_secs(60);
 
 /// A certificate that is not renewed is worth a word when only so much of its life is left.
 const SOON: Duration = Duration::from_secs(14 * 24 * 3600);
@@ -123,14 +123,29 @@ impl Login {
         let info = cluster.get_cluster_info(v1::GetClusterInfoRequest {}).await?.into_inner();
         let (from, to) = self.credentials.validity();
         let half = from + to.duration_since(from).unwrap_or_default() / 2;
-        if info.rotation.is_some() || half < SystemTime::now() {
-            let request = Request::new()?;
-            let asked = v1::RequestCertificateRequest { certificate_request: request.pem().to_owned() };
-            let signed = cluster.request_certificate(asked).await?.into_inner();
-            self.credentials.replace(&self.directory, &request.key_pem(), &signed.certificate, &signed.authorities)?;
+        if let Some(rotation) = info.rotation {
+            // It waits for everybody who has logged in: until it is over, each command asks.
+            if self.credentials.digest() != rotation.digest {
+                self.renew(&mut cluster).await?;
+            }
+            if self.credentials.digest() == rotation.digest {
+                cluster.confirm_authorities(v1::ConfirmAuthoritiesRequest { digest: rotation.digest }).await?;
+            }
+            return Ok(());
+        }
+        if half < SystemTime::now() {
+            self.renew(&mut cluster).await?;
         }
         let managers = info.managers.into_iter().map(|manager| manager.address);
         write_managers(&self.directory, &reached_at(managers, address))
+    }
+
+    async fn renew(&self, cluster: &mut ClusterClient<Channel>) -> Result<(), Error> {
+        let request = Request::new()?;
+        let asked = v1::RequestCertificateRequest { certificate_request: request.pem().to_owned() };
+        let signed = cluster.request_certificate(asked).await?.into_inner();
+        self.credentials.replace(&self.directory, &request.key_pem(), &signed.certificate, &signed.authorities)?;
+        Ok(())
     }
 }
 

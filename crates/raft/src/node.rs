@@ -502,7 +502,8 @@ impl Node {
         answers.into_iter().try_fold(self.reads, |all, reads| Some(all.min(reads?)))
     }
 
-    async fn reads_at(&self, address: &str) -> Option<u32> {
+    /// The newest version of commands that the state machine of the member at an address reads; `None` when it does not say.
+    pub async fn reads_at(&self, address: &str) -> Option<u32> {
         let question = serde_json::to_vec(&Message::Reads).ok()?;
         let answer = self.transport.call(address, question, READS_PATIENCE).await.ok()?;
         serde_json::from_slice::<Result<u32, String>>(&answer).ok()?.ok()

@@ -10,7 +10,7 @@ use super::{Context, Error, health};
 use crate::{
     backup, convert,
     front::Caller,
-    ids::NodeId,
+    ids::{NodeId, OperatorId},
     signing::{self, Invited, Signed},
     state::{Change, JoinToken, Manager, OLDEST_WRITTEN_SCHEMA, SealedAuthority, State, TokenRole, Transaction},
     store,
@@ -64,7 +64,21 @@ fn rotation(state: &State) -> Option<v1::Rotation> {
         true => v1::RotationPhase::Renewing,
     };
     let digest = warren_pki::authorities_digest(&cluster.authorities());
-    Some(v1::Rotation { phase: phase.into(), waits_for: state.uncertified(&digest).collect() })
+    let waits_for = state.uncertified(&digest).map(|member| named(state, member)).collect();
+    Some(v1::Rotation { phase: phase.into(), waits_for, digest })
+}
+
+/// A member as people know it.
+fn named(state: &State, member: String) -> String {
+    let name = match member.split_once(' ') {
+        Some(("node", id)) => state.node(&NodeId::from(id)).map(|node| node.description.hostname.clone()),
+        Some(("operator", id)) => state.operator(&OperatorId::from(id)).map(|operator| operator.name.clone()),
+        _ => None,
+    };
+    match (member.split_once(' '), name.filter(|name| !name.is_empty())) {
+        (Some((kind, _)), Some(name)) => format!("{kind} {name}"),
+        _ => member,
+    }
 }
 
 /// Of the voters that would be left without one: how many answer this leader, and how many there are.
@@ -75,6 +89,13 @@ fn left_without(status: &warren_raft::Status, id: u64) -> (usize, usize) {
 
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
     request.extensions().get().cloned().ok_or_else(|| Status::internal("who calls is not known"))
+}
+
+fn too_old(who: &str, reads: u32, schema: u32) -> Error {
+    let why = "is too old, or held to an earlier version's schema";
+    Error::Precondition(format!(
+        "{who} {why}: it reads the state up to schema {reads}, and the cluster's is of schema {schema}"
+    ))
 }
 
 fn refused() -> Error {
@@ -106,7 +127,12 @@ impl Cluster {
         let state = self.0.store.read().await?;
         let Some(cluster) = state.cluster().filter(|cluster| cluster.rotation.is_some()) else { return Ok(()) };
         // What was true a phase ago says nothing.
-        let member = format!("{} {}", if caller.role == Some(Role::Manager) { "manager" } else { "node" }, caller.id);
+        let kind = match caller.role {
+            Some(Role::Manager) => "manager",
+            Some(Role::Worker) => "node",
+            _ => "operator",
+        };
+        let member = format!("{kind} {}", caller.id);
         if warren_pki::authorities_digest(&cluster.authorities()) == digest
             && state.uncertified(&digest).any(|other| other == member)
         {
@@ -148,14 +174,6 @@ impl Cluster {
             let now = self.0.environment.now();
             let (what, role, change, admitted) = match state.token(&hash).filter(|token| token.expires_at > now) {
                 Some(token) if token.role == TokenRole::Manager => {
-                    let reads = request.schema.max(OLDEST_WRITTEN_SCHEMA);
-                    if reads < state.schema() {
-                        return Err(Error::Precondition(format!(
-                            "the newcomer's version is too old: it reads the state up to schema {reads}, and the cluster's is of \
-                             schema {}",
-                            state.schema()
-                        )));
-                    }
                     let id = state.next_manager();
                     let manager = Manager { id, hostname: request.hostname.clone(), created_at: now, voter: true };
                     let admitted = (Role::Manager, id.to_string());
@@ -176,6 +194,10 @@ impl Cluster {
             };
             if request.taken().any(|taken| taken == role) {
                 return Err(Error::Precondition(format!("the token is for {what}")));
+            }
+            let reads = request.schema.max(OLDEST_WRITTEN_SCHEMA);
+            if role == v1::Role::Manager && reads < state.schema() {
+                return Err(too_old("the newcomer", reads, state.schema()));
             }
             match self.change(vec![change]).await {
                 Err(store::Error::Rejected(crate::state::Rejection::Conflict(_))) => {}
@@ -229,6 +251,20 @@ impl Cluster {
         };
         warren_pki::check_address(address).map_err(|error| Invalid::new("address", error.to_string()))?;
         let raft = self.0.store.raft();
+        // What is started need not be what has joined. Of the oldest schema are managers that do not know the question.
+        if state.schema() > OLDEST_WRITTEN_SCHEMA {
+            match raft.reads_at(address).await {
+                Some(reads) if reads < state.schema() => {
+                    return Err(too_old(&format!("manager {id}"), reads, state.schema()));
+                }
+                Some(_) => {}
+                None => {
+                    return Err(Error::Precondition(format!(
+                        "manager {id} does not say at {address} which schema it reads"
+                    )));
+                }
+            }
+        }
         let entered =
             if manager.voter { raft.add_voter(id, address).await } else { raft.add_learner(id, address).await };
         entered.map_err(store::Error::from)?;

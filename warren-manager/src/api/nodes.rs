@@ -132,7 +132,9 @@ impl Nodes {
         };
         if self.0.liveness.health(&node.id) != Health::Down {
             let hostname = &node.description.hostname;
-            return Err(Error::Precondition(format!("node {hostname} is not down: stop its agent first")));
+            return Err(Error::Precondition(format!(
+                "node {hostname} is not down: stop its agent, and wait until it has been silent for a while"
+            )));
         }
         let changes = vec![Change::DeleteNode { id: node.id.clone() }];
         self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;

@@ -50,7 +50,7 @@ pub(crate) fn open(directory: &Path) -> io::Result<RaftLog<Wal>> {
                 std::thread::sleep(Duration::from_millis(50));
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Err(io::Error::new(error.kind(), "another manager uses it"));
+                return Err(io::Error::new(error.kind(), "a manager that runs uses it"));
             }
             other => return other,
         }

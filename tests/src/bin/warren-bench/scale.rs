@@ -17,7 +17,10 @@ use futures::{StreamExt as _, future::BoxFuture};
 use tokio::{net::UnixListener, runtime, sync::mpsc};
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Channel, Server};
+use tonic::{
+    Code,
+    transport::{Channel, Server},
+};
 use warren_manager::{
     Policy, Vault,
     clock::{System, Timestamp},
@@ -50,7 +53,7 @@ const DISTINCT: u32 = 50_000;
 const SERVICES: usize = 1000;
 const IDLE_AGENTS: usize = 5000;
 /// On one connection without a certificate.
-const JOINED_AT_ONCE: usize = 25;
+const JOINED_AT_ONCE: usize = 10;
 const IDLE: Duration = Duration::from_secs(30);
 /// So long without a log entry and without a message to an agent, everybody knows everything.
 const QUIET: Duration = Duration::from_secs(5);
@@ -196,7 +199,7 @@ async fn manager(directory: &Path, id: u64, here: &Here) -> Core {
     core
 }
 
-/// An agent without containers: it says at once that what it is to run runs. Counts what it is told.
+/// An agent without containers: it says at once that what it is to run runs. Counts what it is told. Ends with its session.
 async fn agent(channel: Channel, id: String, number: usize, told: Arc<AtomicUsize>) {
     let description = v1::NodeDescription {
         hostname: format!("node-{number:05}"),
@@ -204,13 +207,15 @@ async fn agent(channel: Channel, id: String, number: usize, told: Arc<AtomicUsiz
         ..Default::default()
     };
     let register = v1::RegisterNodeRequest { node_id: id.clone(), description: Some(description) };
-    NodesClient::new(channel.clone()).register_node(register).await.expect("registered");
+    if NodesClient::new(channel.clone()).register_node(register).await.is_err() {
+        return;
+    }
     let (up, outgoing) = mpsc::channel(16);
     let say = |message| v1::AgentMessage { message: Some(message) };
     let hello = v1::Hello { node_id: id, boot_id: "bench".to_owned() };
     up.send(say(agent_message::Message::Hello(hello))).await.expect("sent");
-    let session = DispatcherClient::new(channel).session(ReceiverStream::new(outgoing)).await;
-    let mut down = session.expect("a session").into_inner();
+    let Ok(session) = DispatcherClient::new(channel).session(ReceiverStream::new(outgoing)).await else { return };
+    let mut down = session.into_inner();
     let mut period = Duration::from_secs(2);
     let mut heartbeat = tokio::time::interval(period);
     loop {
@@ -445,9 +450,26 @@ async fn join(channel: Channel, token: &Token, number: usize) -> (String, Creden
         hostname: format!("node-{number:05}"),
         ..Default::default()
     };
-    let joined = ClusterClient::new(channel).join_cluster(asked).await.expect("let in").into_inner();
+    let mut cluster = ClusterClient::new(channel);
+    let joined = loop {
+        match cluster.join_cluster(asked.clone()).await {
+            Ok(joined) => break joined.into_inner(),
+            // Another begins to lead.
+            Err(status) if status.code() == Code::Unavailable => tokio::time::sleep(Duration::from_millis(200)).await,
+            Err(status) => panic!("not let in: {status}"),
+        }
+    };
     let credentials = Credentials::new(&request.key_pem(), &joined.certificate, &joined.authorities);
     (joined.id, credentials.expect("a certificate"))
+}
+
+/// Has an agent in session with whoever leads.
+async fn stay(managers: Vec<String>, credentials: Credentials, id: String, number: usize, told: Arc<AtomicUsize>) {
+    for address in managers.iter().cycle() {
+        let channel = Dialer::new(address, &credentials).expect("an address").lazy();
+        agent(channel, id.clone(), number, Arc::clone(&told)).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
 }
 
 /// Agents with nothing to run, each with a certificate and a connection of its own, at the leader of three managers that are
@@ -456,8 +478,8 @@ fn idle_agents() {
     let world = World::empty("bench-idle");
     let mut managers: Vec<_> = ["m1", "m2", "m3"].iter().map(|name| Manager::new(&world, name)).collect();
     let token: Token = cluster::found(&mut managers).parse().expect("a token");
-    let led = cluster::leader(&managers);
-    let (leader, address) = (&managers[led], managers[led].address());
+    let address = managers[cluster::leader(&managers)].address();
+    let addresses: Vec<_> = managers.iter().map(Manager::address).collect();
     let agents = several("agents");
     let told = Arc::new(AtomicUsize::new(0));
     let joining = Instant::now();
@@ -476,23 +498,23 @@ fn idle_agents() {
                     futures::future::join_all(joins).await
                 }
             })
-            .buffer_unordered(4);
+            .buffer_unordered(2);
         while let Some(batch) = joined.next().await {
             for (number, (id, credentials)) in batch {
-                let channel = Dialer::new(&address, &credentials).expect("an address").lazy();
-                tokio::spawn(agent(channel, id, number, Arc::clone(&told)));
+                tokio::spawn(stay(addresses.clone(), credentials, id, number, Arc::clone(&told)));
             }
         }
     });
     let nodes = || {
-        let listed = leader.warren(&["node", "ls", "--format", "json"]).stdout;
+        let listed = managers[0].warren(&["node", "ls", "--format", "json"]).stdout;
         let listed: serde_json::Value = serde_json::from_str(&listed).unwrap_or_default();
         listed.as_array().map_or(0, |nodes| nodes.iter().filter(|node| node["status"] == "NODE_STATUS_READY").count())
     };
     warren_tests::until_within(PATIENCE, "all nodes are ready", || (nodes() == IDLE_AGENTS).then_some(()));
     let joined = joining.elapsed();
-    let index = || leader.info().and_then(|info| info["lastLogIndex"].as_str()?.parse::<u64>().ok()).unwrap_or(0);
+    let index = || managers[0].info().and_then(|info| info["lastLogIndex"].as_str()?.parse::<u64>().ok()).unwrap_or(0);
     let settled = settle(|| (index(), told.load(Ordering::Relaxed)));
+    let led = cluster::leader(&managers);
     let before = index();
     let processes: Vec<_> = managers.iter().map(|manager| manager.process.as_ref().expect("it runs").id()).collect();
     let followers = |at: &usize| *at != led;
