@@ -9,6 +9,7 @@ use std::{
 };
 
 use hyper_util::rt::TokioIo;
+use rustix::net::sockopt::set_tcp_user_timeout;
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
@@ -17,11 +18,13 @@ use tonic::transport::{Channel, Endpoint};
 use crate::{Credentials, Error, Token, tls};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// A peer that says nothing for this long is asked whether it is still there.
-const KEEP_ALIVE: Duration = Duration::from_secs(3);
-/// And then it is given up. Together with the first that is half of the time after which a silent node is down: one whose manager has gone
-/// is with another before.
-const GIVE_UP: Duration = Duration::from_secs(2);
+/// How long the other machine may take to acknowledge what is sent to it. With an agent's heartbeat every two seconds that is half of the
+/// time after which a silent node is down: one whose manager's machine has gone is with another before. The kernel sees to it: to ask
+/// whether the manager is there costs it more than the heartbeats, with thousands of agents.
+const ACKNOWLEDGED: Duration = Duration::from_secs(3);
+/// A peer that says nothing for this long is asked all the same, for it may hang; and then it is given up.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+const GIVE_UP: Duration = Duration::from_secs(5);
 
 #[derive(Clone)]
 enum As {
@@ -141,6 +144,7 @@ async fn open(to: To) -> io::Result<Box<dyn Io>> {
     };
     let stream = TcpStream::connect(&address).await?;
     stream.set_nodelay(true)?;
+    set_tcp_user_timeout(&stream, ACKNOWLEDGED.as_millis() as u32)?;
     let name = ServerName::try_from(tls::MANAGER_NAME).map_err(io::Error::other)?;
     Ok(Box::new(TlsConnector::from(config).connect(name, stream).await?))
 }

@@ -28,7 +28,7 @@ use warren_raft::{Disconnected, Files, Freeze, Node, Options, Profile, StateMach
 use warren_tests::{DnsServer, Transport, World, ask, image_name, until};
 
 fn main() {
-    const SECTIONS: [(&str, fn()); 9] = [
+    const SECTIONS: [(&str, fn()); 10] = [
         ("containers", containers),
         ("hundred", hundred::measure),
         ("network", network::measure),
@@ -36,6 +36,7 @@ fn main() {
         ("packets", packets),
         ("raft", raft),
         ("scale", scale::measure),
+        ("agents", scale::idle_agents),
         ("failover", failover::measure),
         ("memory", memory),
     ];

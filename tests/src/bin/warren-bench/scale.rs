@@ -400,9 +400,6 @@ fn control_plane() {
     println!();
     drop((agents, cores));
     managers.shutdown_background();
-
-    // A cluster of its own, without anything to run.
-    idle_agents();
 }
 
 /// Waits until nobody writes or tells anything any more; how long that took.
@@ -474,7 +471,7 @@ async fn stay(managers: Vec<String>, credentials: Credentials, id: String, numbe
 
 /// Agents with nothing to run, each with a certificate and a connection of its own, at the leader of three managers that are
 /// processes with logs on one disk.
-fn idle_agents() {
+pub(crate) fn idle_agents() {
     let world = World::empty("bench-idle");
     let mut managers: Vec<_> = ["m1", "m2", "m3"].iter().map(|name| Manager::new(&world, name)).collect();
     let token: Token = cluster::found(&mut managers).parse().expect("a token");
