@@ -83,6 +83,20 @@ fn options(id: u64) -> Options {
     }
 }
 
+/// Starts a manager that the others reach; the first founds the cluster.
+async fn start(options: &Options, directory: &Path, channels: &Channels, journal: Journal) -> Node {
+    let (machine, transport) = (Box::new(journal), Arc::new(channels.clone()));
+    let files = files(directory, options.id);
+    let node = if options.id == 1 {
+        Node::start(options, files, machine, transport, Arc::new(Unobserved)).await
+    } else {
+        Node::join(options, files, machine, transport, Arc::new(Unobserved)).await
+    };
+    let node = node.expect("starts");
+    channels.nodes.write().expect("no panics").insert(options.address.clone(), node.clone());
+    node
+}
+
 async fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
     for _ in 0..600 {
         if let Some(found) = check() {
@@ -101,16 +115,7 @@ async fn three_managers_agree_and_survive_the_loss_of_one() {
     let mut journals = HashMap::new();
     for id in 1..=3 {
         let journal = Journal::default();
-        let (machine, transport) = (Box::new(journal.clone()), Arc::new(channels.clone()));
-        let (options, files) = (options(id), files(directory.path(), id));
-        let node = if id == 1 {
-            Node::start(&options, files, machine, transport, Arc::new(Unobserved)).await
-        } else {
-            Node::join(&options, files, machine, transport, Arc::new(Unobserved)).await
-        };
-        let node = node.expect("starts");
-        channels.nodes.write().expect("no panics").insert(options.address, node.clone());
-        nodes.insert(id, node);
+        nodes.insert(id, start(&options(id), directory.path(), &channels, journal.clone()).await);
         journals.insert(id, journal);
     }
     until("manager 1 leads", || nodes[&1].status().is_leader.then_some(())).await;
@@ -164,16 +169,7 @@ async fn who_is_far_behind_gets_no_vote_before_they_have_caught_up() {
     let start = async |id: u64| {
         // What is missing comes as entries, not as a snapshot.
         let options = Options { snapshot_after: 100_000, snapshot_after_bytes: 1 << 30, ..options(id) };
-        let (machine, transport) = (Box::new(Journal::default()), Arc::new(channels.clone()));
-        let files = files(directory.path(), id);
-        let node = if id == 1 {
-            Node::start(&options, files, machine, transport, Arc::new(Unobserved)).await
-        } else {
-            Node::join(&options, files, machine, transport, Arc::new(Unobserved)).await
-        };
-        let node = node.expect("starts");
-        channels.nodes.write().expect("no panics").insert(options.address, node.clone());
-        node
+        start(&options, directory.path(), &channels, Journal::default()).await
     };
     let (leader, newcomer) = (start(1).await, start(2).await);
     until("it leads", || leader.status().is_leader.then_some(())).await;
@@ -295,16 +291,7 @@ async fn a_change_goes_on_from_half_of_another() {
     let channels = Channels::default();
     let mut nodes = HashMap::new();
     for id in 1..=3 {
-        let (machine, transport) = (Box::new(Journal::default()), Arc::new(channels.clone()));
-        let (options, files) = (options(id), files(directory.path(), id));
-        let node = if id == 1 {
-            Node::start(&options, files, machine, transport, Arc::new(Unobserved)).await
-        } else {
-            Node::join(&options, files, machine, transport, Arc::new(Unobserved)).await
-        };
-        let node = node.expect("starts");
-        channels.nodes.write().expect("no panics").insert(options.address, node.clone());
-        nodes.insert(id, node);
+        nodes.insert(id, start(&options(id), directory.path(), &channels, Journal::default()).await);
     }
     until("manager 1 leads", || nodes[&1].status().is_leader.then_some(())).await;
     nodes[&1].add_voter(2, "manager-2").await.expect("joins");
