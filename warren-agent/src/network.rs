@@ -16,7 +16,7 @@ mod tables;
 pub(crate) mod wireguard;
 
 pub(crate) use namespace::tcp_socket;
-pub use tables::{Place, Tables};
+pub use tables::{Parts, Place, Tables};
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

@@ -23,7 +23,7 @@ use crate::{
     exec::Execs,
     logs::Logs,
     membership::Managers,
-    network::{Network, Place},
+    network::{Network, Parts, Place},
     runtime::{self, Containerd},
     tasks::{self, Board, Supervisor},
 };
@@ -224,6 +224,7 @@ impl Session<'_> {
         let mut reap = tokio::time::interval(Duration::from_secs(1));
         let mut repair = tokio::time::interval(REPAIR);
         let wishes = Wishes::new(self.manager.clone(), self.options, self.board.clone());
+        let mut parts = Parts::default();
         let (hints, mut started) = mpsc::channel(1);
         let _watcher = AbortOnDrop(tokio::spawn(follow_starts(supervisor.containerd(), hints)));
         loop {
@@ -235,7 +236,11 @@ impl Session<'_> {
                             period = positive(message.period, period);
                             set_period.send_replace(period);
                         }
-                        Some(manager_message::Message::Network(update)) => self.options.network.update(update),
+                        Some(manager_message::Message::Network(part)) => {
+                            if let Some(update) = parts.put_together(part) {
+                                self.options.network.update(update);
+                            }
+                        }
                         Some(manager_message::Message::Logs(wish)) => wishes.logs(wish),
                         Some(manager_message::Message::Stats(wish)) => wishes.stats(wish),
                         Some(manager_message::Message::Exec(wish)) => wishes.exec(wish),

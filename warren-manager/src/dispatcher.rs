@@ -129,13 +129,13 @@ impl Dispatcher {
                     return;
                 }
             }
-            let news = directory.borrow_and_update().news(position);
-            if let Some((update, reached)) = news {
-                position = Some(reached);
-                if to.send(Ok(wrap(manager_message::Message::Network(update)))).await.is_err() {
+            let known = directory.borrow_and_update().clone();
+            for part in known.news(position) {
+                if to.send(Ok(wrap(manager_message::Message::Network(part)))).await.is_err() {
                     return;
                 }
             }
+            position = Some(known.position());
             tokio::select! {
                 changed = state.changed() => if changed.is_err() { return },
                 changed = directory.changed() => if changed.is_err() { return },

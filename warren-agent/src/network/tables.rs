@@ -29,6 +29,23 @@ pub struct Tables {
     pub nodes: BTreeMap<String, v1::NodeEntry>,
 }
 
+/// An update of the tables of which some parts have come.
+#[derive(Debug, Default)]
+pub struct Parts(v1::NetworkUpdate);
+
+impl Parts {
+    /// Takes the next part; the whole update if it is the last.
+    pub fn put_together(&mut self, part: v1::NetworkUpdate) -> Option<v1::NetworkUpdate> {
+        let v1::NetworkUpdate { complete, services, removed_services, nodes, removed_nodes, more } = part;
+        self.0.complete |= complete;
+        self.0.services.extend(services);
+        self.0.removed_services.extend(removed_services);
+        self.0.nodes.extend(nodes);
+        self.0.removed_nodes.extend(removed_nodes);
+        (!more).then(|| std::mem::take(&mut self.0))
+    }
+}
+
 impl Tables {
     /// Follows an update.
     pub fn apply(&mut self, update: v1::NetworkUpdate) {
@@ -92,6 +109,37 @@ mod tests {
         assert_eq!(names(&tables), ["renamed", "c"]);
         tables.apply(v1::NetworkUpdate { complete: true, ..Default::default() });
         assert!(tables.services.is_empty());
+    }
+
+    #[test]
+    fn parts_are_one_update() {
+        let mut parts = Parts::default();
+        let first = v1::NetworkUpdate {
+            complete: true,
+            services: vec![service("1", "a")],
+            removed_nodes: vec!["n1".to_owned()],
+            more: true,
+            ..Default::default()
+        };
+        let last = v1::NetworkUpdate {
+            services: vec![service("2", "b")],
+            removed_services: vec!["3".to_owned()],
+            nodes: vec![v1::NodeEntry { id: "n2".to_owned(), ..Default::default() }],
+            removed_nodes: vec!["n3".to_owned()],
+            ..Default::default()
+        };
+        assert_eq!(parts.put_together(first), None);
+        let whole = v1::NetworkUpdate {
+            complete: true,
+            services: vec![service("1", "a"), service("2", "b")],
+            removed_services: vec!["3".to_owned()],
+            nodes: vec![v1::NodeEntry { id: "n2".to_owned(), ..Default::default() }],
+            removed_nodes: vec!["n1".to_owned(), "n3".to_owned()],
+            more: false,
+        };
+        assert_eq!(parts.put_together(last), Some(whole));
+        let alone = v1::NetworkUpdate { removed_services: vec!["1".to_owned()], ..Default::default() };
+        assert_eq!(parts.put_together(alone.clone()), Some(alone), "nothing of before is left");
     }
 
     #[test]

@@ -42,6 +42,9 @@ pub(super) struct Directory {
     forgotten: u64,
 }
 
+/// A part of an update ends with the object that makes it as large as this, in bytes.
+const PART: usize = 16 * 1024;
+
 /// How far a session is.
 pub(super) type Position = u64;
 
@@ -101,13 +104,16 @@ impl Directory {
         self.forget();
     }
 
+    fn is_gone(&self, key: &Key) -> bool {
+        match key {
+            Key::Service(id) => !self.services.contains_key(id),
+            Key::Node(id) => !self.nodes.contains_key(id),
+        }
+    }
+
     fn forget(&mut self) {
         while self.latest.len() > self.services.len() + self.nodes.len() + TOMBSTONES {
-            let is_gone = |key: &Key| match key {
-                Key::Service(id) => !self.services.contains_key(id),
-                Key::Node(id) => !self.nodes.contains_key(id),
-            };
-            let oldest = self.order.iter().find(|(_, key)| is_gone(key)).map(|(at, key)| (*at, key.clone()));
+            let oldest = self.order.iter().find(|(_, key)| self.is_gone(key)).map(|(at, key)| (*at, key.clone()));
             let Some((at, key)) = oldest else { return };
             self.order.remove(&at);
             self.latest.remove(&key);
@@ -115,33 +121,54 @@ impl Directory {
         }
     }
 
-    /// What an agent that was told everything up to `since` is to be told, and how far it is then. `None` for nothing.
-    pub(super) fn news(&self, since: Option<Position>) -> Option<(v1::NetworkUpdate, Position)> {
-        let since = since.filter(|since| *since >= self.forgotten);
-        let mut update = v1::NetworkUpdate { complete: since.is_none(), ..Default::default() };
-        match since {
-            Some(since) if since == self.sequence => return None,
-            Some(since) => {
-                for key in self.order.range(since + 1..).map(|(_, key)| key) {
-                    match key {
-                        Key::Service(id) => match self.services.get(id) {
-                            Some(entry) => update.services.push(v1::ServiceEntry::clone(entry)),
-                            None => update.removed_services.push(id.to_string()),
-                        },
-                        Key::Node(id) => match self.nodes.get(id) {
-                            Some(entry) => update.nodes.push(v1::NodeEntry::clone(entry)),
-                            None => update.removed_nodes.push(id.to_string()),
-                        },
-                    }
-                }
-            }
-            None => {
-                update.services = self.services.values().map(|entry| v1::ServiceEntry::clone(entry)).collect();
-                update.nodes = self.nodes.values().map(|entry| v1::NodeEntry::clone(entry)).collect();
-            }
-        }
-        Some((update, self.sequence))
+    /// How far somebody is who was told all of this.
+    pub(super) fn position(&self) -> Position {
+        self.sequence
     }
+
+    /// What an agent that was told everything up to `since` is to be told, in parts; none for nothing. A connection keeps a buffer
+    /// as large as the largest message that it ever sent, and there are thousands of connections.
+    pub(super) fn news(&self, since: Option<Position>) -> impl Iterator<Item = v1::NetworkUpdate> + Send {
+        let since = since.filter(|since| *since >= self.forgotten);
+        let mut complete = since.is_none();
+        let told = since.map_or(0, |since| since + 1);
+        let is_news = move |key: &&Key| since.is_some() || !self.is_gone(key);
+        let mut keys = self.order.range(told..).map(|(_, key)| key).filter(is_news).peekable();
+        std::iter::from_fn(move || {
+            if keys.peek().is_none() && !complete {
+                return None;
+            }
+            let mut part = v1::NetworkUpdate { complete: std::mem::take(&mut complete), ..Default::default() };
+            let mut size = 0;
+            while size < PART
+                && let Some(key) = keys.next()
+            {
+                size += self.tell(key, &mut part);
+            }
+            part.more = keys.peek().is_some();
+            Some(part)
+        })
+    }
+
+    /// Adds how it is with an object; its size in bytes.
+    fn tell(&self, key: &Key, part: &mut v1::NetworkUpdate) -> usize {
+        match key {
+            Key::Service(id) => match self.services.get(id) {
+                Some(entry) => add(&mut part.services, v1::ServiceEntry::clone(entry)),
+                None => add(&mut part.removed_services, id.to_string()),
+            },
+            Key::Node(id) => match self.nodes.get(id) {
+                Some(entry) => add(&mut part.nodes, v1::NodeEntry::clone(entry)),
+                None => add(&mut part.removed_nodes, id.to_string()),
+            },
+        }
+    }
+}
+
+fn add<T: prost::Message>(to: &mut Vec<T>, item: T) -> usize {
+    let size = item.encoded_len();
+    to.push(item);
+    size
 }
 
 fn service_entry(state: &State, service: &Service) -> v1::ServiceEntry {
@@ -239,20 +266,27 @@ mod tests {
             let before = self.state.clone();
             assert!(apply(&mut self.state, changes).iter().all(Result::is_ok));
             self.directory.update(&before, &self.state);
-            let Some((update, position)) = self.directory.news(self.position) else { return 0 };
-            self.position = Some(position);
-            if update.complete {
-                self.heard.clear();
+            let mut count = 0;
+            for part in self.directory.news(self.position) {
+                if part.complete {
+                    self.heard.clear();
+                }
+                for entry in &part.services {
+                    let addresses = entry.endpoints.iter().flat_map(|endpoint| endpoint.addresses.clone()).collect();
+                    self.heard.insert(entry.id.clone(), addresses);
+                }
+                for id in &part.removed_services {
+                    self.heard.remove(id);
+                }
+                count += objects(&part);
             }
-            for entry in &update.services {
-                let addresses = entry.endpoints.iter().flat_map(|endpoint| endpoint.addresses.clone()).collect();
-                self.heard.insert(entry.id.clone(), addresses);
-            }
-            for id in &update.removed_services {
-                self.heard.remove(id);
-            }
-            update.services.len() + update.removed_services.len() + update.nodes.len() + update.removed_nodes.len()
+            self.position = Some(self.directory.position());
+            count
         }
+    }
+
+    fn objects(part: &v1::NetworkUpdate) -> usize {
+        part.services.len() + part.removed_services.len() + part.nodes.len() + part.removed_nodes.len()
     }
 
     fn running(id: &str, address: &str) -> Change {
@@ -304,9 +338,32 @@ mod tests {
             directory.update(&before, &state);
         }
         assert_eq!(directory.latest.len(), TOMBSTONES);
-        assert!(directory.news(Some(1)).expect("news").0.complete);
-        let (update, position) = directory.news(Some(directory.sequence - 2)).expect("news");
-        assert_eq!((update.complete, update.removed_services.len()), (false, 1));
-        assert_eq!(directory.news(Some(position)), None);
+        let all: Vec<_> = directory.news(Some(1)).collect();
+        assert_eq!(all, [v1::NetworkUpdate { complete: true, ..Default::default() }], "nothing is left");
+        let news: Vec<_> = directory.news(Some(directory.position() - 2)).collect();
+        assert_eq!(news.len(), 1);
+        assert_eq!((news[0].complete, news[0].removed_services.len()), (false, 1));
+        assert_eq!(directory.news(Some(directory.position())).next(), None);
+    }
+
+    #[test]
+    fn much_is_told_in_parts() {
+        let (mut directory, mut state) = (Directory::default(), founded());
+        let before = state.clone();
+        let name = |i: usize| format!("service-with-a-long-name-{i:04}");
+        apply(&mut state, (0..1000).map(|i| put(service(&name(i), &name(i), 1))));
+        directory.update(&before, &state);
+        for since in [None, Some(0)] {
+            let parts: Vec<_> = directory.news(since).collect();
+            let (last, others) = parts.split_last().expect("parts");
+            assert!(others.len() > 3 && others.iter().all(|part| part.more) && !last.more);
+            assert!(parts.iter().all(|part| prost::Message::encoded_len(part) < 2 * PART));
+            assert_eq!(parts.iter().position(|part| part.complete), since.is_none().then_some(0));
+            assert!(parts[1..].iter().all(|part| !part.complete));
+            let mut told: Vec<_> =
+                parts.iter().flat_map(|part| &part.services).map(|entry| entry.name.clone()).collect();
+            told.sort();
+            assert_eq!(told, (0..1000).map(name).collect::<Vec<_>>(), "each once");
+        }
     }
 }
