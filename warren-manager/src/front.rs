@@ -4,6 +4,7 @@
 //! byte as it comes, streams too: followers need not understand it.
 
 use std::{
+    future,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -43,7 +44,7 @@ const NEWS_PATIENCE: Duration = Duration::from_secs(1);
 const VISITORS: usize = 256;
 const VISIT: Duration = Duration::from_secs(60);
 
-/// Between looks whether those who follow something are still members.
+/// So long after the members have changed, those who follow something are looked for among them.
 const MEMBERS_LOOK: Duration = Duration::from_secs(1);
 
 /// Who calls at a manager's socket. No operator has this id.
@@ -156,13 +157,15 @@ fn is_member(state: &State, role: Role, id: &str) -> bool {
 pub(crate) struct Front {
     raft: Node,
     state: watch::Receiver<State>,
+    members: watch::Receiver<()>,
     peers: Peers,
     visitors: Arc<Semaphore>,
 }
 
 impl Front {
     pub(crate) fn new(raft: Node, state: watch::Receiver<State>, peers: Peers) -> Self {
-        Self { raft, state, peers, visitors: Arc::new(Semaphore::new(VISITORS)) }
+        let members = follow_members(state.clone());
+        Self { raft, state, members, peers, visitors: Arc::new(Semaphore::new(VISITORS)) }
     }
 
     /// Whether a manager may have been let in after what this one knows so far, and be the one that it is to learn from.
@@ -257,17 +260,21 @@ impl Front {
         Ok(Some(self.turned_out(connected.into_iter().chain(own).collect())))
     }
 
-    /// Returns when one of those who have called is no member any more. Looking at every change of the state would be much, for
-    /// thousands of sessions.
+    /// Returns when one of those who have called is no member any more. There are thousands of sessions: none has a timer of its own,
+    /// or looks at every change of the state.
     fn turned_out(&self, callers: Vec<(Role, String)>) -> BoxFuture<'static, Status> {
-        let state = self.state.clone();
+        let (state, mut members) = (self.state.clone(), self.members.clone());
         Box::pin(async move {
             loop {
+                members.mark_unchanged();
                 let is_in = |(role, id): &(Role, String)| is_member(&state.borrow(), *role, id);
                 if !callers.iter().all(is_in) {
                     return Status::permission_denied("you were removed from this cluster");
                 }
-                tokio::time::sleep(MEMBERS_LOOK).await;
+                if members.changed().await.is_err() {
+                    // This manager ends, and everything with it.
+                    return future::pending().await;
+                }
             }
         })
     }
@@ -292,6 +299,27 @@ impl Front {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
+}
+
+/// Changes a moment after the state's members have, until the state is gone or nobody follows.
+fn follow_members(mut state: watch::Receiver<State>) -> watch::Receiver<()> {
+    let (sender, receiver) = watch::channel(());
+    let mut known = state.borrow_and_update().clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                changed = state.changed() => if changed.is_err() { return },
+                () = sender.closed() => return,
+            }
+            tokio::time::sleep(MEMBERS_LOOK).await;
+            let now = state.borrow_and_update().clone();
+            if !now.has_members_of(&known) {
+                sender.send_replace(());
+            }
+            known = now;
+        }
+    });
+    receiver
 }
 
 /// What somebody is told, until it is over for them. It is seen to apart from who reads it: one who does not is turned out all the same,
@@ -405,10 +433,10 @@ async fn pass_on(mut leader: Channel, mut request: Request<Body>, caller: &Calle
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
+    use std::{path::Path, time::SystemTime};
 
     use futures::stream;
-    use tokio::sync::oneshot;
+    use tokio::{sync::oneshot, time::timeout};
     use tonic::codegen::Bytes;
     use warren_pki::{Authority, Credentials, Request as CertificateRequest};
     use warren_raft::{Disconnected, Files, Options, Profile, Unobserved};
@@ -474,9 +502,8 @@ mod tests {
         Credentials::new(&request.key_pem(), &certificate, authority.certificate_pem()).expect("credentials")
     }
 
-    #[tokio::test]
-    async fn who_was_let_in_a_moment_ago_is_no_stranger() {
-        let directory = tempfile::tempdir().expect("a directory");
+    /// A manager that follows nobody, in this state.
+    async fn front(directory: &Path, state: State) -> (Front, Node, watch::Sender<State>) {
         let options = Options {
             id: 1,
             address: "elsewhere:1".to_owned(),
@@ -484,13 +511,37 @@ mod tests {
             snapshot_after: 1000,
             snapshot_after_bytes: 1 << 20,
         };
-        let files = Arc::new(Files::new(directory.path()));
+        let files = Arc::new(Files::new(directory));
         let (machine, _) = Machine::new();
         let follower =
             Node::join(&options, files, Box::new(machine), Arc::new(Disconnected), Arc::new(Unobserved)).await;
         let follower = follower.expect("starts");
-        let (news, state) = watch::channel(founded());
-        let front = Front::new(follower.clone(), state, Peers::new(credentials()));
+        let (news, state) = watch::channel(state);
+        (Front::new(follower.clone(), state, Peers::new(credentials())), follower, news)
+    }
+
+    #[tokio::test]
+    async fn who_is_removed_is_turned_out() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut state = with_operator();
+        let (front, follower, news) = front(directory.path(), state.clone()).await;
+        let mut out = front.turned_out(vec![(Role::Admin, "o".to_owned())]);
+        assert!(timeout(Duration::from_millis(50), &mut out).await.is_err(), "they are a member");
+        let other = Operator { id: "p".into(), name: "bob".to_owned(), created_at: Timestamp(1), invitation: None };
+        apply(&mut state, [Change::CreateOperator(other)]);
+        news.send_replace(state.clone());
+        assert!(timeout(MEMBERS_LOOK * 2, &mut out).await.is_err(), "it is about somebody else");
+        apply(&mut state, [Change::DeleteOperator { id: "o".into() }]);
+        news.send_replace(state);
+        let why = timeout(MEMBERS_LOOK * 2, &mut out).await.expect("turned out");
+        assert_eq!(why.message(), "you were removed from this cluster");
+        follower.shutdown().await;
+    }
+
+    #[tokio::test]
+    async fn who_was_let_in_a_moment_ago_is_no_stranger() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (front, follower, news) = front(directory.path(), founded()).await;
         let mut api =
             front.layer(tower::service_fn(async |_: Request<Body>| Ok::<_, Status>(Response::new(Body::empty()))));
         let mut call = |id: &str| {

@@ -361,6 +361,15 @@ impl State {
         self.admitted.contains(node)
     }
 
+    /// Whether nobody can have joined or left between another state and this one. It says no where members were only changed, but
+    /// costs nothing.
+    pub(crate) fn has_members_of(&self, other: &Self) -> bool {
+        self.cluster.is_some() == other.cluster.is_some()
+            && self.managers.ptr_eq(&other.managers)
+            && self.admitted.ptr_eq(&other.admitted)
+            && self.operators.ptr_eq(&other.operators)
+    }
+
     /// Whether nobody has had this node id.
     #[must_use]
     pub fn is_new_node(&self, node: &NodeId) -> bool {
