@@ -465,7 +465,8 @@ impl Node {
     ///
     /// When this manager does not lead, or no majority answers.
     pub async fn settle(&self) -> Result<(), Error> {
-        self.change(ChangeMembers::AddVoterIds(BTreeSet::new()), true).await
+        let _one_at_a_time = self.changes.lock().await;
+        self.finish_half().await
     }
 
     /// Takes a member out. One that leads must hand over first.
@@ -486,12 +487,18 @@ impl Node {
         let _one_at_a_time = self.changes.lock().await;
         // A change that begins at half of another forgets whoever was to lose their vote by that, even if they lead by now; and
         // openraft panics when it goes on as a leader that is no member.
+        self.finish_half().await?;
+        self.raft.change_membership(change, retain).await.map(drop).map_err(changing)
+    }
+
+    /// Only for who holds the lock on changes.
+    async fn finish_half(&self) -> Result<(), Error> {
         let is_joint = |state: &RaftState<Config>| state.membership_state.effective().get_joint_config().len() > 1;
         if self.raft.with_raft_state(is_joint).await.map_err(|error| Error::Stopped(error.to_string()))? {
             let nobody = ChangeMembers::AddVoterIds(BTreeSet::new());
             self.raft.change_membership(nobody, true).await.map_err(changing)?;
         }
-        self.raft.change_membership(change, retain).await.map(drop).map_err(changing)
+        Ok(())
     }
 
     /// The newest version of commands that every member's state machine reads; each is asked, now. `None` while one does not say.
