@@ -84,6 +84,8 @@ fn a_cluster_begins_again_from_its_backup() {
         manager.warren(&listed).succeeded()
     });
     assert_eq!(let_in, ["[]\n", "[]\n"], "who was invited may have been turned out since");
+    let events = manager.warren(&["events", "--type", "cluster.restored"]).succeeded();
+    assert!(events.contains("with manager 102") && events.contains("by root"), "{events}");
     // The node finds it, keeps what is in the backup and removes what is not.
     until_within(Duration::from_secs(60), "the later one is gone", || (world.tasks().len() == 2).then_some(()));
     until("the others are known as before", || (manager.running("web") == before).then_some(()));
@@ -137,6 +139,8 @@ fn a_cluster_goes_on_with_what_one_manager_has() {
     let _ = managers[left].warren(&["service", "scale", "web", "3"]).succeeded();
     until("a third runs", || (managers[left].running("web").len() == 3).then_some(()));
     assert!(before.iter().all(|container| managers[left].running("web").contains(container)));
+    let events = managers[left].warren(&["events", "--type", "cluster.recovered"]).succeeded();
+    assert!(events.contains(&format!("with manager {} alone", managers[left].id())), "{events}");
     // One that was given up is not believed any more.
     managers[other].start();
     until("it is refused", || managers[other].log().contains("is not, or no longer, in this cluster").then_some(()));

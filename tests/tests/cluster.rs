@@ -22,10 +22,13 @@ fn three(world: &World) -> (Vec<Manager>, String) {
     until("the first leads", || managers[0].info().filter(|info| info["leaderId"] == "1"));
     let first = managers[0].address();
     let _ = managers[1].cluster(&["join", "--token", &manager_token, &first]).succeeded();
+    let awaited = managers[0].warren(&["cluster", "info"]).succeeded();
+    assert!(awaited.lines().any(|line| line.starts_with("2 ") && line.contains("awaited")), "{awaited}");
     managers[1].start();
     managers[2].start();
     let _ = managers[2].cluster(&["join", "--token", &manager_token, &first]).succeeded();
     all_vote(&managers);
+    assert!(!managers[0].warren(&["cluster", "info"]).succeeded().contains("awaited"));
     (managers, worker_token)
 }
 

@@ -16,7 +16,7 @@ use crate::{
     clock::Timestamp,
     data_dir::{self, RAFT},
     formation::{self, CERTIFICATE_LIFETIME, IDENTITY},
-    state::{Actor, Change, Machine, Manager, Origin, State, Transaction},
+    state::{Actor, Change, Event, Machine, Manager, Origin, State, Transaction},
     vault::{self, KeptKey, UnlockKey, Vault},
 };
 
@@ -124,8 +124,9 @@ fn read(file: &Path) -> Result<(About, State), Error> {
 /// So many managers may have joined since a backup was made, or out of this one's sight.
 const NUMBERS_SKIPPED: u64 = 100;
 
-/// Has a state go on with one manager: others are no longer in the cluster.
-fn go_on_with(state: &mut State, manager: Manager, by: &str) -> u64 {
+/// Has a state go on with one manager: others are no longer in the cluster. The history of changes says so, as an event of this kind.
+fn go_on_with(state: &mut State, manager: Manager, kind: &str, message: String) -> u64 {
+    let address = format!("the disk of {}", manager.hostname);
     let others: Vec<u64> = state.managers().map(|known| known.id).filter(|id| *id != manager.id).collect();
     let is_new = state.manager(manager.id).is_none();
     let mut changes: Vec<_> = others.into_iter().map(|id| Change::RemoveManager { id }).collect();
@@ -134,9 +135,13 @@ fn go_on_with(state: &mut State, manager: Manager, by: &str) -> u64 {
         true => Change::AdmitManager(manager),
         false => Change::SetManager { id: manager.id, voter: true },
     });
-    let actor = Actor { id: "root".to_owned(), role: "admin".to_owned(), address: by.to_owned() };
-    let transaction = Transaction { origin: Some(Origin { actor, at }), changes, ..Transaction::default() };
+    let actor = Actor { id: "root".to_owned(), role: "admin".to_owned(), address };
+    let origin = Origin { actor, at };
     let index = state.revision() + 1;
+    let id = state.cluster().map(|cluster| cluster.id.clone()).unwrap_or_default();
+    let (kind, name) = (kind.to_owned(), String::new());
+    state.record(Event { revision: index, kind, id, name, message, origin: origin.clone() });
+    let transaction = Transaction { origin: Some(origin), changes, ..Transaction::default() };
     // Every one of them is possible: they were read from the state.
     let _ = state.apply(index, &transaction);
     index
@@ -172,7 +177,8 @@ pub fn restore(
     state.skip_managers(NUMBERS_SKIPPED);
     let id = state.next_manager();
     let manager = Manager { id, hostname: hostname.to_owned(), created_at: now(), voter: true };
-    let index = go_on_with(&mut state, manager, "cluster restore");
+    let words = format!("from a backup of revision {}, with manager {id}", about.revision);
+    let index = go_on_with(&mut state, manager, "cluster.restored", words);
 
     let request = Request::new()?;
     let identity = Identity { cluster: cluster.id.clone(), role: Role::Manager, id: id.to_string() };
@@ -251,7 +257,8 @@ impl Survivor {
         // Those that are lost may have revoked tokens, removed operators and used numbers that this one never heard of.
         self.state.forget_whom_it_let_in();
         self.state.skip_managers(NUMBERS_SKIPPED);
-        go_on_with(&mut self.state, manager, "cluster recover");
+        let words = format!("with manager {} alone, from log entry {}", self.id, self.reach.last_index);
+        go_on_with(&mut self.state, manager, "cluster.recovered", words);
         let own = self.reach.members.iter().find(|member| member.id == self.id);
         let address = own.map(|own| own.address.clone()).unwrap_or_default();
         let path = directory.join(RAFT);
@@ -311,12 +318,14 @@ mod tests {
         let manager = |id| Manager { id, hostname: format!("m{id}"), created_at: Timestamp(1), voter: id != 2 };
         apply(&mut state, (1..=3).map(|id| Change::AdmitManager(manager(id))));
         let mut alone = state.clone();
-        go_on_with(&mut alone, manager(2), "test");
+        go_on_with(&mut alone, manager(2), "cluster.recovered", "alone".to_owned());
         let left: Vec<_> = alone.managers().map(|manager| (manager.id, manager.voter)).collect();
         assert_eq!((left, alone.next_manager()), (vec![(2, true)], 4));
+        let mut events = alone.events().map(|event| (event.kind.as_str(), event.message.as_str()));
+        assert!(events.any(|event| event == ("cluster.recovered", "alone")));
         let mut restored = state;
         let next = restored.next_manager();
-        go_on_with(&mut restored, manager(next), "test");
+        go_on_with(&mut restored, manager(next), "cluster.restored", String::new());
         let left: Vec<_> = restored.managers().map(|manager| manager.id).collect();
         assert_eq!((left, restored.next_manager()), (vec![4], 5));
     }

@@ -505,6 +505,14 @@ impl State {
         self.operators.clear();
     }
 
+    /// Adds to the history of changes, of which the latest are kept.
+    pub(crate) fn record(&mut self, event: Event) {
+        self.events.push_back(Arc::new(event));
+        while self.events.len() > EVENTS {
+            self.events.pop_front();
+        }
+    }
+
     /// Has the next managers' numbers be no manager's.
     pub(crate) fn skip_managers(&mut self, count: u64) {
         self.next_manager = self.next_manager() + count;

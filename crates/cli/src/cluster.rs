@@ -329,7 +329,11 @@ async fn info(client: &ClientArguments, format: Format) -> Result<(), Error> {
         };
         [manager.id.to_string(), manager.hostname.clone(), manager.address.clone(), role.to_owned(), heard, behind]
     });
-    output::table(["MANAGER", "HOSTNAME", "ADDRESS", "ROLE", "HEARD", "BEHIND"], rows);
+    let awaited = info.awaited.iter().map(|manager| {
+        let [none, role, heard, behind] = ["-", "awaited", "never", "-"].map(str::to_owned);
+        [manager.id.to_string(), manager.hostname.clone(), none, role, heard, behind]
+    });
+    output::table(["MANAGER", "HOSTNAME", "ADDRESS", "ROLE", "HEARD", "BEHIND"], rows.chain(awaited));
     Ok(())
 }
 

@@ -364,6 +364,13 @@ impl cluster_server::Cluster for Cluster {
                 .filter(|_| status.is_leader)
                 .map(|silent| convert::wire_duration(*silent)),
         });
+        let has_come = |id| status.members.iter().any(|member| member.id == id);
+        let awaited = state.managers().filter(|manager| !has_come(manager.id)).map(|manager| v1::Manager {
+            id: manager.id,
+            voter: manager.voter,
+            hostname: manager.hostname.clone(),
+            ..Default::default()
+        });
         Ok(Response::new(v1::GetClusterInfoResponse {
             cluster_id: state.cluster().map(|cluster| cluster.id.clone()).unwrap_or_default(),
             manager_id: status.id,
@@ -372,6 +379,7 @@ impl cluster_server::Cluster for Cluster {
             last_log_index: status.last_log_index,
             applied_index: status.applied_index,
             managers: managers.collect(),
+            awaited: awaited.collect(),
             version: build::LONG_VERSION.to_owned(),
             locked: state.cluster().is_some_and(|cluster| cluster.lock.is_some()),
             rotation: rotation(&state),

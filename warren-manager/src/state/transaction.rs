@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use warren_proto::v1;
 
 use super::{
-    Availability, Cluster, Container, ContainerState, DELETED_VOLUMES, Desired, EVENTS, Event, JoinToken, Manager,
-    Node, Operator, Origin, REQUESTS, Rotation, Schema, Sealed, SealedAuthority, Secret, Service, State, Status,
-    TokenRole, Volume, events, needed_secrets, needed_volumes, secret_key,
+    Availability, Cluster, Container, ContainerState, DELETED_VOLUMES, Desired, Event, JoinToken, Manager, Node,
+    Operator, Origin, REQUESTS, Rotation, Schema, Sealed, SealedAuthority, Secret, Service, State, Status, TokenRole,
+    Volume, events, needed_secrets, needed_volumes, secret_key,
 };
 use crate::{
     clock::Timestamp,
@@ -327,18 +327,8 @@ impl State {
             let told = transaction.origin.as_ref().and_then(|origin| Some((origin, events::tell(&next, change)?)));
             next.change(change)?;
             if let Some((origin, (kind, id, name, message))) = told {
-                let kind = kind.to_owned();
-                next.events.push_back(Arc::new(Event {
-                    revision: index,
-                    kind,
-                    id,
-                    name,
-                    message,
-                    origin: origin.clone(),
-                }));
-                while next.events.len() > EVENTS {
-                    next.events.pop_front();
-                }
+                let (kind, origin) = (kind.to_owned(), origin.clone());
+                next.record(Event { revision: index, kind, id, name, message, origin });
             }
             Ok(())
         });
