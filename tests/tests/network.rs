@@ -370,3 +370,20 @@ fn an_agent_that_was_killed_finds_its_networks_and_removes_the_others() {
         (!old && !kept).then_some(())
     });
 }
+
+#[test]
+fn a_machine_that_comes_as_another_node_lets_go_of_its_old_address() {
+    let mut world = World::with_warren("another");
+    let has = |address: &str| {
+        let addresses = run("ip", &["-o", "address", "show", "dev", "lo"]).succeeded();
+        addresses.contains(&format!(" {address}/32 "))
+    };
+    assert!(has("10.128.0.1") && !has("10.128.1.1"));
+    drop(run("ip", &["address", "add", "10.128.78.1/32", "dev", "lo"]).succeeded());
+    world.agent.take().expect("it runs").kill();
+    fs::remove_dir_all(world.path("agent")).expect("it was there");
+    world.start_agent(&[]);
+    until("it has the next node's address", || has("10.128.1.1").then_some(()));
+    until("and not the one of before", || (!has("10.128.0.1")).then_some(()));
+    assert!(has("169.254.1.1") && has("10.128.78.1"), "these are not of a node's place");
+}

@@ -349,6 +349,9 @@ impl Network {
         for address in &own {
             netlink.add_address(loopback, *address, AddressScope::Universe).await?;
         }
+        // Those of an earlier place may be another node's by now.
+        let kept: Vec<IpAddr> = own.iter().copied().chain([RESOLVER.into()]).collect();
+        netlink.keep_addresses(loopback, &kept).await?;
         // The rules lead virtual addresses elsewhere; for the node's own packets to get as far as the rules, there must be a
         // way.
         for network in ruleset::services(place) {

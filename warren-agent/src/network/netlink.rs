@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use rtnetlink::{
     Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
-        address::{AddressAttribute, AddressHeaderFlags, AddressScope},
+        address::{AddressAttribute, AddressHeaderFlags, AddressProtocol, AddressScope},
         link::{InfoData, InfoVeth, LinkAttribute},
         neighbour::{NeighbourFlags, NeighbourState},
         route::{RouteMessage, RouteScope},
@@ -38,6 +38,10 @@ const EEXIST: i32 = 17;
 const ENOENT: i32 = 2;
 const ESRCH: i32 = 3;
 const ENODEV: i32 = 19;
+const EADDRNOTAVAIL: i32 = 99;
+
+/// By which addresses are known that an agent gave. Routing daemons use other numbers.
+const GIVEN: AddressProtocol = AddressProtocol::Other(b'W');
 
 fn failed(action: &'static str) -> impl FnOnce(rtnetlink::Error) -> Error {
     move |source| Error::Netlink { action, source: Box::new(source) }
@@ -156,11 +160,27 @@ impl Netlink {
         let mut request = self.handle.address().add(link, address, full_prefix(address));
         let message = request.message_mut();
         message.header.scope = scope;
+        message.attributes.push(AddressAttribute::Protocol(GIVEN));
         if address.is_ipv6() {
             // It is nobody else's: there is nothing to detect, and it works at once.
             message.header.flags |= AddressHeaderFlags::Nodad;
         }
         tolerate(request.execute().await, EEXIST, "adding an address")
+    }
+
+    /// Takes from a link what [`Netlink::add_address`] gave it at any time, but for these. Kernels before 5.18 do not keep who gave
+    /// an address, and nothing is taken.
+    pub(super) async fn keep_addresses(&self, link: u32, kept: &[IpAddr]) -> Result<(), Error> {
+        let listed = self.handle.address().get().set_link_index_filter(link).execute().try_collect::<Vec<_>>().await;
+        for message in listed.map_err(failed("listing addresses"))? {
+            let is_kept = |attribute: &AddressAttribute| matches!(attribute, AddressAttribute::Address(known) if kept.contains(known));
+            let is_given = |attribute: &AddressAttribute| *attribute == AddressAttribute::Protocol(GIVEN);
+            if message.attributes.iter().any(is_given) && !message.attributes.iter().any(is_kept) {
+                let removed = self.handle.address().del(message).execute().await;
+                tolerate(removed, EADDRNOTAVAIL, "removing an address")?;
+            }
+        }
+        Ok(())
     }
 
     /// Says for good which link-layer address a neighbour has.
