@@ -78,6 +78,11 @@ fn three_managers_and_an_agent_survive_the_leader() {
     let voters = format!("2 of 3 voters answer, none of them may fail; manager {} ", led + 1);
     assert!(sick.stdout.contains(&voters), "{sick:?}");
     assert!(sick.failed(1).contains("not as it should be"));
+    // Once, and not at every attempt to reach it.
+    let now = leader(&managers);
+    let told = |what: &str| managers[now].log().lines().filter(|line| line.contains(what)).count();
+    until("the leader's log says so", || (told("a manager does not answer") > 0).then_some(()));
+    assert_eq!((told("a manager does not answer"), told("HeartbeatWorker")), (1, 0));
     // Without the third as well there would be no majority of those that are left.
     let third = managers[3 - led - other].id();
     let refused = managers[other].warren(&["cluster", "rm", &third]).failed(1);
@@ -88,6 +93,7 @@ fn three_managers_and_an_agent_survive_the_leader() {
     // It comes back and follows.
     managers[led].start();
     until("it has caught up", || managers[led].has_caught_up().then_some(()));
+    until("the leader's log says so", || managers[now].log().contains("a manager answers again").then_some(()));
     assert_eq!(managers[led].running("web"), after);
     // All at once.
     for manager in &mut managers {

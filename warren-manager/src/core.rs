@@ -1,7 +1,7 @@
 //! A manager without its sockets: state, loops and API over clock, dice, storage and transport that it is given. A process
 //! gives it the machine's ([`crate::run`]), a simulation its own. Timers are tokio's.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use ipnet::Ipv4Net;
 use tokio::sync::watch;
@@ -195,6 +195,7 @@ impl Core {
         tasks.spawn(controller.run(shutdown.clone()));
         tasks.spawn(shutdown.clone().run_until_cancelled_owned(feed.run()));
         tasks.spawn(shutdown.clone().run_until_cancelled_owned(keep_members(store.clone(), settings.id)));
+        tasks.spawn(shutdown.clone().run_until_cancelled_owned(tell_of_silent(store.raft().clone())));
         let raising = raise_schema(store.clone(), settings.id, settings.newest_schema);
         tasks.spawn(shutdown.clone().run_until_cancelled_owned(raising));
         tasks.spawn(count_leader_changes(raft, Arc::clone(&metrics), shutdown));
@@ -388,6 +389,37 @@ async fn keep_members(store: Store, own: u64) {
         if let Err(error) = done {
             tracing::warn!(%error, "the managers are not what they should be; trying again");
         }
+    }
+}
+
+/// So many looks after it has begun to lead, a manager has heard of every other that is there.
+const FIRST_LOOKS: u32 = 6;
+
+/// While this manager leads, says in its log which others do not answer, and which do again. Never ends.
+async fn tell_of_silent(raft: Node) {
+    let (mut silent, mut looks) = (BTreeSet::new(), 0);
+    loop {
+        tokio::time::sleep(MEMBERS_PERIOD).await;
+        let status = raft.status();
+        if !status.is_leader {
+            (silent, looks) = (BTreeSet::new(), 0);
+            continue;
+        }
+        looks += 1;
+        if looks < FIRST_LOOKS {
+            continue;
+        }
+        for member in &status.members {
+            let (manager, address) = (member.id, &member.address);
+            if status.answers(manager) {
+                if silent.remove(&manager) {
+                    tracing::info!(manager, address, "a manager answers again");
+                }
+            } else if silent.insert(manager) {
+                tracing::warn!(manager, address, "a manager does not answer");
+            }
+        }
+        silent.retain(|id| status.members.iter().any(|member| member.id == *id));
     }
 }
 

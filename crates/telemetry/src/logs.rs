@@ -44,16 +44,16 @@ pub(crate) fn checked(filter: &str) -> Result<String, String> {
 }
 
 pub(crate) fn parse(filter: &str) -> EnvFilter {
-    // Consensus warns of a member that is away many times a second; who wants to hear it says so.
-    EnvFilter::try_new(format!("openraft=error,{filter}")).unwrap_or_else(|_| EnvFilter::new("info"))
+    EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"))
 }
 
-/// A filter that leaves out what consensus's libraries say about every entry and file, unless the filter names them.
+/// A filter that leaves out what consensus's libraries say about every entry and file, unless the filter names them. Of a member that is
+/// away, consensus warns ten times a second.
 fn quiet(filter: &str) -> String {
-    const CHATTY: [&str; 3] = ["openraft", "raft_log", "chunked_wal"];
+    const CHATTY: [(&str, &str); 3] = [("openraft", "error"), ("raft_log", "warn"), ("chunked_wal", "warn")];
     let mut quiet = filter.to_owned();
-    for library in CHATTY.into_iter().filter(|library| !filter.contains(library)) {
-        quiet.push_str(&format!(",{library}=warn"));
+    for (library, level) in CHATTY.into_iter().filter(|(library, _)| !filter.contains(library)) {
+        quiet.push_str(&format!(",{library}={level}"));
     }
     quiet
 }
