@@ -153,7 +153,8 @@ pub struct NodeArguments {
     /// Time containers around the runtime's calls instead of in the kernel.
     #[arg(long, env = "WARREN_NO_PROBES")]
     pub no_probes: bool,
-    /// Seconds between telemetry snapshots.
+    /// Seconds between telemetry snapshots, which are no more frequent than heartbeats: those are two seconds apart, and more in
+    /// clusters of more than a thousand nodes.
     #[arg(long, env = "WARREN_TELEMETRY_INTERVAL_S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
     pub telemetry_interval_s: u64,
     #[command(flatten)]

@@ -1,6 +1,7 @@
 //! The session with a manager: registers the node, follows assignments, reports status and telemetry. It comes back by
 //! itself, and nothing is lost while it is away: statuses wait on the board, telemetry is cumulative.
 
+mod told;
 mod wishes;
 
 use std::{
@@ -8,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    time::{Instant, sleep_until},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
@@ -17,7 +21,7 @@ use warren_proto::v1::{
     self, agent_message, cluster_client::ClusterClient, dispatcher_client::DispatcherClient, manager_message,
     nodes_client::NodesClient,
 };
-use warren_telemetry::Source;
+use warren_telemetry::{Series, Source};
 
 use crate::{
     exec::Execs,
@@ -27,6 +31,7 @@ use crate::{
     runtime::{self, Containerd},
     tasks::{self, Board, Supervisor},
 };
+use told::Told;
 use wishes::Wishes;
 
 /// How to reach the manager, and what to tell it.
@@ -37,7 +42,7 @@ pub struct Options {
     pub node_id: String,
     /// The node.
     pub description: v1::NodeDescription,
-    /// Between telemetry snapshots.
+    /// Between telemetry snapshots, which are no more frequent than heartbeats.
     pub telemetry_interval: Duration,
     /// What they hold.
     pub sources: Vec<Arc<dyn Source>>,
@@ -101,6 +106,8 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 /// Containers are listed this often even if no event says so.
 const REPAIR: Duration = Duration::from_secs(30);
+/// Heartbeat periods between questions who the managers are.
+const LEARN: u32 = 15;
 /// Longest that listing them may hold up the session.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
 /// News of containers waits this long for more.
@@ -210,7 +217,7 @@ impl Session<'_> {
         let mut dispatcher = DispatcherClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
         let incoming = dispatcher.session(ReceiverStream::new(outgoing)).await?;
         let mut incoming = incoming.into_inner();
-        let mut period =
+        let (mut period, takes_increments) =
             tokio::time::timeout(WELCOME_TIMEOUT, welcome(&mut incoming)).await.unwrap_or(Err(Ended::NoWelcome))?;
 
         self.link.up();
@@ -218,9 +225,11 @@ impl Session<'_> {
         tracing::info!(manager = %self.manager, "in session with the manager");
         self.board.resend();
         let (set_period, periods) = watch::channel(period);
+        let said = Arc::new(Notify::new());
         // Apart from everything else, so that a daemon that is slow to answer does not make the node look dead.
-        let _heartbeats = AbortOnDrop(tokio::spawn(heartbeats(sender.clone(), periods)));
-        let mut telemetry = tokio::time::interval(self.options.telemetry_interval);
+        let _heartbeats = AbortOnDrop(tokio::spawn(heartbeats(sender.clone(), periods, Arc::clone(&said))));
+        let mut told = Told::default();
+        let (mut next_snapshot, mut next_question) = (Instant::now(), Instant::now());
         let mut reap = tokio::time::interval(Duration::from_secs(1));
         let mut repair = tokio::time::interval(REPAIR);
         let wishes = Wishes::new(self.manager.clone(), self.options, self.board.clone());
@@ -257,11 +266,19 @@ impl Session<'_> {
                         send(&sender, agent_message::Message::Status(v1::StatusReport { statuses })).await?;
                     }
                 }
-                _ = telemetry.tick() => send(&sender, agent_message::Message::Telemetry(self.snapshot().await)).await?,
+                () = sleep_until(next_snapshot) => {
+                    next_snapshot = Instant::now() + self.options.telemetry_interval.max(period);
+                    let snapshot = told.next(self.collect().await, takes_increments);
+                    let (epoch, taken_at) = (self.options.epoch.clone(), Some(tasks::now()));
+                    let snapshot = v1::TelemetrySnapshot { epoch, taken_at, ..snapshot };
+                    send(&sender, agent_message::Message::Telemetry(snapshot)).await?;
+                    said.notify_one();
+                }
                 _ = reap.tick() => supervisor.reap(),
                 Some(()) = started.recv() => look(supervisor).await,
-                _ = repair.tick() => {
-                    look(supervisor).await;
+                _ = repair.tick() => look(supervisor).await,
+                () = sleep_until(next_question) => {
+                    next_question = Instant::now() + period * LEARN;
                     let asked = cluster.get_cluster_info(v1::GetClusterInfoRequest {});
                     if let Ok(Ok(info)) = tokio::time::timeout(LOOK_TIMEOUT, asked).await
                         && self.options.managers.learn(info.get_ref())
@@ -273,12 +290,11 @@ impl Session<'_> {
         }
     }
 
-    async fn snapshot(&self) -> v1::TelemetrySnapshot {
+    async fn collect(&self) -> Vec<Series> {
         let sources = self.options.sources.clone();
         // Reading maps takes system calls: not on a thread that serves others.
-        let read = move || sources.iter().flat_map(|source| source.collect()).map(|series| series.to_proto()).collect();
-        let series = tokio::task::spawn_blocking(read).await.unwrap_or_default();
-        v1::TelemetrySnapshot { epoch: self.options.epoch.clone(), taken_at: Some(tasks::now()), series }
+        let read = move || sources.iter().flat_map(|source| source.collect()).collect();
+        tokio::task::spawn_blocking(read).await.unwrap_or_default()
     }
 }
 
@@ -291,14 +307,20 @@ async fn look(supervisor: &mut Supervisor) {
     }
 }
 
-async fn heartbeats(to: mpsc::Sender<v1::AgentMessage>, mut periods: watch::Receiver<Duration>) {
+/// Says that the agent is there, a period after it has said so last. What else it `said` does as well: then half a period more is
+/// waited, for the next of that to come first.
+async fn heartbeats(to: mpsc::Sender<v1::AgentMessage>, mut periods: watch::Receiver<Duration>, said: Arc<Notify>) {
+    let (mut last, mut is_said) = (Instant::now(), true);
     loop {
         let period = *periods.borrow_and_update();
-        if send(&to, agent_message::Message::Heartbeat(v1::Heartbeat {})).await.is_err() {
-            return;
-        }
         tokio::select! {
-            () = tokio::time::sleep(period) => {}
+            () = sleep_until(last + if is_said { period * 3 / 2 } else { period }) => {
+                if send(&to, agent_message::Message::Heartbeat(v1::Heartbeat {})).await.is_err() {
+                    return;
+                }
+                (last, is_said) = (Instant::now(), false);
+            }
+            () = said.notified() => (last, is_said) = (Instant::now(), true),
             changed = periods.changed() => if changed.is_err() { return },
         }
     }
@@ -326,10 +348,13 @@ async fn send(to: &mpsc::Sender<v1::AgentMessage>, message: agent_message::Messa
     to.send(v1::AgentMessage { message: Some(message) }).await.map_err(|_| Ended::Closed)
 }
 
-async fn welcome(from: &mut Streaming<v1::ManagerMessage>) -> Result<Duration, Ended> {
+/// The heartbeat period, and whether snapshots of telemetry may be incremental.
+async fn welcome(from: &mut Streaming<v1::ManagerMessage>) -> Result<(Duration, bool), Ended> {
     const DEFAULT: Duration = Duration::from_secs(2);
     match from.message().await?.and_then(|message| message.message) {
-        Some(manager_message::Message::Welcome(welcome)) => Ok(positive(welcome.heartbeat_period, DEFAULT)),
+        Some(manager_message::Message::Welcome(welcome)) => {
+            Ok((positive(welcome.heartbeat_period, DEFAULT), welcome.incremental_telemetry))
+        }
         _ => Err(Ended::NoWelcome),
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     metrics::ManagerMetrics,
     state::{Secret, State},
     store::Store,
-    telemetry::Collected,
+    telemetry::{Collected, SessionNumber},
     vault::Vault,
 };
 use assignments::Assigned;
@@ -150,7 +150,13 @@ impl Dispatcher {
         }
     }
 
-    async fn receive(self, node: &NodeId, hostname: &str, mut from: Streaming<v1::AgentMessage>) {
+    async fn receive(
+        self,
+        session: SessionNumber,
+        node: &NodeId,
+        hostname: &str,
+        mut from: Streaming<v1::AgentMessage>,
+    ) {
         loop {
             let message = match from.message().await {
                 Ok(Some(message)) => message.message,
@@ -164,7 +170,7 @@ impl Dispatcher {
             match message {
                 Some(agent_message::Message::Status(report)) => self.reports.add(node, report),
                 Some(agent_message::Message::Telemetry(snapshot)) => {
-                    let known = self.collected.accept(node, hostname, snapshot);
+                    let known = self.collected.accept(session, node, hostname, snapshot);
                     let result = if known { "accepted" } else { "rejected" };
                     let labels = [KeyValue::new("node", hostname.to_owned()), KeyValue::new("result", result)];
                     self.metrics.telemetry_snapshots.add(1, &labels);
@@ -177,13 +183,14 @@ impl Dispatcher {
     /// Keeps a session until either side ends it: a node that was removed is not listened to either.
     async fn keep(
         self,
+        session: SessionNumber,
         (node, hostname): (NodeId, String),
         to: mpsc::Sender<Result<v1::ManagerMessage, Status>>,
         from: Streaming<v1::AgentMessage>,
     ) {
         tokio::select! {
             () = self.clone().send(node.clone(), to) => {}
-            () = self.clone().receive(&node, &hostname, from) => {}
+            () = self.clone().receive(session, &node, &hostname, from) => {}
         }
         self.collected.closed(&node);
         tracing::info!(node = hostname, "an agent's session ended");
@@ -250,18 +257,19 @@ impl dispatcher_server::Dispatcher for Dispatcher {
         let hostname = known.description.hostname.clone();
         self.liveness.heard(&node);
         self.opened(&node, &hostname).await;
-        self.collected.opened(&node);
+        let session = self.collected.opened(&node);
         tracing::info!(node = hostname, "an agent's session began");
 
         let (to, outgoing) = mpsc::channel(QUEUE);
         let welcome = v1::Welcome {
             term: self.store.raft().status().term,
             heartbeat_period: Some(self.liveness.period().into()),
+            incremental_telemetry: true,
         };
         // The queue is empty: this cannot wait.
         let _ = to.send(Ok(wrap(manager_message::Message::Welcome(welcome)))).await;
         self.relay.opened(&node, to.clone());
-        tokio::spawn(self.clone().keep((node, hostname), to, from));
+        tokio::spawn(self.clone().keep(session, (node, hostname), to, from));
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 }

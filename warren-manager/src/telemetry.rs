@@ -9,7 +9,7 @@ use std::{
 use opentelemetry::KeyValue;
 use tokio::time::Instant;
 use warren_proto::v1;
-use warren_telemetry::{Meters, Series, Source, build::BuildInfo};
+use warren_telemetry::{Measurement, Meters, Series, Source, build::BuildInfo};
 
 use crate::{
     ids::NodeId,
@@ -19,20 +19,28 @@ use crate::{
     store::Store,
 };
 
+/// A metric, and its labels with their values.
+type Key = (&'static str, Vec<(String, String)>);
+
 #[derive(Debug)]
 struct Snapshot {
     hostname: String,
     received: Instant,
-    series: Vec<Series>,
+    session: SessionNumber,
+    series: HashMap<Key, Measurement>,
 }
+
+/// Later sessions have higher ones.
+pub(crate) type SessionNumber = u64;
 
 #[derive(Debug, Default)]
 struct Table {
     snapshots: HashMap<NodeId, Snapshot>,
     sessions: HashMap<NodeId, usize>,
+    next_session: SessionNumber,
 }
 
-/// The latest telemetry of every node. Snapshots are cumulative, so the latest is all there is to keep. Cheap to clone.
+/// The latest telemetry of every node. Values are cumulative, so the latest is all there is to keep. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Collected {
     table: Arc<Mutex<Table>>,
@@ -44,8 +52,12 @@ impl Collected {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn opened(&self, node: &NodeId) {
-        *self.table().sessions.entry(node.clone()).or_default() += 1;
+    /// A session with a node begins; its number.
+    pub(crate) fn opened(&self, node: &NodeId) -> SessionNumber {
+        let mut table = self.table();
+        *table.sessions.entry(node.clone()).or_default() += 1;
+        table.next_session += 1;
+        table.next_session
     }
 
     pub(crate) fn closed(&self, node: &NodeId) {
@@ -58,19 +70,35 @@ impl Collected {
         }
     }
 
-    /// Takes a snapshot; false when it held series that are not in the table of metrics, which are left out.
-    pub(crate) fn accept(&self, node: &NodeId, hostname: &str, snapshot: v1::TelemetrySnapshot) -> bool {
+    /// Takes a snapshot that came in a session; false when it held series that are not in the table of metrics, which are left out,
+    /// or when it is of no use: a newer session has begun, or it is incremental and there is nothing that it adds to.
+    pub(crate) fn accept(
+        &self,
+        session: SessionNumber,
+        node: &NodeId,
+        hostname: &str,
+        snapshot: v1::TelemetrySnapshot,
+    ) -> bool {
         let sent = snapshot.series.len();
-        let series: Vec<_> = snapshot
-            .series
-            .into_iter()
-            .filter_map(Series::from_proto)
-            .map(|series| series.with_label("node", hostname))
-            .collect();
-        let known = series.len() == sent;
-        let snapshot = Snapshot { hostname: hostname.to_owned(), received: Instant::now(), series };
-        self.table().snapshots.insert(node.clone(), snapshot);
-        known
+        let known = snapshot.series.into_iter().filter_map(Series::from_proto);
+        let series: Vec<_> = known.map(|series| series.with_label("node", hostname)).collect();
+        let all_known = series.len() == sent;
+        let series = series.into_iter().map(|series| ((series.metric, series.labels), series.value));
+        let received = Instant::now();
+        let mut table = self.table();
+        match table.snapshots.get_mut(node) {
+            Some(before) if before.session > session => return false,
+            Some(before) if snapshot.incremental && before.session == session => {
+                before.series.extend(series);
+                before.received = received;
+            }
+            _ if snapshot.incremental => return false,
+            _ => {
+                let snapshot = Snapshot { hostname: hostname.to_owned(), received, session, series: series.collect() };
+                table.snapshots.insert(node.clone(), snapshot);
+            }
+        }
+        all_known
     }
 
     fn sessions(&self) -> usize {
@@ -113,7 +141,12 @@ impl Source for AgentSeries {
                 *known = snapshot;
             }
         }
-        newest.values().flat_map(|snapshot| snapshot.series.clone()).collect()
+        let series = newest.values().flat_map(|snapshot| &snapshot.series);
+        let series = series.map(|((metric, labels), value)| {
+            let (labels, value) = (labels.clone(), value.clone());
+            Series { metric, labels, value }
+        });
+        series.collect()
     }
 }
 
@@ -227,4 +260,55 @@ pub(crate) fn quorum_ok(status: &warren_raft::Status) -> bool {
     const STALE: std::time::Duration = std::time::Duration::from_secs(10);
     let heard = if status.is_leader { status.quorum_age } else { status.leader_silent_for };
     status.failure.is_none() && status.leader.is_some() && heard.is_some_and(|age| age < STALE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(counts: &[(&str, u64)], incremental: bool) -> v1::TelemetrySnapshot {
+        let series = counts.iter().map(|(program, count)| v1::Series {
+            metric: "warren_probe_runs_total".to_owned(),
+            labels: [("program".to_owned(), (*program).to_owned())].into(),
+            value: Some(v1::series::Value::Counter(*count)),
+        });
+        v1::TelemetrySnapshot { series: series.collect(), incremental, ..Default::default() }
+    }
+
+    /// What is known of each program.
+    fn known(collected: &Collected, node: &NodeId) -> BTreeMap<String, f64> {
+        let table = collected.table();
+        let series = table.snapshots[node].series.iter();
+        let counts = series.map(|((_, labels), value)| {
+            let Measurement::Counter(count) = value else { panic!("{value:?}") };
+            let program = labels.iter().find(|(label, _)| label == "program").expect("it has one");
+            (program.1.clone(), *count)
+        });
+        counts.collect()
+    }
+
+    #[test]
+    fn increments_add_to_what_their_own_session_said() {
+        let (collected, node) = (Collected::default(), NodeId::from("n"));
+        let accept = |session, snapshot| collected.accept(session, &node, "host", snapshot);
+        let is = |counts: &[(&str, f64)]| {
+            let expected = counts.iter().map(|(program, count)| ((*program).to_owned(), *count)).collect();
+            assert_eq!(known(&collected, &node), expected);
+        };
+        let first = collected.opened(&node);
+        assert!(!accept(first, snapshot(&[("a", 1)], true)), "there is nothing yet that it adds to");
+        assert!(accept(first, snapshot(&[("a", 1), ("b", 1)], false)));
+        assert!(accept(first, snapshot(&[("b", 2), ("c", 1)], true)));
+        is(&[("a", 1.0), ("b", 2.0), ("c", 1.0)]);
+        let second = collected.opened(&node);
+        assert!(!accept(second, snapshot(&[("a", 5)], true)), "what it adds to was said to another");
+        assert!(accept(second, snapshot(&[("a", 4)], false)));
+        is(&[("a", 4.0)]);
+        // What is left of a session that another has replaced comes too late.
+        assert!(!accept(first, snapshot(&[("a", 3)], true)));
+        assert!(!accept(first, snapshot(&[("a", 3)], false)));
+        is(&[("a", 4.0)]);
+        assert!(!accept(second, v1::TelemetrySnapshot { series: vec![v1::Series::default()], ..snapshot(&[], true) }));
+        is(&[("a", 4.0)]);
+    }
 }

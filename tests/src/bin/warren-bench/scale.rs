@@ -199,6 +199,25 @@ async fn manager(directory: &Path, id: u64, here: &Here) -> Core {
     core
 }
 
+/// As much as an agent with nothing to time says of itself.
+fn series() -> Vec<v1::Series> {
+    let series = |metric: &str, label: &str, value: String, measured| v1::Series {
+        metric: metric.to_owned(),
+        labels: [(label.to_owned(), value)].into(),
+        value: Some(measured),
+    };
+    let histogram = v1::ExponentialHistogram { scale: 3, ..Default::default() };
+    let durations = ["create", "start", "stop"].map(|step| {
+        let metric = format!("warren_container_{step}_duration_seconds");
+        series(&metric, "source", "kernel".to_owned(), v1::series::Value::Histogram(histogram.clone()))
+    });
+    let counts = (0..45).map(|number| {
+        let program = format!("program_{number:02}");
+        series("warren_probe_runs_total", "program", program, v1::series::Value::Counter(number))
+    });
+    durations.into_iter().chain(counts).collect()
+}
+
 /// An agent without containers: it says at once that what it is to run runs. Counts what it is told. Ends with its session.
 async fn agent(channel: Channel, id: String, number: usize, told: Arc<AtomicUsize>) {
     let description = v1::NodeDescription {
@@ -214,10 +233,14 @@ async fn agent(channel: Channel, id: String, number: usize, told: Arc<AtomicUsiz
     let say = |message| v1::AgentMessage { message: Some(message) };
     let hello = v1::Hello { node_id: id, boot_id: "bench".to_owned() };
     up.send(say(agent_message::Message::Hello(hello))).await.expect("sent");
+    let mut cluster = ClusterClient::new(channel.clone());
     let Ok(session) = DispatcherClient::new(channel).session(ReceiverStream::new(outgoing)).await else { return };
     let mut down = session.into_inner();
     let mut period = Duration::from_secs(2);
     let mut heartbeat = tokio::time::interval(period);
+    let mut question = tokio::time::Instant::now() + period * 15;
+    let telemetry = v1::TelemetrySnapshot { series: series(), ..Default::default() };
+    up.send(say(agent_message::Message::Telemetry(telemetry))).await.expect("sent");
     loop {
         tokio::select! {
             message = down.message() => {
@@ -251,10 +274,15 @@ async fn agent(channel: Channel, id: String, number: usize, told: Arc<AtomicUsiz
                 }
             }
             _ = heartbeat.tick() => {
-                let beat = agent_message::Message::Heartbeat(v1::Heartbeat {});
-                if up.send(say(beat)).await.is_err() {
+                // An agent of which nothing changes says just that.
+                let same = v1::TelemetrySnapshot { incremental: true, ..Default::default() };
+                if up.send(say(agent_message::Message::Telemetry(same))).await.is_err() {
                     return;
                 }
+            }
+            () = tokio::time::sleep_until(question) => {
+                question = tokio::time::Instant::now() + period * 15;
+                let _ = cluster.get_cluster_info(v1::GetClusterInfoRequest {}).await;
             }
         }
     }
@@ -522,7 +550,7 @@ pub(crate) fn idle_agents() {
         (others.join().expect("it measures"), leader)
     });
     println!(
-        "{IDLE_AGENTS} agents in sessions with the leader of three managers, in TLS, a connection each; heartbeats only"
+        "{IDLE_AGENTS} agents in sessions with the leader of three managers, in TLS, a connection each, of whom nothing changes"
     );
     println!("  let in, and ready                           {:8.1} s", joined.as_secs_f64());
     println!(
