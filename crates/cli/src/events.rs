@@ -1,12 +1,15 @@
 //! `warren events`
 
+use std::time::{Duration, Instant};
+
 use clap::Args;
+use tonic::Code;
 use warren_proto::v1;
 
 use crate::{
     client::ClientArguments,
     error::Error,
-    output::{self, FormatArguments, say},
+    output::{self, Format, FormatArguments, say},
 };
 
 #[derive(Args, Debug)]
@@ -27,21 +30,69 @@ pub(crate) struct Arguments {
     format: FormatArguments,
 }
 
+/// So long somebody who follows waits for another leader, or for a manager that is started again.
+const PATIENCE: Duration = Duration::from_secs(30);
+const PAUSE: Duration = Duration::from_millis(500);
+
 pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Result<(), Error> {
-    let request = v1::StreamEventsRequest {
+    let mut request = v1::StreamEventsRequest {
         event_types: arguments.types,
         follow: arguments.follow,
         since_revision: arguments.since,
         tail: arguments.tail,
     };
-    let mut events = client.events().await?.stream_events(request).await?.into_inner();
-    while let Some(response) = events.message().await? {
+    // From where to go on, if nobody can be followed before the first event.
+    let mut first = 0;
+    if request.follow && request.tail.is_some() {
+        let info = client.cluster().await?.get_cluster_info(v1::GetClusterInfoRequest {}).await?;
+        first = info.get_ref().applied_index;
+    }
+    let mut lost: Option<Instant> = None;
+    loop {
+        match show(client, &mut request, first, arguments.format.format, &mut lost).await {
+            Err(error) if request.follow && lost.is_some_and(|lost| lost.elapsed() < PATIENCE) && is_away(&error) => {
+                tokio::time::sleep(PAUSE).await;
+            }
+            ended => return ended,
+        }
+    }
+}
+
+/// Shows events until their end.
+async fn show(
+    client: &ClientArguments,
+    request: &mut v1::StreamEventsRequest,
+    first: u64,
+    format: Format,
+    lost: &mut Option<Instant>,
+) -> Result<(), Error> {
+    let mut events = client.events().await?.stream_events(request.clone()).await?.into_inner();
+    (request.since_revision, request.tail) = (request.since_revision.max(first), None);
+    if lost.take().is_some() {
+        eprintln!("another manager is followed: what became of containers and nodes in between is not told");
+    }
+    loop {
+        let message = events.message().await;
+        if message.is_err() {
+            *lost = Some(Instant::now());
+        }
+        let Some(response) = message? else { return Ok(()) };
         let event = response.event.unwrap_or_default();
-        if !output::next_to_program(arguments.format.format, &event)? {
+        request.since_revision = request.since_revision.max(event.revision);
+        if !output::next_to_program(format, &event)? {
             line(&event);
         }
     }
-    Ok(())
+}
+
+/// Whether somebody else may answer, or the same manager later.
+fn is_away(error: &Error) -> bool {
+    match error {
+        Error::Refused(status) => {
+            matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled)
+        }
+        error => matches!(error, Error::NoManager { .. } | Error::Unreachable { .. }),
+    }
 }
 
 fn line(event: &v1::Event) {
