@@ -18,6 +18,7 @@ use crate::{
     reconciler, scheduler,
     state::{Change, ContainerChange, ContainerState, State},
     store::{Error, Store},
+    telemetry,
 };
 
 /// Looks again after this long even if nothing seems to have happened; also how often silence is noticed.
@@ -110,7 +111,13 @@ impl Controller {
         let mut led = false;
         let mut seen = Seen::default();
         loop {
-            let mut leads = self.store.raft().status().is_leader;
+            let status = self.store.raft().status();
+            let is_cut_off = status.is_leader && status.quorum_age.is_some() && !telemetry::quorum_ok(&status);
+            if is_cut_off {
+                // No session is kept, and nobody heard: nodes have as long to come back as after an election.
+                self.liveness.reset();
+            }
+            let mut leads = status.is_leader && !is_cut_off;
             if leads && !led {
                 // What its predecessor did may not have reached this manager's state yet: a plan without it would do it again.
                 leads = self.store.read().await.is_ok();
