@@ -47,6 +47,9 @@ const VISIT: Duration = Duration::from_secs(60);
 /// So long after the members have changed, those who follow something are looked for among them.
 const MEMBERS_LOOK: Duration = Duration::from_secs(1);
 
+/// What somebody may do to themselves. These end by themselves.
+const REMOVALS: [&str; 2] = ["/warren.v1.Cluster/RemoveManager", "/warren.v1.Operators/DeleteOperator"];
+
 /// Who calls at a manager's socket. No operator has this id.
 const ROOT: &str = "root";
 
@@ -241,6 +244,10 @@ impl Front {
         path: &str,
     ) -> Result<Option<BoxFuture<'static, Status>>, Status> {
         if path.starts_with("/warren.v1.Raft/") || caller.is_root() && extensions.get::<Peer>().is_none() {
+            return Ok(None);
+        }
+        // Who removes themselves, or the manager that they ask, is to hear that it is done.
+        if caller.role.is_some() && REMOVALS.contains(&path) {
             return Ok(None);
         }
         if caller.role.is_none() {

@@ -272,7 +272,8 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
         let noting = keep_log_noted(core.raft().clone(), options.data_dir.clone());
         tasks.spawn(shutdown.clone().run_until_cancelled_owned(noting));
     }
-    let noticing = notice_removal(core.raft().clone(), peers.clone(), options.data_dir.clone(), removed);
+    let known = formation::managers(&options.data_dir)?;
+    let noticing = notice_removal(core.raft().clone(), peers.clone(), known.clone(), options.data_dir.clone(), removed);
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(noticing));
     let (told, wanted) = watch::channel(None);
     let (keeping, believing) = (core.watch(), core.watch());
@@ -286,7 +287,6 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(believing));
     let renewing = renew(own, options.data_dir.join(formation::IDENTITY), wanted, core.watch(), vault);
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(renewing));
-    let known = formation::managers(&options.data_dir)?;
     let entering = enter(core.raft().clone(), core.watch(), peers, address.clone(), known);
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(entering));
     tracing::info!(api = %options.listen_addr, reached_at = address, metrics = %options.metrics_addr, "the manager serves");
@@ -479,21 +479,37 @@ async fn keep_log_noted(raft: Node, directory: PathBuf) {
 /// Between looks at whether the others still know this manager, and how long they may take to answer.
 const REMOVAL_LOOK: Duration = Duration::from_secs(3);
 
-/// Nobody tells a manager that was removed: it asks, when no leader is heard.
-async fn notice_removal(raft: Node, peers: Peers, directory: PathBuf, removed: watch::Sender<bool>) {
+/// So many times one that was never taken in must be refused: whom it asks may not have heard of it yet.
+const REFUSALS: u32 = 3;
+
+/// Nobody tells a manager that was removed: it asks, when no leader is heard. One that was never taken in asks those it was told of.
+async fn notice_removal(
+    raft: Node,
+    peers: Peers,
+    known: Vec<String>,
+    directory: PathBuf,
+    removed: watch::Sender<bool>,
+) {
+    let mut refusals = 0;
     loop {
         tokio::time::sleep(REMOVAL_LOOK).await;
         let status = raft.status();
         if status.is_leader || status.leader_silent_for.is_some_and(|silent| silent < REMOVAL_LOOK) {
             continue;
         }
-        for member in status.members.iter().filter(|member| member.id != status.id) {
-            let Ok(channel) = peers.channel(&member.address) else { continue };
+        let others = status.members.iter().filter(|member| member.id != status.id).map(|member| &member.address);
+        let others: Vec<_> = if status.members.is_empty() { known.iter().collect() } else { others.collect() };
+        for other in others {
+            let Ok(channel) = peers.channel(other) else { continue };
             let mut cluster = ClusterClient::new(channel);
             let asked = cluster.get_cluster_info(v1::GetClusterInfoRequest {});
             if let Ok(Err(refused)) = tokio::time::timeout(REMOVAL_LOOK, asked).await
                 && refused.code() == tonic::Code::PermissionDenied
             {
+                refusals += 1;
+                if status.members.is_empty() && refusals < REFUSALS {
+                    break;
+                }
                 let directory = directory.display();
                 tracing::error!(
                     "this manager was removed from the cluster: stop it; to join again, move {directory} away first"
@@ -570,6 +586,8 @@ async fn renew(
 
 /// Sees to it that the others know this manager, and where; and that it votes, unless it is not to.
 async fn enter(raft: Node, state: watch::Receiver<State>, peers: Peers, address: String, known: Vec<String>) {
+    // Each reason once.
+    let mut told = None;
     loop {
         let status = raft.status();
         let votes = state.borrow().manager(status.id).is_none_or(|manager| manager.voter);
@@ -590,7 +608,11 @@ async fn enter(raft: Node, state: watch::Receiver<State>, peers: Peers, address:
                 let request = v1::EnterManagerRequest { address: address.clone() };
                 match ClusterClient::new(channel).enter_manager(request).await {
                     Ok(_) => break,
-                    Err(error) => tracing::warn!(manager = other, error = error.message(), "not taken in yet"),
+                    Err(error) if told.as_deref() == Some(error.message()) => {}
+                    Err(error) => {
+                        tracing::warn!(manager = other, error = error.message(), "not taken in yet");
+                        told = Some(error.message().to_owned());
+                    }
                 }
             }
         }
