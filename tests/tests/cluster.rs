@@ -1,6 +1,9 @@
 //! Several managers: how they come together, and what their cluster survives.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use warren_tests::{
     Output, Process, WELL_BEHAVED, World,
@@ -62,8 +65,12 @@ fn three_managers_and_an_agent_survive_the_leader() {
     }
 
     let led = leader(&managers);
-    managers[led].kill();
     let other = (led + 1) % 3;
+    let mut follow = managers[other].warren_command();
+    follow.args(["events", "--follow", "--tail", "0", "--type", "service"]);
+    let followed = Process::start("events", &mut follow, world.directory.path());
+    std::thread::sleep(Duration::from_secs(1));
+    managers[led].kill();
     // Writes go on with the other two, and nobody's containers notice.
     let began = Instant::now();
     until("a write is acknowledged", || {
@@ -73,6 +80,10 @@ fn three_managers_and_an_agent_survive_the_leader() {
     let after = until("a third runs", || Some(managers[other].running("web")).filter(|running| running.len() == 3));
     assert!(before.iter().all(|container| after.contains(container)), "{before:?} became {after:?}");
 
+    // Whoever follows goes on to, and misses nothing that was changed.
+    until("the write is told of", || followed.log().contains("service.updated").then_some(()));
+    assert_eq!(followed.log().matches("service.").count(), 1, "{}", followed.log());
+    let _ = followed.terminate();
     let health = || managers[other].warren(&["cluster", "health"]);
     let sick = until("it is noticed", || Some(health()).filter(|health| health.stdout.contains(" has not answered ")));
     let voters = format!("2 of 3 voters answer, none of them may fail; manager {} ", led + 1);
@@ -202,6 +213,47 @@ fn managers_are_removed_and_replaced() {
     assert!(managers[other].warren(&["service", "ls"]).succeeded().contains("kept"));
     let unknown = fourth.warren(&["cluster", "rm", "9"]).failed(3);
     assert!(unknown.contains("there is no manager \"9\""), "{unknown}");
+    // Who removes the manager that they ask hears that it is done.
+    let _ = fourth.warren(&["cluster", "rm", "4"]).succeeded();
+    until("two are left", || (managers[other].voters() == 2).then_some(()));
+    // One that is removed before it has come finds out.
+    let mut fifth = Manager::new(&world, "m5");
+    let _ = fifth.cluster(&["join", "--token", token.trim(), &managers[other].address()]).succeeded();
+    let _ = managers[other].warren(&["cluster", "rm", "5"]).succeeded();
+    fifth.start();
+    until("it says so", || fifth.log().contains("this manager was removed from the cluster").then_some(()));
+    let (status, body) = world.get(fifth.metrics_port(), "/ready").expect("an answer");
+    assert!(status == 503 && body.contains("was removed"), "{body}");
+}
+
+#[test]
+fn nodes_have_time_to_come_back_when_a_majority_does() {
+    let mut world = World::with_containerd("majority");
+    let (mut managers, worker_token) = three(&world);
+    let led = leader(&managers);
+    start_agent(&mut world, &worker_token, &managers[led].address());
+    let status = |manager: &Manager| {
+        let listed = manager.warren(&["node", "ls", "--format", "json"]).stdout;
+        let listed: serde_json::Value = serde_json::from_str(&listed).unwrap_or_default();
+        listed[0]["status"].as_str().map(str::to_owned)
+    };
+    until("the node is ready", || status(&managers[led]).filter(|status| status == "NODE_STATUS_READY"));
+    for at in [(led + 1) % 3, (led + 2) % 3] {
+        managers[at].kill();
+    }
+    let none_leads = || managers[led].info().is_some_and(|info| info["leaderId"].is_null());
+    until("it no longer takes itself for the leader", || none_leads().then_some(()));
+    // The node's session has ended, and it is silent for longer than it may be.
+    std::thread::sleep(Duration::from_secs(12));
+    for at in [(led + 1) % 3, (led + 2) % 3] {
+        managers[at].start();
+    }
+    let mut seen = BTreeSet::new();
+    until("the node is ready", || {
+        seen.extend(status(&managers[led]));
+        seen.contains("NODE_STATUS_READY").then_some(())
+    });
+    assert!(!seen.contains("NODE_STATUS_DOWN"), "{seen:?}");
 }
 
 #[test]

@@ -128,17 +128,19 @@ const NUMBERS_SKIPPED: u64 = 100;
 fn go_on_with(state: &mut State, manager: Manager, kind: &str, message: String) -> u64 {
     let address = format!("the disk of {}", manager.hostname);
     let others: Vec<u64> = state.managers().map(|known| known.id).filter(|id| *id != manager.id).collect();
-    let is_new = state.manager(manager.id).is_none();
+    let known_as = state.manager(manager.id).map(|known| known.voter);
     let mut changes: Vec<_> = others.into_iter().map(|id| Change::RemoveManager { id }).collect();
     let at = manager.created_at;
-    changes.push(match is_new {
-        true => Change::AdmitManager(manager),
-        false => Change::SetManager { id: manager.id, voter: true },
-    });
+    match known_as {
+        None => changes.push(Change::AdmitManager(manager)),
+        Some(false) => changes.push(Change::SetManager { id: manager.id, voter: true }),
+        Some(true) => {}
+    }
     let actor = Actor { id: "root".to_owned(), role: "admin".to_owned(), address };
     let origin = Origin { actor, at };
     let index = state.revision() + 1;
     let id = state.cluster().map(|cluster| cluster.id.clone()).unwrap_or_default();
+    let message = format!("{message}; tokens and operators of before are not let in any more");
     let (kind, name) = (kind.to_owned(), String::new());
     state.record(Event { revision: index, kind, id, name, message, origin: origin.clone() });
     let transaction = Transaction { origin: Some(origin), changes, ..Transaction::default() };
@@ -322,7 +324,7 @@ mod tests {
         let left: Vec<_> = alone.managers().map(|manager| (manager.id, manager.voter)).collect();
         assert_eq!((left, alone.next_manager()), (vec![(2, true)], 4));
         let mut events = alone.events().map(|event| (event.kind.as_str(), event.message.as_str()));
-        assert!(events.any(|event| event == ("cluster.recovered", "alone")));
+        assert!(events.any(|event| event.0 == "cluster.recovered" && event.1.starts_with("alone; tokens")));
         let mut restored = state;
         let next = restored.next_manager();
         go_on_with(&mut restored, manager(next), "cluster.restored", String::new());

@@ -195,7 +195,7 @@ impl Core {
         tasks.spawn(controller.run(shutdown.clone()));
         tasks.spawn(shutdown.clone().run_until_cancelled_owned(feed.run()));
         tasks.spawn(shutdown.clone().run_until_cancelled_owned(keep_members(store.clone(), settings.id)));
-        tasks.spawn(shutdown.clone().run_until_cancelled_owned(tell_of_silent(store.raft().clone())));
+        tasks.spawn(shutdown.clone().run_until_cancelled_owned(tell_of_managers(store.raft().clone())));
         let raising = raise_schema(store.clone(), settings.id, settings.newest_schema);
         tasks.spawn(shutdown.clone().run_until_cancelled_owned(raising));
         tasks.spawn(count_leader_changes(raft, Arc::clone(&metrics), shutdown));
@@ -395,12 +395,21 @@ async fn keep_members(store: Store, own: u64) {
 /// So many looks after it has begun to lead, a manager has heard of every other that is there.
 const FIRST_LOOKS: u32 = 6;
 
-/// While this manager leads, says in its log which others do not answer, and which do again. Never ends.
-async fn tell_of_silent(raft: Node) {
-    let (mut silent, mut looks) = (BTreeSet::new(), 0);
+/// Says in the log who leads; and, while this manager does, which others do not answer, and which do again. Never ends.
+async fn tell_of_managers(raft: Node) {
+    let (mut silent, mut looks, mut known) = (BTreeSet::new(), 0, None);
     loop {
         tokio::time::sleep(MEMBERS_PERIOD).await;
         let status = raft.status();
+        let leader = status.leader.filter(|_| telemetry::quorum_ok(&status));
+        if leader != known {
+            match leader {
+                Some(id) if id == status.id => tracing::info!(term = status.term, "this manager leads"),
+                Some(id) => tracing::info!(manager = id, term = status.term, "another manager leads"),
+                None => tracing::warn!("no manager leads, as far as this one knows: writes are refused"),
+            }
+            known = leader;
+        }
         if !status.is_leader {
             (silent, looks) = (BTreeSet::new(), 0);
             continue;

@@ -1,6 +1,9 @@
 //! `warren cluster ...`
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use clap::{Args, Subcommand, ValueEnum};
 use warren_agent::membership;
@@ -349,18 +352,20 @@ async fn health(client: &ClientArguments, format: Format) -> Result<(), Error> {
 }
 
 /// A leader that hands over says so by being unavailable: its successor does the rest.
-const HANDING_OVER_ATTEMPTS: usize = 20;
-const HANDING_OVER_PAUSE: std::time::Duration = std::time::Duration::from_millis(500);
+const HANDING_OVER_PATIENCE: Duration = Duration::from_secs(10);
+const HANDING_OVER_PAUSE: Duration = Duration::from_millis(500);
 
 /// Calls until somebody leads who does it.
 async fn insist<T>(mut call: impl AsyncFnMut() -> Result<T, tonic::Status>) -> Result<T, Error> {
-    for _ in 1..HANDING_OVER_ATTEMPTS {
+    let end = Instant::now() + HANDING_OVER_PATIENCE;
+    loop {
         match call().await {
-            Err(status) if status.code() == tonic::Code::Unavailable => tokio::time::sleep(HANDING_OVER_PAUSE).await,
+            Err(status) if status.code() == tonic::Code::Unavailable && Instant::now() < end => {
+                tokio::time::sleep(HANDING_OVER_PAUSE).await;
+            }
             done => return Ok(done?),
         }
     }
-    Ok(call().await?)
 }
 
 /// The number of a manager that is named by it, or by its machine.
@@ -368,7 +373,7 @@ fn numbered(info: &v1::GetClusterInfoResponse, named: &str) -> Result<u64, Error
     if let Ok(id) = named.parse() {
         return Ok(id);
     }
-    let mut on_it = info.managers.iter().filter(|manager| manager.hostname == named);
+    let mut on_it = info.managers.iter().chain(&info.awaited).filter(|manager| manager.hostname == named);
     match (on_it.next(), on_it.next()) {
         (Some(only), None) => Ok(only.id),
         (None, _) => Err(Error::NoSuchManager(named.to_owned())),

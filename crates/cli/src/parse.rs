@@ -190,7 +190,7 @@ pub(crate) fn health(text: &str) -> Result<v1::health_check::Check, String> {
     }
 }
 
-/// `10s`, `500ms`, `2m`, `1h`; a number alone is seconds.
+/// `10s`, `500ms`, `2m`, `1h`, `7d`; a number alone is seconds.
 pub(crate) fn duration(text: &str) -> Result<pbjson_types::Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let factor = match &text[digits.len()..] {
@@ -198,11 +198,12 @@ pub(crate) fn duration(text: &str) -> Result<pbjson_types::Duration, String> {
         "" | "s" => 1.0,
         "m" => 60.0,
         "h" => 3600.0,
-        _ => return Err(format!("{text:?} is not a duration like 10s, 500ms, 2m or 1h")),
+        "d" => 86_400.0,
+        _ => return Err(format!("{text:?} is not a duration like 10s, 500ms, 2m, 1h or 7d")),
     };
     let seconds = digits.parse::<f64>().ok().map(|number| number * factor);
     let seconds = seconds.filter(|seconds| (0.0..1e9).contains(seconds));
-    let seconds = seconds.ok_or_else(|| format!("{text:?} is not a duration like 10s, 500ms, 2m or 1h"))?;
+    let seconds = seconds.ok_or_else(|| format!("{text:?} is not a duration like 10s, 500ms, 2m, 1h or 7d"))?;
     let nanos = ((seconds.fract() * 1e9).round() as i32).min(999_999_999);
     Ok(pbjson_types::Duration { seconds: seconds.trunc() as i64, nanos })
 }
@@ -246,9 +247,10 @@ mod tests {
         }
         let parsed = |text| duration(text).map(|d| (d.seconds, d.nanos));
         assert_eq!(parsed("10s"), Ok((10, 0)));
+        assert_eq!(parsed("7d"), Ok((604_800, 0)));
         assert_eq!(parsed("500ms"), Ok((0, 500_000_000)));
         assert_eq!((parsed("2m"), parsed("3")), (Ok((120, 0)), Ok((3, 0))));
-        assert!(duration("soon").is_err() && duration("-1s").is_err() && duration("1d").is_err());
+        assert!(duration("soon").is_err() && duration("-1s").is_err() && duration("1w").is_err());
     }
 
     #[test]

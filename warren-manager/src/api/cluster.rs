@@ -13,7 +13,7 @@ use crate::{
     ids::{NodeId, OperatorId},
     signing::{self, Invited, Signed},
     state::{Change, JoinToken, Manager, OLDEST_WRITTEN_SCHEMA, SealedAuthority, State, TokenRole, Transaction},
-    store,
+    store, telemetry,
     validate::{self, Invalid},
     vault::UnlockKey,
 };
@@ -342,6 +342,13 @@ impl Cluster {
     }
 }
 
+/// Reading is no event; but whoever reads this can open every secret.
+fn told_to_caller(what: &str) {
+    let caller = Caller::current().map(|caller| caller.actor());
+    let (by, address) = caller.map(|actor| (actor.id, actor.address)).unwrap_or_default();
+    tracing::info!(by, address, "{what}");
+}
+
 #[tonic::async_trait]
 impl cluster_server::Cluster for Cluster {
     async fn get_cluster_info(
@@ -351,12 +358,14 @@ impl cluster_server::Cluster for Cluster {
         // Answered by any manager from what it knows: it is what one looks at when there is no quorum.
         let status = self.0.store.raft().status();
         let state = self.0.store.view();
+        // One that was cut off takes itself for the leader still.
+        let leader = status.leader.filter(|_| telemetry::quorum_ok(&status));
         let managers = status.members.iter().map(|member| v1::Manager {
             id: member.id,
             address: member.address.clone(),
             voter: member.voter,
             hostname: state.manager(member.id).map(|manager| manager.hostname.clone()).unwrap_or_default(),
-            leader: status.leader == Some(member.id),
+            leader: leader == Some(member.id),
             lag: status.lag.get(&member.id).copied().unwrap_or(0),
             silent_for: status
                 .heard
@@ -374,7 +383,7 @@ impl cluster_server::Cluster for Cluster {
         Ok(Response::new(v1::GetClusterInfoResponse {
             cluster_id: state.cluster().map(|cluster| cluster.id.clone()).unwrap_or_default(),
             manager_id: status.id,
-            leader_id: status.leader.unwrap_or(0),
+            leader_id: leader.unwrap_or(0),
             term: status.term,
             last_log_index: status.last_log_index,
             applied_index: status.applied_index,
@@ -501,6 +510,7 @@ impl cluster_server::Cluster for Cluster {
     ) -> Result<Response<v1::GetUnlockKeyResponse>, Status> {
         let state = self.0.store.read().await.map_err(super::status)?;
         let key = backup::unlock_key(&state, &self.0.vault).map_err(Error::from)?;
+        told_to_caller("the unlock key was told");
         let unlock_key = key.map(|key| key.to_string()).unwrap_or_default();
         Ok(Response::new(v1::GetUnlockKeyResponse { unlock_key }))
     }
@@ -509,6 +519,7 @@ impl cluster_server::Cluster for Cluster {
 
     async fn backup(&self, _request: Request<v1::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
         let state = self.0.store.read().await.map_err(super::status)?;
+        told_to_caller("a backup is made, and told");
         let (vault, now) = (self.0.vault.clone(), self.0.environment.now());
         let made = tokio::task::spawn_blocking(move || backup::encode(&state, &vault, now)).await;
         let bytes = made.map_err(std::io::Error::other).flatten();

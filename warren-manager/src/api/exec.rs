@@ -7,6 +7,7 @@ use warren_proto::v1::{self, exec_request, exec_server};
 use super::{Context, Error, lookup};
 use crate::{
     dispatcher::Relay,
+    front::Caller,
     ids::NodeId,
     state::{ContainerState, State},
     validate::Invalid,
@@ -73,7 +74,8 @@ impl exec_server::Exec for Exec {
         let state = self.0.store.read().await.map_err(super::status)?;
         let (node, start) = Self::find(&state, start)?;
         // Arguments may be anybody's secrets.
-        tracing::info!(container = start.container, program = start.command[0], "a command is run in a container");
+        let by = Caller::current().map(|caller| caller.actor().id).unwrap_or_default();
+        tracing::info!(container = start.container, program = start.command[0], by, "a command is run in a container");
         let wish = v1::ExecWish { id: format!("{:032x}", self.0.environment.random()), start: Some(start) };
         match self.1.exec(node.clone(), wish, requests).await {
             Some(responses) => Ok(Response::new(Box::pin(responses))),

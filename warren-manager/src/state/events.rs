@@ -140,7 +140,9 @@ pub(super) fn tell(state: &State, change: &Change) -> Option<Told> {
         Change::FoundCluster(cluster) => ("cluster.founded", cluster.id.clone(), String::new(), String::new()),
         Change::SetLock(lock) => {
             let kind = if lock.is_some() { "cluster.locked" } else { "cluster.unlocked" };
-            (kind, String::new(), String::new(), String::new())
+            let is_locked = state.cluster().is_some_and(|cluster| cluster.lock.is_some());
+            let words = if lock.is_some() && is_locked { "with another unlock key" } else { "" };
+            (kind, String::new(), String::new(), words.to_owned())
         }
         Change::BeginRotation(_) => {
             let words = "members learn of the new one".to_owned();
