@@ -114,6 +114,8 @@ impl AsyncWrite for Incoming {
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Handshakes at a time from one address, so that none keeps the others out; one more is hung up on.
 const HANDSHAKES: usize = 128;
+/// Who is being answered when an authority is forgotten has so long to hear the rest of it.
+const FORGOTTEN: Duration = Duration::from_secs(2);
 /// Between looks at the clock.
 const CLOCK_LOOK: Duration = Duration::from_secs(600);
 /// Connections at a time of those who show no certificate, who want to join or ask for health, and how long each may be: members are not
@@ -219,7 +221,10 @@ async fn greet(
         tokio::select! {
             () = run_out(not_after) => {}
             // Who signed it may not be believed any more; whoever is of the cluster still connects anew.
-            () = credentials.forget_one() => {}
+            () = async {
+                credentials.forget_one().await;
+                tokio::time::sleep(FORGOTTEN).await;
+            } => {}
         }
     });
     Ok(Incoming { stream, peer: Peer { address, identity: Some(identity) }, over })
