@@ -143,7 +143,9 @@ fn a_cluster_goes_on_with_what_one_manager_has() {
     assert!(events.contains(&format!("with manager {} alone", managers[left].id())), "{events}");
     // One that was given up is not believed any more.
     managers[other].start();
-    until("it is refused", || managers[other].log().contains("is not, or no longer, in this cluster").then_some(()));
+    until("it is refused", || {
+        managers[other].log().contains("this manager was removed from the cluster").then_some(())
+    });
     assert_eq!(managers[left].voters(), 1);
     // What the lost ones may have revoked lets nobody in, and a new one takes a number that nobody can have had.
     let listed = managers[left].warren(&["cluster", "token", "ls"]).succeeded();

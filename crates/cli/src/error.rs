@@ -50,6 +50,10 @@ pub(crate) enum Error {
     BadAddress(String),
     #[error("{}", .0.message())]
     Refused(#[from] Box<Status>),
+    #[error(
+        "the connection to the manager broke before it answered, and whether it did what was asked is not known: {why}"
+    )]
+    Broken { why: String },
     #[error("{which}: {}", status.message())]
     Object { which: String, status: Box<Status> },
     #[error("{manager} cannot be joined: {why}")]
@@ -106,14 +110,22 @@ pub(crate) enum Error {
 
 impl From<Status> for Error {
     fn from(status: Status) -> Self {
-        Self::Refused(Box::new(status))
+        // A manager's own words have come over the wire, and have no cause here.
+        match std::error::Error::source(&status) {
+            Some(cause) => Self::Broken { why: innermost(cause) },
+            None => Self::Refused(Box::new(status)),
+        }
     }
 }
 
 impl Error {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::NoManager { .. } | Self::NotJoined { .. } | Self::Unreachable { .. } | Self::NoManagerKnown => 4,
+            Self::NoManager { .. }
+            | Self::Broken { .. }
+            | Self::NotJoined { .. }
+            | Self::Unreachable { .. }
+            | Self::NoManagerKnown => 4,
             Self::NotPermitted { .. } | Self::NotLoggedIn | Self::LoginRanOut | Self::Disbelieved { .. } => 6,
             Self::LoggedIn { .. } => 5,
             Self::Homeless => 2,

@@ -91,7 +91,7 @@ fn is_away(error: &Error) -> bool {
         Error::Refused(status) => {
             matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled)
         }
-        error => matches!(error, Error::NoManager { .. } | Error::Unreachable { .. }),
+        error => matches!(error, Error::NoManager { .. } | Error::Unreachable { .. } | Error::Broken { .. }),
     }
 }
 
