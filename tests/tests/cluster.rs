@@ -67,9 +67,14 @@ fn three_managers_and_an_agent_survive_the_leader() {
     let led = leader(&managers);
     let other = (led + 1) % 3;
     let mut follow = managers[other].warren_command();
-    follow.args(["events", "--follow", "--tail", "0", "--type", "service"]);
+    follow.args(["events", "--follow", "--tail", "0", "--type", "service", "--type", "node.labelled"]);
     let followed = Process::start("events", &mut follow, world.directory.path());
-    std::thread::sleep(Duration::from_secs(1));
+    let mut seen = 0;
+    until("it is followed", || {
+        seen += 1;
+        let _ = managers[other].warren(&["node", "label", "node-1", &format!("seen={seen}")]).succeeded();
+        followed.log().contains("node.labelled").then_some(())
+    });
     managers[led].kill();
     // Writes go on with the other two, and nobody's containers notice.
     let began = Instant::now();
@@ -243,7 +248,8 @@ fn nodes_have_time_to_come_back_when_a_majority_does() {
     }
     let none_leads = || managers[led].info().is_some_and(|info| info["leaderId"].is_null());
     until("it no longer takes itself for the leader", || none_leads().then_some(()));
-    // The node's session has ended, and it is silent for longer than it may be.
+    until("the node has no session", || world.get(world.agent_port, "/ready").filter(|(status, _)| *status == 503));
+    // It is silent for longer than it may be: there is nothing to see of that where nobody can be asked.
     std::thread::sleep(Duration::from_secs(12));
     for at in [(led + 1) % 3, (led + 2) % 3] {
         managers[at].start();

@@ -401,7 +401,7 @@ async fn tell_of_managers(raft: Node) {
     loop {
         tokio::time::sleep(MEMBERS_PERIOD).await;
         let status = raft.status();
-        let leader = status.leader.filter(|_| telemetry::quorum_ok(&status));
+        let leader = telemetry::leader(&status);
         if leader != known {
             match leader {
                 Some(id) if id == status.id => tracing::info!(term = status.term, "this manager leads"),

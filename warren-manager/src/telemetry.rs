@@ -9,7 +9,7 @@ use std::{
 use opentelemetry::KeyValue;
 use tokio::time::Instant;
 use warren_proto::v1;
-use warren_telemetry::{Measurement, Meters, Series, Source, build::BuildInfo};
+use warren_telemetry::{Key, Measurement, Meters, Series, Source, build::BuildInfo};
 
 use crate::{
     ids::NodeId,
@@ -18,9 +18,6 @@ use crate::{
     state::{ContainerState, State},
     store::Store,
 };
-
-/// A metric, and its labels with their values.
-type Key = (&'static str, Vec<(String, String)>);
 
 #[derive(Debug)]
 struct Snapshot {
@@ -83,7 +80,7 @@ impl Collected {
         let known = snapshot.series.into_iter().filter_map(Series::from_proto);
         let series: Vec<_> = known.map(|series| series.with_label("node", hostname)).collect();
         let all_known = series.len() == sent;
-        let series = series.into_iter().map(|series| ((series.metric, series.labels), series.value));
+        let series = series.into_iter().map(Series::into_entry);
         let received = Instant::now();
         let mut table = self.table();
         match table.snapshots.get_mut(node) {
@@ -141,12 +138,7 @@ impl Source for AgentSeries {
                 *known = snapshot;
             }
         }
-        let series = newest.values().flat_map(|snapshot| &snapshot.series);
-        let series = series.map(|((metric, labels), value)| {
-            let (labels, value) = (labels.clone(), value.clone());
-            Series { metric, labels, value }
-        });
-        series.collect()
+        newest.values().flat_map(|snapshot| &snapshot.series).map(Series::of_entry).collect()
     }
 }
 
@@ -251,6 +243,12 @@ fn raft_gauges(meters: &Meters, store: &Store, metrics: &Arc<ManagerMetrics>) {
 #[must_use]
 pub(crate) fn leads(status: &warren_raft::Status) -> bool {
     status.is_leader && quorum_ok(status)
+}
+
+/// Who leads, as far as this manager can know: not itself, and nobody else, without a majority or a word of them.
+#[must_use]
+pub(crate) fn leader(status: &warren_raft::Status) -> Option<u64> {
+    status.leader.filter(|_| quorum_ok(status))
 }
 
 /// Whether writes can be made, as far as this manager knows: the leader was heard of lately or, on the leader, a majority was.

@@ -88,9 +88,7 @@ async fn show(
 /// Whether somebody else may answer, or the same manager later.
 fn is_away(error: &Error) -> bool {
     match error {
-        Error::Refused(status) => {
-            matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled)
-        }
+        Error::Refused(status) => status.code() == Code::Unavailable,
         error => matches!(error, Error::NoManager { .. } | Error::Unreachable { .. } | Error::Broken { .. }),
     }
 }

@@ -27,7 +27,7 @@ pub use family::{Family, Point, Value};
 pub use health::{Checks, Outcome};
 pub use meters::{GaugeObserver, Meters};
 pub use process::ProcessSource;
-pub use series::{Exponential, Measurement, Series, Source};
+pub use series::{Exponential, Key, Measurement, Series, Source};
 
 /// What a process does with its metrics.
 #[derive(Clone, Debug, Default)]

@@ -47,6 +47,9 @@ pub enum Measurement {
     Histogram(Exponential),
 }
 
+/// What tells a series from others: its metric, and its labels with their values, sorted by label.
+pub type Key = (&'static str, Vec<(String, String)>);
+
 /// One series of a metric in the [`table`], made outside the OpenTelemetry SDK.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Series {
@@ -73,6 +76,18 @@ impl Series {
         self.labels.push((label.to_owned(), value.to_owned()));
         self.labels.sort();
         self
+    }
+
+    /// What tells it from others, and its value.
+    #[must_use]
+    pub fn into_entry(self) -> (Key, Measurement) {
+        ((self.metric, self.labels), self.value)
+    }
+
+    /// The series of an entry.
+    #[must_use]
+    pub fn of_entry((key, value): (&Key, &Measurement)) -> Self {
+        Self { metric: key.0, labels: key.1.clone(), value: value.clone() }
     }
 
     /// As it travels to the manager.

@@ -3,9 +3,7 @@
 use std::collections::HashMap;
 
 use warren_proto::v1;
-use warren_telemetry::{Measurement, Series};
-
-type Key = (&'static str, Vec<(String, String)>);
+use warren_telemetry::{Key, Measurement, Series};
 
 /// What a manager was told in one session.
 #[derive(Debug, Default)]
@@ -15,20 +13,13 @@ impl Told {
     /// The snapshot that says how it is now, with the series whose values are others than before, or with all of them: at first,
     /// when one is gone, and for a manager that does not take less.
     pub(super) fn next(&mut self, series: Vec<Series>, takes_increments: bool) -> v1::TelemetrySnapshot {
-        let all = || series.iter().map(Series::to_proto).collect();
-        let is_another = |before: &HashMap<Key, Measurement>, series: &&Series| {
-            // A lookup by parts of a key is not to be had.
-            before.get(&(series.metric, series.labels.clone())) != Some(&series.value)
-        };
-        let changed = self.0.as_ref().filter(|_| takes_increments).and_then(|before| {
-            let changed: Vec<_> = series.iter().filter(|series| is_another(before, series)).collect();
-            let new = changed.iter().filter(|series| !before.contains_key(&(series.metric, series.labels.clone())));
-            (before.len() + new.count() == series.len()).then(|| changed.into_iter().map(Series::to_proto).collect())
-        });
-        let incremental = changed.is_some();
-        let sent = changed.unwrap_or_else(all);
-        self.0 = Some(series.into_iter().map(|series| ((series.metric, series.labels), series.value)).collect());
-        v1::TelemetrySnapshot { series: sent, incremental, ..Default::default() }
+        let now: HashMap<_, _> = series.into_iter().map(Series::into_entry).collect();
+        let before = self.0.take().filter(|before| takes_increments && before.keys().all(|key| now.contains_key(key)));
+        let is_news =
+            |entry: &(&Key, &Measurement)| before.as_ref().is_none_or(|known| known.get(entry.0) != Some(entry.1));
+        let series = now.iter().filter(is_news).map(|entry| Series::of_entry(entry).to_proto()).collect();
+        self.0 = Some(now);
+        v1::TelemetrySnapshot { series, incremental: before.is_some(), ..Default::default() }
     }
 }
 

@@ -358,8 +358,7 @@ impl cluster_server::Cluster for Cluster {
         // Answered by any manager from what it knows: it is what one looks at when there is no quorum.
         let status = self.0.store.raft().status();
         let state = self.0.store.view();
-        // One that was cut off takes itself for the leader still.
-        let leader = status.leader.filter(|_| telemetry::quorum_ok(&status));
+        let leader = telemetry::leader(&status);
         let managers = status.members.iter().map(|member| v1::Manager {
             id: member.id,
             address: member.address.clone(),
