@@ -3,6 +3,7 @@
 
 pub mod cluster;
 mod dns;
+mod front;
 mod hosts;
 mod inside;
 mod load;
@@ -16,6 +17,7 @@ mod watch;
 mod world;
 
 pub use dns::{Answer, DnsServer, Transport, ask, ask_silently, script_that_asks};
+pub use front::{Front, Trouble};
 pub use hosts::Hosts;
 pub use inside::Inside;
 pub use load::Load;

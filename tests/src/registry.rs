@@ -131,7 +131,8 @@ impl Registry {
         put.unwrap_or_else(|| panic!("{target} cannot be put"))
     }
 
-    fn put_blob(&self, repository: &str, bytes: &[u8]) -> String {
+    /// Puts bytes there and returns their digest.
+    pub fn put_blob(&self, repository: &str, bytes: &[u8]) -> String {
         let digest = sha256(bytes);
         let upload = format!("/v2/{repository}/blobs/uploads/");
         let answer = self.request("POST", &upload, &["--data", ""]).expect("an upload");
@@ -150,6 +151,18 @@ impl Registry {
         tag: &str,
         change: impl FnOnce(&mut serde_json::Value),
     ) -> String {
+        self.push_with(archive, repository, tag, &[], change)
+    }
+
+    /// The same with more layers on top: uncompressed tar files.
+    pub fn push_with(
+        &self,
+        archive: &Path,
+        repository: &str,
+        tag: &str,
+        layers: &[Vec<u8>],
+        change: impl FnOnce(&mut serde_json::Value),
+    ) -> String {
         let blobs = blobs(archive);
         let json = |path: &str| -> serde_json::Value { serde_json::from_slice(&blobs[path]).expect("JSON") };
         let path =
@@ -159,6 +172,13 @@ impl Registry {
             self.put_blob(repository, &blobs[&path(&layer["digest"])]);
         }
         let mut config = json(&path(&manifest["config"]["digest"]));
+        for layer in layers {
+            let digest = self.put_blob(repository, layer);
+            config["rootfs"]["diff_ids"].as_array_mut().expect("a list").push(digest.as_str().into());
+            manifest["layers"].as_array_mut().expect("a list").push(serde_json::json!({
+                "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest, "size": layer.len(),
+            }));
+        }
         change(&mut config);
         let config = config.to_string().into_bytes();
         manifest["config"]["digest"] = self.put_blob(repository, &config).into();

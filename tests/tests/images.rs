@@ -1,9 +1,15 @@
 //! Images from registries, and what is said when there is nothing to be had.
 
-use std::{fs, io::Read as _};
+use std::{
+    fs,
+    io::Read as _,
+    time::{Duration, Instant},
+};
 
-use serde_json::json;
-use warren_tests::{Inside, Process, Registry, RegistryOptions, World, image_name, until};
+use serde_json::{Value, json};
+use warren_tests::{
+    Front, Inside, Process, Registry, RegistryOptions, Trouble, World, image_name, until, until_within,
+};
 
 /// A machine with all of Warren, its demo image only in a registry.
 fn world(name: &str, options: RegistryOptions<'_>, agent: &[&str]) -> (World, Registry) {
@@ -260,4 +266,257 @@ fn without_certificates_of_authorities_what_is_there_still_runs() {
     create(&world, "elsewhere", "localhost:1/demo", &[]);
     let said = refusal(&world, "elsewhere");
     assert!(said.contains("no certificates of authorities are installed"), "{said}");
+}
+
+/// A layer with one file of so many bytes that no compression makes less.
+fn layer(name: &str, size: usize) -> Vec<u8> {
+    let mut state = name.bytes().fold(1_u64, |state, byte| state * 31 + u64::from(byte));
+    let mut bytes = Vec::with_capacity(size + 8);
+    while bytes.len() < size {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        bytes.extend(state.to_le_bytes());
+    }
+    let mut header = tar::Header::new_gnu();
+    header.set_size(bytes.len() as u64);
+    header.set_mode(0o644);
+    let mut archive = tar::Builder::new(Vec::new());
+    archive.append_data(&mut header, name, bytes.as_slice()).expect("memory");
+    archive.into_inner().expect("memory")
+}
+
+/// Containers of a service that did not come to run, with why.
+fn failures(world: &World, service: &str) -> Vec<String> {
+    let containers = world.containers(service);
+    let status = |container: &Value| container["status"]["message"].as_str().unwrap_or_default().to_owned();
+    let failed = |container: &&Value| {
+        let state = container["status"]["state"].as_str().unwrap_or_default();
+        state.ends_with("FAILED") || state.ends_with("REJECTED")
+    };
+    containers.iter().filter(failed).map(status).collect()
+}
+
+#[test]
+fn a_blob_comes_once_whoever_needs_it_at_the_same_time() {
+    let (world, registry) = world("shared", RegistryOptions::default(), &[]);
+    let archive = world.path("demo.tar");
+    let (twice, large) = (layer("twice", 1 << 20), layer("large", 48 << 20));
+    let large_digest = registry.put_blob("large", &large);
+    registry.push_with(&archive, "twice", "v1", &[twice.clone(), twice], |_| {});
+    for name in ["one", "two", "three"] {
+        let own = layer(name, 1 << 20);
+        registry.push_with(&archive, name, "v1", &[large.clone(), own], |config| config["author"] = json!(name));
+    }
+    let host = &registry.host;
+    // By hand, in a process of its own, while the agent pulls the same.
+    let services = ["one", "two", "three", "twice"];
+    let by_hand = std::thread::scope(|scope| {
+        let by_hand = scope.spawn(|| pull(&world, &format!("{host}/three:v1"), &[]));
+        for name in services {
+            create(&world, name, &format!("{host}/{name}:v1"), &[]);
+        }
+        by_hand.join().expect("no panic")
+    });
+    let _ = by_hand.succeeded();
+    for name in services {
+        let running = || world.containers(name).iter().any(|c| c["status"]["state"] == "CONTAINER_STATE_RUNNING");
+        until_within(Duration::from_secs(60), "it runs", || {
+            assert_eq!(failures(&world, name), Vec::<String>::new(), "{name}");
+            running().then_some(())
+        });
+    }
+    assert_eq!(registry.asked(&large_digest), 1);
+}
+
+#[test]
+fn a_registry_that_hardly_answers_holds_up_nothing_else() {
+    let (mut world, registry) = world("slow", RegistryOptions::default(), &[]);
+    let slow = Front::start(&registry.host, Trouble::Dribbles);
+    let archive = world.path("demo.tar");
+    let shared = layer("shared", 1 << 20);
+    for (name, layers) in [("a", [layer("a", 1 << 20)]), ("b", [layer("b", 1 << 20)]), ("good", [shared])] {
+        registry.push_with(&archive, name, "v1", &layers, |config| config["author"] = json!(name));
+    }
+    create(&world, "a", &format!("{}/a:v1", slow.host), &[]);
+    create(&world, "b", &format!("{}/b:v1", slow.host), &[]);
+    // The same image is asked of the slow registry first, and then of a good one.
+    create(&world, "stuck", &format!("{}/good:v1", slow.host), &[]);
+    until("all three are being pulled", || (slow.asked() >= 3).then_some(()));
+    let began = Instant::now();
+    create(&world, "good", &format!("{}/good:v1", registry.host), &["--wait"]);
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    // What it has is there for whoever waited for the slow one, too.
+    until_within(Duration::from_secs(20), "it runs", || (!Inside::all(&world, "stuck").is_empty()).then_some(()));
+    let message = &world.containers("a")[0]["status"]["message"];
+    assert!(message.as_str().is_some_and(|message| message.contains("pulling the image: 0.0 of ")), "{message}");
+    let began = Instant::now();
+    let _ = world.warren(&["service", "rm", "a", "--wait"]).succeeded();
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    let began = Instant::now();
+    let _ = world.agent.take().expect("it runs").terminate();
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    // What was given up is not what became of it.
+    world.start_agent(&[]);
+    world.wait_ready();
+    until("it is pulled again", || {
+        let containers = world.containers("b");
+        assert_eq!(containers.len(), 1, "{containers:?}");
+        (containers[0]["status"]["state"] == "CONTAINER_STATE_PREPARING").then_some(())
+    });
+    drop(slow);
+    let _ = world.warren(&["service", "rm", "b", "good", "stuck", "--wait"]).succeeded();
+}
+
+#[test]
+fn what_has_come_of_a_blob_is_not_asked_for_again() {
+    let (world, registry) = world("resumed", RegistryOptions::default(), &[]);
+    let archive = world.path("demo.tar");
+    let breaking = Front::start(&registry.host, Trouble::BreaksAfter(1 << 20));
+    registry.push_with(&archive, "cut", "v1", &[layer("cut", 4 << 20)], |_| {});
+    let began = Instant::now();
+    create(&world, "cut", &format!("{}/cut:v1", breaking.host), &["--wait"]);
+    // 4 MiB and the tar file's own bytes, a megabyte a connection, and the image's first layer.
+    assert!(breaking.asked() < 10, "{} requests in {:?}", breaking.asked(), began.elapsed());
+    assert_eq!(failures(&world, "cut"), Vec::<String>::new());
+}
+
+#[test]
+fn a_mirror_that_lacks_a_blob_is_completed_by_the_registry() {
+    let mut world = World::empty("lacking").and_containerd();
+    let registry = Registry::start(&world, "registry", RegistryOptions::default());
+    let archive = world.path("demo.tar");
+    registry.push_with(&archive, "demo", "v1", &[layer("large", 1 << 20)], |_| {});
+    let mirror = Front::start(&registry.host, Trouble::HasNone);
+    let flag = format!("{}=http://{}", registry.host, mirror.host);
+    world.start_manager();
+    world.start_agent(&["--registry-mirror", &flag]);
+    world.wait_ready();
+    create(&world, "demo", &format!("{}/demo:v1", registry.host), &["--wait"]);
+    assert!(mirror.asked() > 0, "the mirror was asked first");
+}
+
+#[test]
+fn a_blob_whose_bytes_are_lost_is_pulled_again() {
+    let (world, registry) = world("lost", RegistryOptions::default(), &[]);
+    let archive = world.path("demo.tar");
+    let lost = layer("lost", 1 << 20);
+    let digest = registry.put_blob("demo", &lost);
+    registry.push_with(&archive, "demo", "v1", &[lost], |_| {});
+    let image = format!("{}/demo:v1", registry.host);
+    let _ = pull(&world, &image, &[]).succeeded();
+    // As a power cut leaves it: containerd knows the blob, and the file system has none of its bytes.
+    let file =
+        world.path("root/io.containerd.content.v1.content/blobs/sha256").join(digest.trim_start_matches("sha256:"));
+    fs::write(&file, b"").expect("it is there");
+    create(&world, "demo", &image, &["--wait"]);
+    assert_eq!(registry.asked(&digest), 2);
+}
+
+/// An archive with these files.
+fn write_archive(path: &std::path::Path, files: &[(String, Vec<u8>)]) {
+    let mut archive = tar::Builder::new(fs::File::create(path).expect("writable"));
+    for (name, bytes) in files {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        archive.append_data(&mut header, name, bytes.as_slice()).expect("writable");
+    }
+    archive.finish().expect("writable");
+}
+
+#[test]
+fn archives_of_other_builders_are_imported_or_refused_in_words() {
+    use sha2::{Digest as _, Sha256};
+
+    let (world, registry) = world("builders", RegistryOptions::default(), &[]);
+    let archive = world.path("demo.tar");
+    let good = registry.push(&archive, "good", "v1", |config| config["architecture"] = json!(""));
+    let manifest: Value = serde_json::from_slice(&fs::read(registry.blob(&good)).expect("a manifest")).expect("JSON");
+    let blob = |digest: &str| {
+        let bytes = fs::read(registry.blob(digest)).expect("a blob");
+        (format!("blobs/{}", digest.replace(':', "/")), bytes)
+    };
+    let document = |document: &Value| {
+        let bytes = document.to_string().into_bytes();
+        let hex: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let entry = json!({ "digest": format!("sha256:{hex}"), "size": bytes.len() });
+        (entry, (format!("blobs/sha256/{hex}"), bytes))
+    };
+    let (config, layer) = (&manifest["config"]["digest"], &manifest["layers"][0]["digest"]);
+    let own = vec![blob(&good), blob(config.as_str().expect("text")), blob(layer.as_str().expect("text"))];
+    let with = |kind: &str, entry: &Value, platform: Option<&str>| {
+        let mut entry = entry.clone();
+        entry["mediaType"] = json!(format!("application/vnd.{kind}"));
+        if let Some(platform) = platform {
+            entry["platform"] = json!({ "os": platform, "architecture": platform });
+        }
+        entry
+    };
+    let image = json!({ "digest": good, "size": own[0].1.len() });
+    let (attestation, attestation_blob) = document(&json!({
+        "schemaVersion": 2, "layers": [],
+        "config": { "mediaType": "application/vnd.in-toto+json", "digest": good, "size": own[0].1.len() },
+    }));
+    // A list inside an index, as skopeo and buildkit make them, under whatever name.
+    let (list, list_blob) = document(&json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.list.v2+json",
+        "manifests": [
+            with("oci.image.manifest.v1+json", &attestation, Some("unknown")),
+            with("docker.distribution.manifest.v2+json", &image, None),
+        ],
+    }));
+    let named = |entry: &Value, name: &str| {
+        let mut entry = entry.clone();
+        entry["annotations"] = json!({ "org.opencontainers.image.ref.name": name });
+        entry
+    };
+    let index = |entries: &[Value]| {
+        let index = json!({ "schemaVersion": 2, "manifests": entries });
+        ("index.json".to_owned(), index.to_string().into_bytes())
+    };
+    let all = |first: (String, Vec<u8>)| {
+        let mut files = vec![first, list_blob.clone(), attestation_blob.clone()];
+        files.extend(own.clone());
+        files
+    };
+    let path = world.path("other.tar");
+    let import = |files: &[(String, Vec<u8>)], name: Option<&str>| {
+        write_archive(&path, files);
+        let mut command = World::binary("warren");
+        command.args(["image", "import"]).arg(&path).arg("--containerd-socket").arg(world.containerd_socket());
+        World::run(command.args(name.into_iter().flat_map(|name| ["--name", name])))
+    };
+    let list = with("docker.distribution.manifest.list.v2+json", &list, None);
+    let imported = import(&all(index(&[named(&list, "localhost/nested:1")])), None).succeeded();
+    assert_eq!(imported, "localhost/nested:1\n");
+    let _ = world.warren(&["service", "create", "nested", "--image", "localhost/nested:1", "--wait"]).succeeded();
+    let log = world.manager.as_ref().expect("it runs").log();
+    assert!(!log.contains(" WARN "), "no registry is to be expected on localhost: {log}");
+    // From a registry, too.
+    let outer = |manifests: Value| json!({ "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": manifests });
+    let mut inner = outer(json!([with("oci.image.manifest.v1+json", &image, None)]));
+    inner["annotations"] = json!({ "which": "inner" });
+    let digest = registry.put_manifest("good", "inner", &inner);
+    let entry = json!({ "digest": digest, "size": inner.to_string().len() });
+    registry.put_manifest("good", "outer", &outer(json!([with("oci.image.index.v1+json", &entry, None)])));
+    create(&world, "outer", &format!("{}/good:outer", registry.host), &["--wait"]);
+    // Beside a signature, and with no name but a tag.
+    let signed = index(&[attestation.clone(), named(&image, "latest")]);
+    let _ = import(&all(signed.clone()), Some("localhost/signed")).succeeded();
+    let refused = import(&all(signed), None).failed(1);
+    assert!(refused.contains("only the tag \"latest\": give it one with --name"), "{refused}");
+    // What cannot be used is known now.
+    let refused = import(&all(index(&[named(&attestation, "localhost/x:1")])), None).failed(1);
+    assert!(refused.contains("an artifact with a config of type application/vnd.in-toto+json"), "{refused}");
+    let refused = import(&[("manifest.json".to_owned(), b"[]".to_vec())], None).failed(1);
+    assert!(refused.contains("Docker's old format") && refused.contains("skopeo"), "{refused}");
+    // What became unusable says why, and not that no registry has it.
+    let (absent, _) = document(&json!({ "absent": true }));
+    let partial = index(&[with("oci.image.manifest.v1+json", &named(&absent, "localhost/absent:1"), None)]);
+    let refused = import(&all(partial), None).failed(1);
+    assert!(refused.contains("is missing"), "{refused}");
+    let deleted = config.as_str().expect("text");
+    let _ = world.ctr(&["content", "rm", deleted]).succeeded();
+    create(&world, "broken", "localhost/signed", &[]);
+    let said = refusal(&world, "broken");
+    assert!(said.contains(&format!("{deleted} is missing")), "{said}");
 }

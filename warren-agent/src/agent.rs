@@ -321,8 +321,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     }
     tasks.close();
     tasks.wait().await;
-    actions.close();
-    if tokio::time::timeout(ACTIONS_PATIENCE, actions.wait()).await.is_err() {
+    if !actions.end(ACTIONS_PATIENCE).await {
         tracing::warn!("ending while containerd is at work on a container: the next agent finds what is left of it");
     }
     Ok(())

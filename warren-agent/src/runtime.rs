@@ -10,6 +10,8 @@ mod events;
 mod exec;
 mod image;
 mod images;
+mod keyed;
+mod manifest;
 mod pull;
 mod spec;
 mod task;
@@ -20,8 +22,8 @@ pub use client::{Containerd, all_containers, connect, service_label, service_of}
 pub use events::watch_starts;
 pub(crate) use exec::{Execution, Streams};
 pub use image::LocalImage;
-pub use images::{Images, Pulling, Wanted};
-pub use pull::{Progress, pull};
+pub use images::{Images, Wanted};
+pub use pull::Progress;
 pub(crate) use spec::hostname;
 pub use spec::{ContainerOptions, NetworkNamespace};
 pub use task::{Found, TaskState};
@@ -56,6 +58,9 @@ pub enum Error {
     /// What a registry has, or has not.
     #[error(transparent)]
     Registry(#[from] warren_registry::Error),
+    /// Nobody wants it any more.
+    #[error("cancelled")]
+    Cancelled,
     /// A pull that others wait for too.
     #[error(transparent)]
     Shared(Arc<Error>),

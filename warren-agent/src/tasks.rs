@@ -12,7 +12,7 @@ pub(crate) use board::Running;
 pub use cache::{Cache, CachedContainer};
 pub use lifecycle::{Action, Ending, Event, Lifecycle, Phase};
 pub(crate) use supervisor::seed;
-pub use supervisor::{Options, OutOfSequence, Supervisor, handle_kernel_event};
+pub use supervisor::{Actions, Options, OutOfSequence, Supervisor, handle_kernel_event};
 pub use timings::{RuntimePhase, Timings};
 pub use worker::NodeSettings;
 pub(crate) use worker::now;

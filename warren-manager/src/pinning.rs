@@ -38,13 +38,18 @@ impl Pinning for Registries {
         }
         match tokio::time::timeout(PATIENCE, self.find(image, credentials)).await {
             Ok(Ok((_, manifest))) => Ok(Some(manifest.digest)),
+            // Images that were imported are called so; that no registry is there is no news.
+            Ok(Err(error)) if error.is_transient() && image.registry() == "localhost" => {
+                tracing::debug!(%image, %error, "no registry on localhost; nodes resolve the tag");
+                Ok(None)
+            }
             Ok(Err(error)) if error.is_transient() => {
-                tracing::warn!(%image, %error, "nodes will go by the image's name");
+                tracing::warn!(%image, %error, "could not resolve a tag to a digest; nodes resolve it");
                 Ok(None)
             }
             Ok(Err(error)) => Err(error),
             Err(_) => {
-                tracing::warn!(%image, "its registry is slow: nodes will go by the image's name");
+                tracing::warn!(%image, "could not resolve a tag to a digest in time; nodes resolve it");
                 Ok(None)
             }
         }

@@ -20,15 +20,18 @@ use futures::stream::BoxStream;
 use lru::LruCache;
 use oci_client::{
     Client, Reference as Target, RegistryOperation,
-    client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol},
-    errors::{OciDistributionError, OciErrorCode},
+    client::{BlobResponse, Certificate, CertificateEncoding, ClientConfig, ClientProtocol},
+    errors::{DigestError, OciDistributionError, OciErrorCode},
     manifest::OciDescriptor,
 };
 use warren_spec::{ImageName, Reference};
 
-/// How long a registry may take to accept a connection, and then to say anything.
+/// How long a registry may take to accept a connection, and then to say anything: one that is a cache says nothing of a blob before
+/// it has all of it.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-const READ_TIMEOUT: Duration = Duration::from_secs(30);
+const READ_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long it may take for a manifest altogether.
+const MANIFEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// No manifest is larger; the distribution specification asks registries for 4 MiB at least.
 const MAX_MANIFEST: usize = 4 << 20;
 
@@ -145,6 +148,14 @@ impl Error {
     }
 }
 
+fn is_unauthorized(error: &OciDistributionError) -> bool {
+    use OciDistributionError as E;
+
+    matches!(error, E::UnauthorizedError { .. } | E::ServerError { code: 401, .. })
+        || matches!(error, E::RegistryError { envelope, .. }
+            if envelope.errors.iter().any(|error| error.code == OciErrorCode::Unauthorized))
+}
+
 /// The last of an error's causes: the others say that a request failed, and repeat its address.
 fn root_cause(error: &dyn std::error::Error) -> String {
     let mut cause = error;
@@ -165,8 +176,20 @@ pub struct Manifest {
     pub bytes: Bytes,
 }
 
-/// Bytes as they come, with as many as there should be.
-pub type Blob = BoxStream<'static, Result<Bytes, io::Error>>;
+/// A blob on its way.
+pub struct Blob {
+    /// The bytes as they come.
+    pub stream: BoxStream<'static, Result<Bytes, io::Error>>,
+    /// Which byte of the blob comes first. What begins with the first one is verified: the stream fails at its end if the bytes are
+    /// not what the digest says.
+    pub offset: u64,
+}
+
+impl std::fmt::Debug for Blob {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Blob").field("offset", &self.offset).finish_non_exhaustive()
+    }
+}
 
 /// All registries.
 #[derive(Clone, Debug, Default)]
@@ -280,6 +303,15 @@ impl Registries {
         Ok(client)
     }
 
+    /// The registry of an image itself, whatever mirrors there are. Asks nobody.
+    ///
+    /// # Errors
+    ///
+    /// When there are no certificates to trust.
+    pub fn origin(&self, image: &ImageName, credentials: &Credentials) -> Result<Repository, Error> {
+        self.repository(image, image.registry(), credentials)
+    }
+
     /// Finds the first mirror, or the registry itself, that has the image, and its manifest or index.
     ///
     /// # Errors
@@ -294,7 +326,7 @@ impl Registries {
                 Err(error) => tracing::warn!(mirror, %error, "a mirror is of no help"),
             }
         }
-        let repository = self.repository(image, image.registry(), credentials)?;
+        let repository = self.origin(image, credentials)?;
         let manifest = repository.manifest().await.inspect_err(|error| {
             // Its tokens may be the reason.
             if matches!(error, Error::Unauthorized { .. }) {
@@ -310,11 +342,12 @@ impl Repository {
         Error::of(error, &self.account.host, &self.image.to_string())
     }
 
-    fn unusable(&self, why: impl Into<String>) -> Error {
-        Error::Unusable { registry: self.account.host.clone(), image: self.image.to_string(), why: why.into() }
+    async fn manifest_of(&self, target: &Target) -> Result<Manifest, Error> {
+        let answered = tokio::time::timeout(MANIFEST_TIMEOUT, self.manifest_unhurried(target)).await;
+        answered.unwrap_or_else(|_| Err(self.interrupted(format!("no manifest in {} s", MANIFEST_TIMEOUT.as_secs()))))
     }
 
-    async fn manifest_of(&self, target: &Target) -> Result<Manifest, Error> {
+    async fn manifest_unhurried(&self, target: &Target) -> Result<Manifest, Error> {
         let auth = self.account.credentials.for_client();
         // Now, so that a refusal is told from an image that is not there.
         let authorised = self.client.auth(target, &auth, RegistryOperation::Pull).await;
@@ -351,22 +384,61 @@ impl Repository {
         self.manifest_of(&Target::with_digest(registry, repository, digest.to_owned())).await
     }
 
-    /// The bytes of a layer or configuration, verified as they come: the stream fails if they are not what the digest says.
+    /// The registry, or the mirror, that is asked: host and port.
+    #[must_use]
+    pub fn host(&self) -> &str {
+        &self.account.host
+    }
+
+    /// The bytes of a layer or configuration from `offset` on, or from the first on if the registry gives no part of a blob.
     ///
     /// # Errors
     ///
     /// When the registry does not have them.
-    pub async fn blob(&self, digest: &str, size: u64) -> Result<Blob, Error> {
+    pub async fn blob(&self, digest: &str, size: u64, offset: u64) -> Result<Blob, Error> {
         let size = i64::try_from(size).unwrap_or(i64::MAX);
         let descriptor = OciDescriptor { digest: digest.to_owned(), size, ..OciDescriptor::default() };
-        let stream = self.client.pull_blob_stream(&self.target, &descriptor).await;
-        Ok(stream.map_err(|error| self.failed(error))?.stream)
+        if offset > 0 {
+            match self.client.pull_blob_stream_partial(&self.target, &descriptor, offset, None).await {
+                Ok(BlobResponse::Partial(part)) => return Ok(Blob { stream: part.stream, offset }),
+                Ok(BlobResponse::Full(whole)) => return Ok(Blob { stream: whole.stream, offset: 0 }),
+                Err(error) => {
+                    tracing::debug!(digest, %error, "the registry gives no part of a blob; asking for the whole")
+                }
+            }
+        }
+        let mut stream = self.client.pull_blob_stream(&self.target, &descriptor).await;
+        if stream.as_ref().is_err_and(is_unauthorized) {
+            // The token may have expired since the manifest came.
+            let auth = self.account.credentials.for_client();
+            let authorised = self.client.auth(&self.target, &auth, RegistryOperation::Pull).await;
+            authorised.map_err(|error| self.failed(error))?;
+            stream = self.client.pull_blob_stream(&self.target, &descriptor).await;
+        }
+        Ok(Blob { stream: stream.map_err(|error| self.failed(error))?.stream, offset: 0 })
     }
 
-    /// An error of reading a blob, in this registry's name.
+    /// An error of reading a blob, in this registry's name: bytes that are not those of the digest are unusable, whatever else
+    /// happens may not happen again.
     #[must_use]
     pub fn broken(&self, digest: &str, error: &io::Error) -> Error {
-        self.unusable(format!("{digest}: {}", root_cause(error)))
+        let why = format!("{digest}: {}", root_cause(error));
+        match error.get_ref() {
+            Some(inner) if inner.is::<DigestError>() => self.unusable(why),
+            _ => self.interrupted(why),
+        }
+    }
+
+    /// A transfer that ended before its time.
+    #[must_use]
+    pub fn interrupted(&self, why: String) -> Error {
+        Error::Unavailable { registry: self.account.host.clone(), why }
+    }
+
+    /// An answer that cannot be used.
+    #[must_use]
+    pub fn unusable(&self, why: impl Into<String>) -> Error {
+        Error::Unusable { registry: self.account.host.clone(), image: self.image.to_string(), why: why.into() }
     }
 }
 

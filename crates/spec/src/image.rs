@@ -98,6 +98,14 @@ impl FromStr for ImageName {
             Some(_) => (DEFAULT_REGISTRY, rest.to_owned()),
             None => (DEFAULT_REGISTRY, format!("library/{rest}")),
         };
+        // Docker Hub has several names, and its official images two.
+        let (registry, path) = match registry {
+            "docker.io" | "index.docker.io" | "registry-1.docker.io" if !path.contains('/') => {
+                (DEFAULT_REGISTRY, format!("library/{path}"))
+            }
+            "index.docker.io" | "registry-1.docker.io" => (DEFAULT_REGISTRY, path),
+            other => (other, path),
+        };
         let (repository, tag) = match path.rsplit_once(':') {
             Some((repository, tag)) => (repository, Some(tag)),
             None => (path.as_str(), None),
@@ -135,6 +143,9 @@ mod tests {
         for (short, full) in [
             ("nginx", "docker.io/library/nginx:latest"),
             ("nginx:1.27", "docker.io/library/nginx:1.27"),
+            ("docker.io/nginx", "docker.io/library/nginx:latest"),
+            ("index.docker.io/nginx:1", "docker.io/library/nginx:1"),
+            ("registry-1.docker.io/grafana/grafana", "docker.io/grafana/grafana:latest"),
             ("grafana/grafana", "docker.io/grafana/grafana:latest"),
             ("ghcr.io/a/b:v1", "ghcr.io/a/b:v1"),
             ("localhost/demo", "localhost/demo:latest"),

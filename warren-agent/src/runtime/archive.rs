@@ -7,12 +7,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use containerd_client::types::Descriptor;
-use oci_spec::image as oci;
-
+use bytes::Bytes;
 use warren_spec::ImageName;
 
-use super::{Containerd, Error, image::descriptor};
+use super::{
+    Containerd, Error,
+    manifest::{self, Document, Source},
+};
 
 /// Manifests and configurations larger than this are not read into memory.
 const MAX_JSON: u64 = 4 << 20;
@@ -76,14 +77,22 @@ impl Archive {
         read.map_err(|source| Error::Io { action: "reading", path: self.path.clone(), source })?;
         Ok(bytes)
     }
-
-    fn json<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<T, Error> {
-        serde_json::from_slice(&self.read(name)?).map_err(|error| self.bad(format!("{name}: {error}")))
-    }
 }
 
-fn blob_path(digest: &oci::Digest) -> String {
-    format!("blobs/{}/{}", digest.algorithm(), digest.digest())
+fn blob_path(digest: &str) -> String {
+    format!("blobs/{}", digest.replace(':', "/"))
+}
+
+impl Source for Archive {
+    async fn manifest(&self, entry: &manifest::Entry) -> Result<Option<Bytes>, Error> {
+        // Archives often hold one platform of an image that names several.
+        let path = blob_path(&entry.digest);
+        if self.entries.contains_key(&path) { Ok(Some(self.read(&path)?.into())) } else { Ok(None) }
+    }
+
+    async fn configuration(&self, entry: &manifest::Entry) -> Result<Option<Bytes>, Error> {
+        self.manifest(entry).await
+    }
 }
 
 /// Imports the images of an archive and returns their names. `name` names the archive's only image; otherwise each has its
@@ -91,17 +100,23 @@ fn blob_path(digest: &oci::Digest) -> String {
 ///
 /// # Errors
 ///
-/// When the archive is no OCI image layout, is incomplete, or holds bytes that do not match their digests.
+/// When the archive is no OCI image layout, is incomplete, holds bytes that do not match their digests, or nothing that this machine
+/// can run.
 pub async fn import(containerd: &Containerd, path: &Path, name: Option<&ImageName>) -> Result<Vec<String>, Error> {
     let path = path.to_owned();
     let opened = tokio::task::spawn_blocking(move || Archive::open(&path)).await;
     let archive = opened.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
-    let index: oci::ImageIndex = archive.json("index.json")?;
-    if name.is_some() && index.manifests().len() != 1 {
-        return Err(archive.bad("it holds several images, so they cannot be given one name"));
+    if archive.entries.contains_key("manifest.json") && !archive.entries.contains_key("index.json") {
+        let why = "it is an archive in Docker's old format; save it as an OCI archive, for example with \
+                   `skopeo copy docker-archive:FILE oci-archive:OTHER`";
+        return Err(archive.bad(why));
     }
+    let bytes = archive.read("index.json")?;
+    let Ok(Document::Index(targets)) = Document::parse(&bytes) else {
+        return Err(archive.bad("its index.json lists no manifests"));
+    };
     let leased = containerd.with_lease().await?;
-    let imported = import_all(&leased, &archive, &index, name).await;
+    let imported = import_all(&leased, &archive, &targets, name).await;
     leased.end_lease().await;
     imported
 }
@@ -109,72 +124,103 @@ pub async fn import(containerd: &Containerd, path: &Path, name: Option<&ImageNam
 async fn import_all(
     containerd: &Containerd,
     archive: &Archive,
-    index: &oci::ImageIndex,
+    targets: &[manifest::Entry],
     name: Option<&ImageName>,
 ) -> Result<Vec<String>, Error> {
-    let mut names = Vec::new();
-    for target in index.manifests() {
-        let full = match name {
-            Some(name) => name.clone(),
-            None => annotated_name(archive, target)?,
-        };
-        import_blob_tree(containerd, archive, target).await?;
-        containerd.put_image(&full.to_string(), descriptor(target)).await?;
-        names.push(full.to_string());
+    let mut images = Vec::new();
+    let mut unusable = None;
+    for target in targets {
+        // What cannot be run here is said now, and not once a container is to run. Signatures and the like may lie beside images.
+        match manifest::choose(archive, &archive.path.display().to_string(), target.clone()).await {
+            Ok(chosen) => {
+                let path: Vec<_> = chosen.path.into_iter().map(|passed| passed.entry.digest).collect();
+                images.push((target, path));
+            }
+            Err(error) => unusable = Some(error),
+        }
     }
-    if names.is_empty() {
-        return Err(archive.bad("it holds no image"));
+    if images.is_empty() {
+        return Err(unusable.unwrap_or_else(|| archive.bad("it holds no image")));
+    }
+    if name.is_some() && images.len() != 1 {
+        return Err(archive.bad("it holds several images, so they cannot be given one name"));
+    }
+    let named = images.into_iter().map(|target| match name {
+        Some(name) => Ok((name.clone(), target)),
+        None => annotated_name(archive, target.0).map(|name| (name, target)),
+    });
+    let named: Vec<_> = named.collect::<Result<_, Error>>()?;
+    let mut names = Vec::new();
+    for (full, (target, wanted)) in named {
+        import_blob_tree(containerd, archive, target, &wanted, 0).await?;
+        let mut descriptor = target.descriptor();
+        if descriptor.media_type.is_empty() {
+            let document = Document::parse(&archive.read(&blob_path(&target.digest))?);
+            descriptor.media_type = document.map_err(|why| archive.bad(why))?.media_type().to_owned();
+        }
+        containerd.put_image(&full.to_string(), descriptor).await?;
+        names.push(full.to_string());
     }
     Ok(names)
 }
 
-fn annotated_name(archive: &Archive, target: &oci::Descriptor) -> Result<ImageName, Error> {
-    let annotations = target.annotations().as_ref();
-    let annotated = annotations.and_then(|annotations| {
+fn annotated_name(archive: &Archive, target: &manifest::Entry) -> Result<ImageName, Error> {
+    let annotated = target.annotations.as_ref().and_then(|annotations| {
         let full = annotations.get("io.containerd.image.name");
         full.or_else(|| annotations.get("org.opencontainers.image.ref.name"))
     });
-    let annotated = annotated.ok_or_else(|| archive.bad("its image has no name: give it one"))?;
+    let annotated = annotated.ok_or_else(|| archive.bad("its image has no name: give it one with --name"))?;
+    // OCI has a tag alone there, as skopeo and buildah write it.
+    if !annotated.contains(['/', ':']) {
+        return Err(
+            archive.bad(format!("its image has no name but only the tag {annotated:?}: give it one with --name"))
+        );
+    }
     annotated.parse().map_err(|error| archive.bad(error))
 }
 
+/// Indexes in indexes that an archive is followed into.
+const MAX_DEPTH: usize = 8;
+
 /// Imports a manifest with its configuration and layers, or an index with its manifests. Children first: a parent's labels
 /// keep them.
-async fn import_blob_tree(containerd: &Containerd, archive: &Archive, target: &oci::Descriptor) -> Result<(), Error> {
-    let blob = archive.read(&blob_path(target.digest()))?;
-    let mut labels = HashMap::new();
-    let is_index = *target.media_type() == oci::MediaType::ImageIndex;
-    if is_index {
-        let index: oci::ImageIndex = serde_json::from_slice(&blob).map_err(|error| archive.bad(error))?;
-        for (i, manifest) in index.manifests().iter().enumerate() {
-            // Archives often hold one platform of an image that names several.
-            if archive.entries.contains_key(&blob_path(manifest.digest())) {
-                Box::pin(import_blob_tree(containerd, archive, manifest)).await?;
-                labels.insert(format!("containerd.io/gc.ref.content.m.{i}"), manifest.digest().to_string());
-            }
-        }
-    } else {
-        let manifest: oci::ImageManifest = serde_json::from_slice(&blob).map_err(|error| archive.bad(error))?;
-        for (i, layer) in manifest.layers().iter().enumerate() {
-            import_blob(containerd, archive, &descriptor(layer), layer.digest()).await?;
-            labels.insert(format!("containerd.io/gc.ref.content.l.{i}"), layer.digest().to_string());
-        }
-        let config = manifest.config();
-        import_blob(containerd, archive, &descriptor(config), config.digest()).await?;
-        labels.insert("containerd.io/gc.ref.content.config".to_owned(), config.digest().to_string());
-    }
-    let size = blob.len() as u64;
-    containerd.write_blob(target.digest().as_ref(), size, labels, io::Cursor::new(blob)).await
-}
-
-async fn import_blob(
+async fn import_blob_tree(
     containerd: &Containerd,
     archive: &Archive,
-    blob: &Descriptor,
-    digest: &oci::Digest,
+    target: &manifest::Entry,
+    wanted: &[String],
+    depth: usize,
 ) -> Result<(), Error> {
-    let entry = archive.entry(&blob_path(digest))?;
-    if entry.size != blob.size as u64 {
+    let blob = archive.read(&blob_path(&target.digest))?;
+    let mut labels = HashMap::new();
+    match Document::parse(&blob).map_err(|why| archive.bad(why))? {
+        Document::Index(_) if depth >= MAX_DEPTH => return Err(archive.bad("its indexes are nested too deep")),
+        Document::Index(manifests) => {
+            for (i, manifest) in manifests.iter().enumerate() {
+                // Archives often hold one platform of an image that names several.
+                if archive.entries.contains_key(&blob_path(&manifest.digest)) {
+                    Box::pin(import_blob_tree(containerd, archive, manifest, wanted, depth + 1)).await?;
+                    labels.insert(manifest::label(&format!("m.{i}")), manifest.digest.clone());
+                }
+            }
+        }
+        Document::Manifest(manifest) => {
+            for blob in manifest.layers.iter().chain([&manifest.config]) {
+                // Of other platforms' images, archives often hold the manifest alone.
+                if wanted.contains(&target.digest) || archive.entries.contains_key(&blob_path(&blob.digest)) {
+                    import_blob(containerd, archive, blob).await?;
+                }
+            }
+            labels = manifest.labels();
+        }
+    }
+    let size = blob.len() as u64;
+    containerd.write_blob(&target.digest, size, labels, io::Cursor::new(blob)).await
+}
+
+async fn import_blob(containerd: &Containerd, archive: &Archive, blob: &manifest::Entry) -> Result<(), Error> {
+    let entry = archive.entry(&blob_path(&blob.digest))?;
+    if entry.size != blob.size {
         return Err(archive.bad(format!("{} has {} bytes instead of {}", blob.digest, entry.size, blob.size)));
     }
     containerd.write_blob(&blob.digest, entry.size, HashMap::new(), archive.reader(entry)?).await

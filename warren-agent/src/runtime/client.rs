@@ -10,14 +10,15 @@ use containerd_client::{
     tonic::{Code, Request, transport::Channel},
 };
 
-use super::{Error, Found};
+use super::{Error, Found, keyed::Keyed, pull::Transfer};
 
 /// How long a call may take that only reads or writes metadata.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// containerd sends messages of up to 16 MiB.
 pub(super) const MAX_MESSAGE: usize = 16 << 20;
-/// A lease that nobody ended, because the agent died, ends by itself.
-const LEASE_TIME: Duration = Duration::from_secs(3600);
+/// A lease that nobody ended, because the agent died, ends by itself. A pull by a slow line takes hours; containerd's own client
+/// gives leases as long.
+const LEASE_TIME: Duration = Duration::from_secs(24 * 3600);
 
 /// A connection to containerd in one namespace. Cheap to clone; reconnects by itself.
 #[derive(Clone)]
@@ -25,6 +26,16 @@ pub struct Containerd {
     channel: Channel,
     namespace: String,
     lease: Option<String>,
+    in_flight: InFlight,
+}
+
+/// What is being done once for all that ask for it.
+#[derive(Clone, Default)]
+struct InFlight {
+    /// By the digest of the blob.
+    transfers: Keyed<Transfer>,
+    /// By the chain id of the layer's snapshot.
+    unpacking: Keyed<()>,
 }
 
 impl std::fmt::Debug for Containerd {
@@ -41,7 +52,8 @@ impl std::fmt::Debug for Containerd {
 pub async fn connect(socket: &Path, namespace: &str) -> Result<Containerd, Error> {
     let unavailable = |source| Error::Unavailable { socket: PathBuf::from(socket), source };
     let channel = containerd_client::connect(socket).await.map_err(unavailable)?;
-    let containerd = Containerd { channel, namespace: namespace.to_owned(), lease: None };
+    let containerd =
+        Containerd { channel, namespace: namespace.to_owned(), lease: None, in_flight: InFlight::default() };
     containerd.version().await?;
     let made = containerd
         .client()
@@ -73,6 +85,14 @@ impl Containerd {
     #[must_use]
     pub fn namespace(&self) -> &str {
         &self.namespace
+    }
+
+    pub(super) fn transfers(&self) -> &Keyed<Transfer> {
+        &self.in_flight.transfers
+    }
+
+    pub(super) fn unpacking(&self) -> &Keyed<()> {
+        &self.in_flight.unpacking
     }
 
     pub(super) fn client(&self) -> Client {
@@ -135,7 +155,7 @@ pub fn service_label(labels: &HashMap<String, String>) -> Option<&str> {
 /// A connection to each namespace; none when nothing answers.
 async fn every_namespace(socket: &Path) -> Vec<Containerd> {
     let Ok(channel) = containerd_client::connect(socket).await else { return Vec::new() };
-    let any = Containerd { channel, namespace: String::new(), lease: None };
+    let any = Containerd { channel, namespace: String::new(), lease: None, in_flight: InFlight::default() };
     let Ok(listed) = any.client().namespaces().list(api::ListNamespacesRequest::default()).await else {
         return Vec::new();
     };

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use bytes::Bytes;
 use containerd_client::{
     services::v1::{self as api, snapshots as snap},
     tonic::Code,
@@ -11,7 +12,10 @@ use oci_spec::image as oci;
 use sha2::{Digest as _, Sha256};
 use warren_spec::ImageName;
 
-use super::{Containerd, Error};
+use super::{
+    Containerd, Error,
+    manifest::{self, Chosen, Entry, Source},
+};
 
 /// The snapshotter that every containerd has.
 pub(super) const SNAPSHOTTER: &str = "overlayfs";
@@ -44,6 +48,16 @@ impl LocalImage {
     }
 }
 
+impl Source for Containerd {
+    async fn manifest(&self, entry: &Entry) -> Result<Option<Bytes>, Error> {
+        Ok(self.read_blob(&entry.digest).await?.map(Bytes::from))
+    }
+
+    async fn configuration(&self, entry: &Entry) -> Result<Option<Bytes>, Error> {
+        self.manifest(entry).await
+    }
+}
+
 impl Containerd {
     /// Finds an image on this node.
     ///
@@ -59,48 +73,22 @@ impl Containerd {
             Err(status) => return Err(Error::call("looking for an image")(status)),
         };
         let Some(target) = image.and_then(|image| image.target) else { return Err(Error::NoSuchImage(name)) };
-        let (manifest_digest, manifest) = self.manifest_for_this_machine(&name, &target).await?;
-        let config_digest = manifest.config().digest().to_string();
-        let config: oci::ImageConfiguration = self.read_json(&name, &config_digest).await?;
-        check_platform(&name, &config)?;
-        let diff_ids = config.rootfs().diff_ids().clone();
-        if diff_ids.len() != manifest.layers().len() {
+        let target_digest = target.digest.clone();
+        let target = Entry::new(target.media_type, target.digest, target.size.unsigned_abs());
+        let Chosen { path, manifest, mut configuration } = manifest::choose(self, &name, target).await?;
+        let diff_ids = configuration.diff_ids();
+        if diff_ids.len() != manifest.layers.len() {
             return Err(Error::bad_image(name, "its manifest and its configuration differ in their layers"));
         }
         Ok(LocalImage {
             name,
-            config: config.config().clone().unwrap_or_default(),
-            target_digest: target.digest,
-            manifest_digest,
-            config_digest,
-            layers: manifest.layers().iter().map(descriptor).collect(),
+            config: configuration.config.unwrap_or_default(),
+            manifest_digest: path.last().map_or_else(|| target_digest.clone(), |last| last.entry.digest.clone()),
+            target_digest,
+            config_digest: manifest.config.digest,
+            layers: manifest.layers.iter().map(Entry::descriptor).collect(),
             diff_ids,
         })
-    }
-
-    async fn read_json<T: serde::de::DeserializeOwned>(&self, image: &str, digest: &str) -> Result<T, Error> {
-        let blob = match self.read_blob(digest).await {
-            Err(error) if error.is_not_found() => {
-                return Err(Error::bad_image(image, format!("{digest} is missing")));
-            }
-            other => other?,
-        };
-        serde_json::from_slice(&blob).map_err(|error| Error::bad_image(image, format!("{digest}: {error}")))
-    }
-
-    async fn manifest_for_this_machine(
-        &self,
-        image: &str,
-        target: &Descriptor,
-    ) -> Result<(String, oci::ImageManifest), Error> {
-        let digest = if is_index(&target.media_type) {
-            let index: oci::ImageIndex = self.read_json(image, &target.digest).await?;
-            for_this_machine(image, &index)?.1.digest().to_string()
-        } else {
-            target.digest.clone()
-        };
-        let manifest = self.read_json(image, &digest).await?;
-        Ok((digest, manifest))
     }
 
     /// Names an image; a name that is taken moves.
@@ -122,6 +110,20 @@ impl Containerd {
         }
     }
 
+    /// The first of the image's layers that is needed, because it is not unpacked, and not there whole.
+    pub(super) async fn damaged_layer(&self, image: &LocalImage) -> Result<Option<String>, Error> {
+        let mut parent = String::new();
+        let mut unpacked = true;
+        for (layer, diff_id) in image.layers.iter().zip(&image.diff_ids) {
+            parent = chain_id(&parent, diff_id);
+            unpacked = unpacked && self.has_snapshot(&parent).await?;
+            if !unpacked && !self.is_whole(&layer.digest, layer.size.unsigned_abs()).await? {
+                return Ok(Some(layer.digest.clone()));
+            }
+        }
+        Ok(None)
+    }
+
     /// Makes the image's layers snapshots, unless they are, and returns the topmost's key. To be called under a lease.
     pub(super) async fn unpack(&self, image: &LocalImage) -> Result<String, Error> {
         let mut parent = String::new();
@@ -129,7 +131,12 @@ impl Containerd {
         for (layer, diff_id) in image.layers.iter().zip(&image.diff_ids) {
             let chain = chain_id(&parent, diff_id);
             if !self.has_snapshot(&chain).await? {
-                self.unpack_layer(image, layer, diff_id, &parent, &chain).await?;
+                let slot = self.unpacking().slot(&chain);
+                let _turn = slot.turn.lock().await;
+                // Whoever had the turn before may have done it.
+                if !self.has_snapshot(&chain).await? {
+                    self.unpack_layer(image, layer, diff_id, &parent, &chain).await?;
+                }
                 unpacked = true;
             }
             parent = chain;
@@ -186,7 +193,7 @@ impl Containerd {
                     });
                     match self.client().snapshots().commit(commit).await {
                         Ok(_) => return Ok(()),
-                        // Another container's unpacking was faster.
+                        // Another process's unpacking was faster.
                         Err(status) if status.code() == Code::AlreadyExists => Ok(()),
                         Err(status) => Err(Error::call("committing a layer's snapshot")(status)),
                     }
@@ -212,43 +219,6 @@ impl Containerd {
     }
 }
 
-/// Whether a manifest is a list of them, one for each platform.
-pub(super) fn is_index(media_type: &str) -> bool {
-    media_type.contains("index") || media_type.contains("manifest.list")
-}
-
-/// What an index has for this machine, and where in it.
-pub(super) fn for_this_machine<'a>(
-    image: &str,
-    index: &'a oci::ImageIndex,
-) -> Result<(usize, &'a oci::Descriptor), Error> {
-    let machine = machine();
-    let fits = |descriptor: &oci::Descriptor| {
-        let platform = descriptor.platform().as_ref();
-        platform.is_none_or(|platform| *platform.architecture() == machine && *platform.os() == oci::Os::Linux)
-    };
-    let found = index.manifests().iter().enumerate().find(|(_, descriptor)| fits(descriptor));
-    found.ok_or_else(|| Error::bad_image(image, format!("it has nothing for linux/{machine}")))
-}
-
-/// Whether a configuration is for this machine. One that does not say is.
-pub(super) fn check_platform(image: &str, configuration: &oci::ImageConfiguration) -> Result<(), Error> {
-    let (os, architecture, machine) = (configuration.os(), configuration.architecture(), machine());
-    if *os == oci::Os::Linux && *architecture == machine {
-        return Ok(());
-    }
-    Err(Error::bad_image(image, format!("it is for {os}/{architecture}, this node is linux/{machine}")))
-}
-
-/// This machine's architecture as images name it.
-fn machine() -> oci::Arch {
-    match std::env::consts::ARCH {
-        "x86_64" => oci::Arch::Amd64,
-        "aarch64" => oci::Arch::ARM64,
-        other => oci::Arch::Other(other.to_owned()),
-    }
-}
-
 /// The name of a stack of layers (image-spec, "ChainID").
 fn chain_id(parent: &str, diff_id: &str) -> String {
     if parent.is_empty() {
@@ -257,15 +227,6 @@ fn chain_id(parent: &str, diff_id: &str) -> String {
     let digest = Sha256::digest(format!("{parent} {diff_id}"));
     let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
     format!("sha256:{hex}")
-}
-
-pub(super) fn descriptor(from: &oci::Descriptor) -> Descriptor {
-    Descriptor {
-        media_type: from.media_type().to_string(),
-        digest: from.digest().to_string(),
-        size: from.size() as i64,
-        ..Default::default()
-    }
 }
 
 #[cfg(test)]

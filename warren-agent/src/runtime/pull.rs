@@ -1,24 +1,39 @@
-//! Pulling images: from a registry into containerd's content store, each blob once.
+//! Pulling images: from a registry into containerd's content store, each blob once, whichever images need it. What has come of a
+//! blob when its transfer is interrupted is not asked for again.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     io,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
-use containerd_client::types::Descriptor;
+use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
-use oci_spec::image as oci;
-use warren_registry::{Credentials, Manifest, Registries, Repository};
+use tokio_util::sync::CancellationToken;
+use warren_registry::{Blob, Credentials, Manifest, Registries, Repository};
 use warren_spec::ImageName;
 
-use super::{Containerd, Error, image};
+use super::{
+    Containerd, Error,
+    content::{CHUNK, Ingest},
+    manifest::{self, Entry, Passed, Source},
+};
 
-/// Layers that come at once.
+/// Layers of an image that come at once.
 const PARALLEL: usize = 3;
+/// How often a transfer looks whether bytes come at all.
+const LOOK: Duration = Duration::from_secs(1);
+/// A transfer that brings less than [`SLOW`] bytes in this time lets others go first that have another registry to ask.
+const SLOW_FOR: Duration = Duration::from_secs(5);
+const SLOW: u64 = 64 << 10;
+/// Interruptions in a row, without a byte between them, after which a transfer fails.
+const INTERRUPTIONS: u32 = 3;
+/// Before a transfer that was interrupted goes on.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// How far a pull is, in bytes. Cheap to clone.
 #[derive(Clone, Debug, Default)]
@@ -31,12 +46,67 @@ impl Progress {
         (self.0[0].load(Ordering::Relaxed), self.0[1].load(Ordering::Relaxed))
     }
 
-    fn arrived(&self, bytes: u64) {
-        self.0[0].fetch_add(bytes, Ordering::Relaxed);
-    }
-
     fn expect(&self, bytes: u64) {
         self.0[1].fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// One blob's part of a pull's progress.
+struct Part<'a> {
+    progress: &'a Progress,
+    bytes: u64,
+}
+
+impl Part<'_> {
+    fn is_at(&mut self, bytes: u64) {
+        let come = &self.progress.0[0];
+        if bytes >= self.bytes {
+            come.fetch_add(bytes - self.bytes, Ordering::Relaxed);
+        } else {
+            come.fetch_sub(self.bytes - bytes, Ordering::Relaxed);
+        }
+        self.bytes = bytes;
+    }
+}
+
+/// A blob on its way, as those that wait for it see it.
+#[derive(Debug, Default)]
+pub(super) struct Transfer {
+    arrived: AtomicU64,
+    /// The registries that those who wait would ask.
+    waiting: Mutex<Vec<String>>,
+    /// Registries that were too slow for those that wait.
+    slow: Mutex<BTreeSet<String>>,
+}
+
+impl Transfer {
+    /// Whether somebody waits who would ask another registry.
+    fn is_awaited_elsewhere(&self, host: &str) -> bool {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|other| other != host)
+    }
+
+    /// Whether this registry was slow before, and another may be asked.
+    fn is_slow(&self, host: &str) -> bool {
+        self.slow.lock().unwrap_or_else(PoisonError::into_inner).contains(host) && self.is_awaited_elsewhere(host)
+    }
+
+    fn wait<'a>(&'a self, host: &'a str) -> Waiting<'a> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(host.to_owned());
+        Waiting { transfer: self, host }
+    }
+}
+
+struct Waiting<'a> {
+    transfer: &'a Transfer,
+    host: &'a str,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut waiting = self.transfer.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(own) = waiting.iter().position(|host| host == self.host) {
+            waiting.swap_remove(own);
+        }
     }
 }
 
@@ -44,91 +114,238 @@ impl Progress {
 ///
 /// # Errors
 ///
-/// When no registry has it for this machine, or what comes is not what its digest says.
-pub async fn pull(
+/// When no registry has it for this machine, or what comes is not what its digest says; [`Error::Cancelled`] once `cancelled` is.
+pub(super) async fn pull(
     containerd: &Containerd,
     registries: &Registries,
-    name: &ImageName,
-    credentials: &Credentials,
+    (name, credentials): (&ImageName, &Credentials),
     progress: &Progress,
+    cancelled: &CancellationToken,
 ) -> Result<(), Error> {
-    let (repository, manifest) = registries.find(name, credentials).await?;
+    let found = cancelled.run_until_cancelled(registries.find(name, credentials)).await;
+    let (repository, target) = found.ok_or(Error::Cancelled)??;
     // Nothing that has come is collected as garbage before the image's name keeps it.
     let leased = containerd.with_lease().await?;
-    let puller = Puller { containerd: &leased, repository: &repository, name, progress };
-    let pulled = puller.pull(&manifest).await;
+    // A mirror may have an image's manifest and not all of the rest.
+    let origin = registries.origin(name, credentials)?;
+    let puller = Puller { containerd: &leased, repositories: [&repository, &origin], name, progress, target: &target };
+    let pulled = cancelled.run_until_cancelled(puller.pull()).await.unwrap_or(Err(Error::Cancelled));
     leased.end_lease().await;
     pulled
 }
 
 struct Puller<'a> {
     containerd: &'a Containerd,
-    repository: &'a Repository,
+    /// The one that has the manifest, and the registry itself: the same unless that is a mirror.
+    repositories: [&'a Repository; 2],
     name: &'a ImageName,
     progress: &'a Progress,
+    target: &'a Manifest,
+}
+
+impl Source for Puller<'_> {
+    async fn manifest(&self, entry: &Entry) -> Result<Option<Bytes>, Error> {
+        if entry.digest == self.target.digest {
+            return Ok(Some(self.target.bytes.clone()));
+        }
+        let [first, origin] = self.repositories;
+        let mut manifest = first.manifest_at(&entry.digest).await;
+        if manifest.is_err() && first.host() != origin.host() {
+            manifest = origin.manifest_at(&entry.digest).await;
+        }
+        match manifest {
+            Ok(manifest) => Ok(Some(manifest.bytes)),
+            Err(warren_registry::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn configuration(&self, entry: &Entry) -> Result<Option<Bytes>, Error> {
+        self.pull_blob(entry, &Progress::default()).await?;
+        Ok(self.containerd.read_blob(&entry.digest).await?.map(Bytes::from))
+    }
+}
+
+/// What became of an attempt.
+enum Attempt {
+    Done,
+    /// Nothing comes, and somebody else may know better.
+    Yielded,
 }
 
 impl Puller<'_> {
-    fn bad(&self, why: impl ToString) -> Error {
-        Error::bad_image(self.name.to_string(), why)
-    }
-
-    async fn pull(&self, target: &Manifest) -> Result<(), Error> {
+    async fn pull(&self) -> Result<(), Error> {
+        let Manifest { digest, media_type, bytes } = self.target.clone();
+        let target = Entry::new(media_type, digest, bytes.len() as u64);
         let name = self.name.to_string();
-        if image::is_index(&target.media_type) {
-            let index: oci::ImageIndex = serde_json::from_slice(&target.bytes).map_err(|error| self.bad(error))?;
-            let (i, chosen) = image::for_this_machine(&name, &index)?;
-            let manifest = self.repository.manifest_at(chosen.digest().as_ref()).await?;
-            self.pull_manifest(&manifest).await?;
-            let labels = HashMap::from([(format!("containerd.io/gc.ref.content.m.{i}"), manifest.digest)]);
-            self.write(target, labels).await?;
-        } else {
-            self.pull_manifest(target).await?;
-        }
-        let descriptor = Descriptor {
-            media_type: target.media_type.clone(),
-            digest: target.digest.clone(),
-            size: target.bytes.len() as i64,
-            ..Default::default()
-        };
-        self.containerd.put_image(&name, descriptor).await
-    }
-
-    async fn pull_manifest(&self, source: &Manifest) -> Result<(), Error> {
-        let manifest: oci::ImageManifest = serde_json::from_slice(&source.bytes).map_err(|error| self.bad(error))?;
-        let config = manifest.config();
-        self.pull_blob(config).await?;
-        // Before its layers, which may be large: what is for another machine is of no use here.
-        let bytes = self.containerd.read_blob(config.digest().as_ref()).await?;
-        let configuration: oci::ImageConfiguration = serde_json::from_slice(&bytes).map_err(|error| self.bad(error))?;
-        image::check_platform(&self.name.to_string(), &configuration)?;
-        self.progress.expect(manifest.layers().iter().map(oci::Descriptor::size).sum());
-        let layers = manifest.layers().clone().into_iter().map(|layer| async move { self.pull_blob(&layer).await });
+        // Its configuration comes before its layers, which may be large: what is for another machine is of no use here.
+        let chosen = manifest::choose(self, &name, target.clone()).await?;
+        self.progress.expect(chosen.manifest.layers.iter().map(|layer| layer.size).sum());
+        let pull_layer = |layer: Entry| async move { self.pull_blob(&layer, self.progress).await };
+        let layers = chosen.manifest.layers.into_iter().map(pull_layer);
         stream::iter(layers).buffer_unordered(PARALLEL).try_collect::<()>().await?;
-        let mut labels: HashMap<_, _> = manifest
-            .layers()
-            .iter()
-            .enumerate()
-            .map(|(i, layer)| (format!("containerd.io/gc.ref.content.l.{i}"), layer.digest().to_string()))
-            .collect();
-        labels.insert("containerd.io/gc.ref.content.config".to_owned(), config.digest().to_string());
-        self.write(source, labels).await
-    }
-
-    async fn write(&self, manifest: &Manifest, labels: HashMap<String, String>) -> Result<(), Error> {
-        let bytes = manifest.bytes.clone();
-        self.containerd.write_blob(&manifest.digest, bytes.len() as u64, labels, io::Cursor::new(bytes)).await
-    }
-
-    async fn pull_blob(&self, blob: &oci::Descriptor) -> Result<(), Error> {
-        let (digest, size) = (blob.digest().to_string(), blob.size());
-        if self.containerd.has_blob(&digest).await? {
-            self.progress.arrived(size);
-            return Ok(());
+        // Children first: a parent's labels keep them.
+        for Passed { entry, bytes, labels } in chosen.path.into_iter().rev() {
+            self.containerd.write_blob(&entry.digest, bytes.len() as u64, labels, io::Cursor::new(bytes)).await?;
         }
-        let body = self.repository.blob(&digest, size).await?;
-        let progress = self.progress.clone();
-        let written = self.containerd.write_stream(&digest, size, body, move |bytes| progress.arrived(bytes)).await?;
-        written.map_err(|error| Error::Registry(self.repository.broken(&digest, &error)))
+        self.containerd.put_image(&name, target.descriptor()).await
+    }
+
+    async fn pull_blob(&self, blob: &Entry, progress: &Progress) -> Result<(), Error> {
+        let [first, origin] = self.repositories;
+        match self.pull_blob_from(first, blob, progress).await {
+            Err(Error::Registry(error)) if first.host() != origin.host() => {
+                tracing::warn!(mirror = first.host(), %error, "mirror failed; asking the registry");
+                self.pull_blob_from(origin, blob, progress).await
+            }
+            other => other,
+        }
+    }
+
+    async fn pull_blob_from(&self, from: &Repository, blob: &Entry, progress: &Progress) -> Result<(), Error> {
+        let slot = self.containerd.transfers().slot(&blob.digest);
+        let mut part = Part { progress, bytes: 0 };
+        loop {
+            let turn = {
+                let waiting = slot.shared.wait(from.host());
+                let turn = slot.turn.lock();
+                tokio::pin!(turn);
+                loop {
+                    if let Ok(turn) = tokio::time::timeout(LOOK, &mut turn).await {
+                        drop(waiting);
+                        break turn;
+                    }
+                    part.is_at(slot.shared.arrived.load(Ordering::Relaxed));
+                }
+            };
+            if slot.shared.is_slow(from.host()) {
+                drop(turn);
+                tokio::task::yield_now().await;
+                continue;
+            }
+            let attempt = self.transfer(from, blob, &slot.shared, &mut part).await?;
+            drop(turn);
+            if matches!(attempt, Attempt::Done) {
+                part.is_at(blob.size);
+                return Ok(());
+            }
+        }
+    }
+
+    /// Brings a blob here, across interruptions.
+    async fn transfer(
+        &self,
+        from: &Repository,
+        blob: &Entry,
+        transfer: &Transfer,
+        part: &mut Part<'_>,
+    ) -> Result<Attempt, Error> {
+        let mut interruptions = 0;
+        loop {
+            let opened = self.containerd.open_ingest(&blob.digest, blob.size, |written| part.is_at(written)).await?;
+            let Some(mut ingest) = opened else {
+                if self.containerd.is_whole(&blob.digest, blob.size).await? {
+                    return Ok(Attempt::Done);
+                }
+                tracing::warn!(digest = blob.digest, "containerd lost the bytes of a blob; pulling it again");
+                self.containerd.delete_blob(&blob.digest).await?;
+                continue;
+            };
+            let before = ingest.offset();
+            match self.copy(from, blob, &mut ingest, transfer, part).await {
+                Ok(Attempt::Yielded) => return Ok(Attempt::Yielded),
+                Ok(Attempt::Done) => {
+                    self.containerd.commit_ingest(ingest, HashMap::new()).await?;
+                    return Ok(Attempt::Done);
+                }
+                Err(Error::Registry(error)) if error.is_transient() => {
+                    interruptions = if ingest.offset() > before { 1 } else { interruptions + 1 };
+                    if interruptions >= INTERRUPTIONS {
+                        return Err(error.into());
+                    }
+                    tracing::debug!(digest = blob.digest, %error, "a transfer was interrupted; resuming");
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error @ Error::Registry(_)) => {
+                    // The next attempt must not go on from such bytes.
+                    self.containerd.abort_ingest(ingest).await;
+                    return Err(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Copies what an ingest lacks of a blob.
+    async fn copy(
+        &self,
+        from: &Repository,
+        blob: &Entry,
+        ingest: &mut Ingest,
+        transfer: &Transfer,
+        part: &mut Part<'_>,
+    ) -> Result<Attempt, Error> {
+        if ingest.offset() > blob.size {
+            ingest.restart();
+        }
+        if ingest.offset() == blob.size && blob.size > 0 {
+            return Ok(Attempt::Done);
+        }
+        let Blob { stream, offset } = from.blob(&blob.digest, blob.size, ingest.offset()).await?;
+        if offset == 0 {
+            ingest.restart();
+        }
+        // What is there already goes into one message.
+        let mut chunks = stream.ready_chunks(64);
+        // When it was last quick, and where.
+        let mut quick = (Instant::now(), ingest.offset());
+        loop {
+            match tokio::time::timeout(LOOK, chunks.next()).await {
+                Ok(None) => break,
+                Ok(Some(ready)) => Self::store(from, blob, ingest, ready).await?,
+                Err(_) => {}
+            }
+            transfer.arrived.store(ingest.offset(), Ordering::Relaxed);
+            part.is_at(ingest.offset());
+            if ingest.offset() - quick.1 >= SLOW {
+                quick = (Instant::now(), ingest.offset());
+            } else if quick.0.elapsed() >= SLOW_FOR && transfer.is_awaited_elsewhere(from.host()) {
+                transfer.slow.lock().unwrap_or_else(PoisonError::into_inner).insert(from.host().to_owned());
+                return Ok(Attempt::Yielded);
+            }
+        }
+        if ingest.offset() < blob.size {
+            let why = format!("{} ended after {} of {} bytes", blob.digest, ingest.offset(), blob.size);
+            return Err(from.interrupted(why).into());
+        }
+        Ok(Attempt::Done)
+    }
+
+    async fn store(
+        from: &Repository,
+        blob: &Entry,
+        ingest: &mut Ingest,
+        ready: Vec<io::Result<Bytes>>,
+    ) -> Result<(), Error> {
+        let mut data = Vec::with_capacity(ready.iter().flatten().map(Bytes::len).sum());
+        let mut broken = None;
+        for chunk in ready {
+            match chunk {
+                Ok(chunk) => data.extend(chunk),
+                Err(error) => {
+                    // What follows is about an end that came too early.
+                    broken = Some(from.broken(&blob.digest, &error));
+                    break;
+                }
+            }
+        }
+        if ingest.offset() + data.len() as u64 > blob.size {
+            let why = format!("{} has more bytes than the {} that its manifest says", blob.digest, blob.size);
+            return Err(from.unusable(why).into());
+        }
+        for data in data.chunks(CHUNK) {
+            ingest.write(data.to_vec()).await?;
+        }
+        broken.map_or(Ok(()), |error| Err(error.into()))
     }
 }

@@ -3,9 +3,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use warren_agent_ebpf::abi::{container::flag, group};
 use warren_proto::v1::{self, AssignmentKind, ContainerState};
 
@@ -74,6 +75,23 @@ impl std::fmt::Debug for Supervisor {
 pub struct OutOfSequence {
     applies_to: u64,
     at: Option<u64>,
+}
+
+/// What is being done to containers.
+#[derive(Clone, Debug)]
+pub struct Actions {
+    tracker: TaskTracker,
+    stopping: CancellationToken,
+}
+
+impl Actions {
+    /// Begins nothing else, interrupts pulls, and waits for the rest, `patience` at most: a call that is cut off while containerd
+    /// deletes a task leaves the task's shim behind for good. Returns whether all came to its end.
+    pub async fn end(&self, patience: Duration) -> bool {
+        self.tracker.close();
+        self.stopping.cancel();
+        tokio::time::timeout(patience, self.tracker.wait()).await.is_ok()
+    }
 }
 
 struct ProbeRegistrar(Arc<Maps>, Arc<Mutex<Groups>>);
@@ -146,6 +164,7 @@ impl Supervisor {
             logs: options.logs,
             volumes: options.volumes,
             actions: TaskTracker::new(),
+            stopping: CancellationToken::new(),
         });
         let found = shared.containerd.containers().await?;
         if let Some((maps, groups)) = &options.probes {
@@ -277,11 +296,10 @@ impl Supervisor {
         self.shared.containerd.clone()
     }
 
-    /// What is being done to containers now. An agent that ends closes it, so that nothing else is begun, and waits: a call
-    /// that is cut off while containerd deletes a task leaves the task's shim behind for good.
+    /// What is being done to containers now, for an agent that ends.
     #[must_use]
-    pub fn actions(&self) -> TaskTracker {
-        self.shared.actions.clone()
+    pub fn actions(&self) -> Actions {
+        Actions { tracker: self.shared.actions.clone(), stopping: self.shared.stopping.clone() }
     }
 
     /// Removes what is here of deleted volumes, apart from those that containers still have.

@@ -95,6 +95,8 @@ pub(super) struct Shared {
     pub(super) volumes: Volumes,
     /// The actions being carried out. Once it is closed, no other is begun.
     pub(super) actions: TaskTracker,
+    /// Cancelled after that: what can be interrupted is.
+    pub(super) stopping: CancellationToken,
 }
 
 /// A container that was found on containerd, or was not.
@@ -119,6 +121,8 @@ pub(super) struct Worker {
     stop_began: Option<Instant>,
     /// Cancelled with the container's end.
     ended: CancellationToken,
+    /// Cancelled once it is to be removed, or the agent ends.
+    removing: CancellationToken,
 }
 
 fn timestamp(time: SystemTime) -> pbjson_types::Timestamp {
@@ -171,6 +175,7 @@ impl Worker {
             Beginning::Running { .. } => Lifecycle::adopted(),
             Beginning::Ended(ending, _) => Lifecycle::ended(ending.clone()),
         };
+        let removing = shared.stopping.child_token();
         let worker = Self {
             shared,
             id,
@@ -181,6 +186,7 @@ impl Worker {
             events,
             stop_began: None,
             ended: CancellationToken::new(),
+            removing: removing.clone(),
         };
         if let Some(assignment) = worker.assignment.as_ref().filter(|_| !matches!(beginning, Beginning::New)) {
             // What an earlier agent mounted for it is unmounted with it.
@@ -200,7 +206,7 @@ impl Worker {
             worker.note(|status| status.exit_code = Some(code));
         }
         let task = tokio::spawn(worker.run(actions));
-        Spawned { sender, task }
+        Spawned { sender, removing, task }
     }
 
     async fn run(mut self, mut actions: Vec<Action>) {
@@ -331,7 +337,10 @@ impl Worker {
     async fn prepare(&mut self) -> Result<(), Ending> {
         let Some(assignment) = self.assignment.clone() else { return Err(Ending::Cancelled) };
         let spec = assignment.spec.clone().unwrap_or_default();
-        let image = self.image(&spec).await?;
+        let removing = self.removing.clone();
+        // Neither changes anything of the container's: what nobody wants any more ends at once.
+        let image = removing.run_until_cancelled(self.image(&spec)).await.unwrap_or(Err(Ending::Cancelled))?;
+        self.unpack(&image).await?;
         if spec.stop_signal.is_empty()
             && let Some(signal) = image.config.stop_signal().as_deref().and_then(warren_spec::signal)
         {
@@ -344,7 +353,6 @@ impl Worker {
         let secrets = secrets.map_err(|error| Ending::Failed(error.to_string()))?;
         let volumes = self.volumes(&assignment).await?;
         let (network, files) = self.connect(&spec).await?;
-        let began = Instant::now();
         let options = ContainerOptions {
             id: self.id.clone(),
             network,
@@ -359,7 +367,6 @@ impl Worker {
         // What an attempt that was cut short left would be in the way.
         retry(|| self.shared.containerd.delete_task(&self.id)).await?;
         retry(|| self.shared.containerd.create_container(&image, &options, labels.clone())).await?;
-        self.shared.timings.phase(RuntimePhase::Unpack, began.elapsed());
         self.shared.registrar.register(&self.id, &assignment.service_name, self.stop.signal);
         Ok(())
     }
@@ -398,12 +405,17 @@ impl Worker {
                 self.note(|status| status.message = message);
             }
         };
-        let ended = |error: runtime::Error| {
-            if error.is_transient() { Ending::Failed(error.to_string()) } else { Ending::Rejected(error.to_string()) }
-        };
-        let image = self.shared.images.ensure(&wanted, watch).await.map_err(ended)?;
+        let image = self.shared.images.ensure(&wanted, watch).await.map_err(ending)?;
         self.shared.timings.phase(RuntimePhase::Pull, began.elapsed());
         Ok(image)
+    }
+
+    /// Makes the image's layers snapshots.
+    async fn unpack(&self, image: &LocalImage) -> Result<(), Ending> {
+        let began = Instant::now();
+        self.shared.images.unpack(image, &self.removing).await.map_err(ending)?;
+        self.shared.timings.phase(RuntimePhase::Unpack, began.elapsed());
+        Ok(())
     }
 
     /// Makes the container's volumes available.
@@ -597,6 +609,15 @@ impl Worker {
     }
 }
 
+/// What an error of getting an image makes of a container.
+fn ending(error: runtime::Error) -> Ending {
+    match error {
+        runtime::Error::Cancelled => Ending::Cancelled,
+        error if error.is_transient() => Ending::Failed(error.to_string()),
+        error => Ending::Rejected(error.to_string()),
+    }
+}
+
 /// The exit code of a container whose end nobody saw.
 const LOST: i32 = 255;
 
@@ -622,6 +643,7 @@ where
 #[derive(Debug)]
 pub(super) struct Spawned {
     sender: mpsc::UnboundedSender<Event>,
+    removing: CancellationToken,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -630,6 +652,7 @@ impl Spawned {
     pub(super) fn remove(&self) {
         // A worker that is gone has removed it.
         let _ = self.sender.send(Event::Remove);
+        self.removing.cancel();
     }
 
     /// These secrets and configs have another value now.
