@@ -220,6 +220,8 @@ impl World {
             command.env_remove(variable);
         }
         command
+            // A test that is not about it need not see that containers go on running.
+            .env("WARREN_STABLE_S", "0")
             .env("RUST_BACKTRACE", "0")
             .env("WARREN_CONFIG_DIR", "/nonexistent")
             .env_remove("OTEL_EXPORTER_OTLP_ENDPOINT");

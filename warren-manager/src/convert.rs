@@ -121,6 +121,7 @@ pub(crate) fn service(service: &Service, state: &State, health: impl Fn(&NodeId)
         spec: Some(wire_spec(&service.spec)),
         status: Some(v1::ServiceStatus { desired, running: u32::try_from(running).unwrap_or(u32::MAX) }),
         virtual_addresses: text(state.virtual_addresses_of(service)),
+        revision: service.generation,
     }
 }
 
@@ -226,6 +227,8 @@ pub(crate) fn container(container: &Container) -> v1::Container {
         status: Some(wire_status(&container.status)),
         spec: Some(v1::ContainerSpec::clone(&container.spec)),
         resources: Some(wire_resources(&container.resources)),
+        revision: container.generation,
+        failures: container.failures,
     }
 }
 

@@ -181,10 +181,7 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
             other => other,
         })?;
     }
-    for service in services {
-        wait::running(client, service, arguments.wait).await?;
-    }
-    Ok(())
+    wait::ready(client, services, arguments.wait).await
 }
 
 fn is_there(outcome: Result<(), tonic::Status>) -> Result<bool, Error> {

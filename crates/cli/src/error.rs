@@ -21,7 +21,7 @@ use warren_proto::v1;
 /// | 7 | the address is in use |
 /// | 8 | the data directory cannot be used |
 ///
-/// `warren container exec` ends with the exit code of what it ran; with 127 when there is no such program, and 126 when it
+/// `warren service wait` ends with the exit code of the service's containers where it waits for their end. `warren container exec` ends with the exit code of what it ran; with 127 when there is no such program, and 126 when it
 /// cannot be started otherwise.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -66,10 +66,18 @@ pub(crate) enum Error {
     Membership(#[from] warren_agent::membership::Error),
     #[error("{0}")]
     Usage(String),
-    #[error("service {service} has {running} of {desired} containers running after {} s{why}", after.as_secs())]
-    NotReady { service: String, running: u32, desired: u32, after: Duration, why: String },
-    #[error("containers of {service} are still there after {} s", timeout.as_secs())]
-    NotGone { service: String, timeout: Duration },
+    #[error("service {service} is not ready after {} s ({ready} of {desired}): {why}", after.as_secs())]
+    NotReady { service: String, ready: usize, desired: usize, after: Duration, why: String },
+    #[error("service {service} exited with code {code}")]
+    ServiceExited { service: String, code: i32 },
+    #[error("service {service}: {why}")]
+    ServiceFailed { service: String, why: String },
+    #[error("service {service} has not ended after {} s: {why}", timeout.as_secs())]
+    NotEnded { service: String, timeout: Duration, why: String },
+    #[error("containers of {service} are still there after {} s: {left}", timeout.as_secs())]
+    NotGone { service: String, timeout: Duration, left: String },
+    #[error("{}", joined(.0))]
+    Several(Vec<Error>),
     #[error("node {node} still has {containers} containers after {} s", timeout.as_secs())]
     NotEmpty { node: String, containers: u32, timeout: Duration },
     #[error("there is no manager {0:?}")]
@@ -118,7 +126,32 @@ impl From<Status> for Error {
     }
 }
 
+fn joined(errors: &[Error]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
 impl Error {
+    /// What went wrong of several things that were done together.
+    pub(crate) fn all(outcomes: impl IntoIterator<Item = Result<(), Self>>) -> Result<(), Self> {
+        let mut errors: Vec<_> = outcomes.into_iter().filter_map(Result::err).collect();
+        match errors.len() {
+            0 => Ok(()),
+            1 => Err(errors.remove(0)),
+            _ => Err(Self::Several(errors)),
+        }
+    }
+
+    /// Whether a manager may answer later, or another one now.
+    pub(crate) fn is_transient(&self) -> bool {
+        match self {
+            Self::Refused(status) => {
+                matches!(status.code(), Code::Unavailable | Code::OutOfRange | Code::DeadlineExceeded)
+            }
+            Self::Broken { .. } | Self::Unreachable { .. } | Self::NoManager { .. } => true,
+            _ => false,
+        }
+    }
+
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::NoManager { .. }
@@ -150,6 +183,8 @@ impl Error {
             Self::NotEmpty { .. }
             | Self::NotReady { .. }
             | Self::NotGone { .. }
+            | Self::NotEnded { .. }
+            | Self::ServiceFailed { .. }
             | Self::Io(_)
             | Self::File { .. }
             | Self::Json(_)
@@ -162,6 +197,12 @@ impl Error {
                 }
             }
             Self::NoAnswer => 4,
+            Self::ServiceExited { code, .. } => u8::try_from(*code).ok().filter(|code| *code != 0).unwrap_or(1),
+            // Alike, or simply failed.
+            Self::Several(errors) => match errors.first().map(Self::exit_code) {
+                Some(code) if errors.iter().all(|error| error.exit_code() == code) => code,
+                _ => 1,
+            },
             Self::Exited(code) => *code,
             Self::NoImage(_) => 3,
             Self::Runtime(error) if error.is_transient() => 4,

@@ -56,6 +56,8 @@ pub(crate) enum Command {
         #[command(flatten)]
         wait: WaitArguments,
     },
+    /// Wait until a service is ready, or has ended and exit with its exit code
+    Wait(wait::Arguments),
     /// Removes services and their containers.
     Rm {
         /// Names, ids, or unique beginnings of ids.
@@ -77,13 +79,18 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         }
         Command::Logs { service, logs } => logs::show(client, service, String::new(), logs).await,
         Command::Scale { service, replicas, wait } => scale(client, service, replicas, wait).await,
+        Command::Wait(arguments) => wait::run(arguments, client).await,
         Command::Rm { services, wait } => {
-            // One that is not there keeps none of the others.
-            let mut outcome = Ok(());
+            // One that is not there keeps none of the others, and all go together.
+            let (mut outcomes, mut leaving) = (Vec::new(), Vec::new());
             for service in services {
-                outcome = outcome.and(remove(client, service, wait).await);
+                match remove(client, service, wait).await {
+                    Ok(removed) => leaving.extend(removed),
+                    Err(error) => outcomes.push(Err(error)),
+                }
             }
-            outcome
+            outcomes.push(wait::gone(client, leaving, wait).await);
+            Error::all(outcomes)
         }
     }
 }
@@ -188,10 +195,15 @@ async fn scale(client: &ClientArguments, service: String, replicas: i64, wait: W
         request_id: request_id(),
     };
     let updated = client.services().await?.update_service(request).await?.into_inner().service.unwrap_or_default();
-    wait::running(client, updated, wait).await
+    wait::ready(client, vec![updated], wait).await
 }
 
-async fn remove(client: &ClientArguments, service: String, wait: WaitArguments) -> Result<(), Error> {
+/// Deletes a service; returns its containers, if they are to be waited for.
+async fn remove(
+    client: &ClientArguments,
+    service: String,
+    wait: WaitArguments,
+) -> Result<Option<(String, Follower)>, Error> {
     let known = get(client, &service).await?;
     // Before it is deleted: a service that is gone cannot be named.
     let follower = if wait.wait { Some(Follower::start(client, &known.id).await?) } else { None };
@@ -199,8 +211,5 @@ async fn remove(client: &ClientArguments, service: String, wait: WaitArguments) 
     client.services().await?.delete_service(request).await?;
     let name = known.spec.unwrap_or_default().name;
     say!("{name}");
-    match follower {
-        Some(follower) => wait::gone(follower, &name, wait).await,
-        None => Ok(()),
-    }
+    Ok(follower.map(|follower| (name, follower)))
 }

@@ -1,27 +1,41 @@
-//! Waiting for services, woken by the manager's watch.
+//! Waiting for services, woken by the manager's watch. What is said to be so is so at the end: every container is of the current
+//! revision, and runs long enough to be believed, or is healthy, or has completed.
+
+mod assess;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
+    io::{IsTerminal as _, Write as _},
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use clap::Args;
+use futures::future::join_all;
 use tonic::Streaming;
-use warren_proto::v1::{
-    self, ContainerState, Health, RestartCondition, WatchContainersResponse, watch_containers_response::Change,
-};
+use warren_proto::v1::{self, RestartCondition, WatchContainersResponse, watch_containers_response::Change};
 
 use crate::{client::ClientArguments, container, error::Error, service};
+use assess::{Assessment, End, assess};
 
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct WaitArguments {
-    /// Wait until it is so: all containers run, or have completed if they are not to be restarted then. One that fails later has
-    /// run nevertheless.
+    /// Wait until every container runs the current spec and is well, or has completed if it is not to be restarted; exits 1 with the
+    /// reason otherwise
     #[arg(long)]
     pub(crate) wait: bool,
-    /// Seconds to wait at most.
+    /// Seconds to wait at most, for everything together
     #[arg(long, default_value_t = 60, requires = "wait", value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub(crate) timeout: u64,
+    /// Seconds that a container without a health check must run to count as well
+    #[arg(long, default_value_t = 5, env = "WARREN_STABLE_S", value_parser = clap::value_parser!(u64).range(..=3600))]
+    pub(crate) stable: u64,
+}
+
+impl WaitArguments {
+    fn deadline(self, began: Instant) -> Option<Instant> {
+        Some(began + Duration::from_secs(self.timeout))
+    }
 }
 
 /// A service's containers, followed from a list on.
@@ -39,9 +53,9 @@ impl Follower {
         Ok(Self { containers, changes })
     }
 
-    /// Waits for a change, until `deadline` at most.
-    async fn changed(&mut self, deadline: Instant) -> Result<(), Error> {
-        let Ok(message) = tokio::time::timeout_at(deadline.into(), self.changes.message()).await else { return Ok(()) };
+    /// Waits for a change, until `until` at most.
+    async fn changed(&mut self, until: Instant) -> Result<(), Error> {
+        let Ok(message) = tokio::time::timeout_at(until.into(), self.changes.message()).await else { return Ok(()) };
         match message?.and_then(|message| message.change) {
             Some(Change::Changed(container)) => drop(self.containers.insert(container.id.clone(), container)),
             Some(Change::Deleted(id)) => drop(self.containers.remove(&id)),
@@ -51,151 +65,336 @@ impl Follower {
     }
 }
 
-/// How far a service is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Progress {
-    Ready,
-    Underway,
-    /// It will not get further.
-    Stuck,
-}
+/// Looks at the service itself this often: its size may change while somebody waits.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Before the managers are asked again that did not answer.
+const RETRY: Duration = Duration::from_millis(500);
 
-fn progress(service: &v1::Service, containers: &BTreeMap<String, v1::Container>) -> Progress {
-    let desired = service.status.unwrap_or_default().desired as usize;
-    let restart = service.spec.as_ref().and_then(|spec| spec.restart).unwrap_or_default().condition();
-    let count = |wanted: &dyn Fn(&v1::Container) -> bool| containers.values().filter(|c| wanted(c)).count();
-    let state = |container: &v1::Container| container::status(container).state();
-    let live = count(&|container| !container::has_ended(container));
-    let running = count(&|container| {
-        let health = container::status(container).health();
-        state(container) == ContainerState::Running
-            && container.desired_state() == ContainerState::Running
-            && matches!(health, Health::Unspecified | Health::Healthy)
-    });
-    // What may end has done what it was for.
-    let may_end = matches!(restart, RestartCondition::Never | RestartCondition::OnFailure);
-    let complete = if may_end { count(&|container| state(container) == ContainerState::Complete) } else { 0 };
-    if live == running && running + complete >= desired && live <= desired {
-        Progress::Ready
-    } else if restart == RestartCondition::Never && live == 0 && containers.len() >= desired {
-        Progress::Stuck
-    } else {
-        Progress::Underway
+/// Repeats a call while managers do not answer, as in an election, until the deadline.
+async fn patiently<T>(deadline: Option<Instant>, call: impl AsyncFn() -> Result<T, Error>) -> Result<T, Error> {
+    loop {
+        match call().await {
+            Err(error) if error.is_transient() && !is_over(deadline) => tokio::time::sleep(RETRY).await,
+            other => return other,
+        }
     }
 }
 
-/// Looks at the service itself this often: its size may change while somebody waits.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+fn is_over(deadline: Option<Instant>) -> bool {
+    deadline.is_some_and(|deadline| Instant::now() >= deadline)
+}
 
-/// Waits until all of a service's containers run, and no others.
-pub(crate) async fn running(
+/// Shows how far services are, on one line of a terminal.
+struct Display {
+    lines: Mutex<BTreeMap<String, String>>,
+    is_shown: bool,
+}
+
+impl Display {
+    fn new() -> Self {
+        Self { lines: Mutex::default(), is_shown: std::io::stderr().is_terminal() }
+    }
+
+    fn show(&self, service: &str, line: String) {
+        /// A line that wraps cannot be taken back.
+        const WIDTH: usize = 79;
+        if !self.is_shown {
+            return;
+        }
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if lines.insert(service.to_owned(), line.clone()).as_ref() != Some(&line) {
+            let all: Vec<_> = lines.iter().map(|(service, line)| format!("{service} {line}")).collect();
+            let line: String = all.join(", ").chars().take(WIDTH).collect();
+            let mut stderr = std::io::stderr();
+            // Whoever has closed it does not look.
+            let _ = write!(stderr, "\r\x1b[K{line}");
+            let _ = stderr.flush();
+        }
+    }
+}
+
+impl Drop for Display {
+    fn drop(&mut self) {
+        if self.is_shown && !self.lines.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            eprint!("\r\x1b[K");
+        }
+    }
+}
+
+/// Waits until all of these services are ready, together.
+pub(crate) async fn ready(
     client: &ClientArguments,
-    mut service: v1::Service,
+    services: Vec<v1::Service>,
     wait: WaitArguments,
 ) -> Result<(), Error> {
     if !wait.wait {
         return Ok(());
     }
     let began = Instant::now();
-    let deadline = began + Duration::from_secs(wait.timeout);
-    let id = service.id.clone();
-    let mut follower = Follower::start(client, &id).await?;
-    let mut looked = Instant::now();
-    loop {
-        let progress = progress(&service, &follower.containers);
-        match progress {
-            Progress::Ready => return Ok(()),
-            Progress::Underway if Instant::now() < deadline => {}
-            Progress::Underway | Progress::Stuck => {
-                let mut containers: Vec<_> = follower.containers.values().collect();
-                containers.sort_by_key(|c| c.created_at.as_ref().map(|at| (at.seconds, at.nanos)));
-                let mut messages = containers.iter().rev().map(|container| {
-                    let status = container::status(container);
-                    if status.message.is_empty() { status.health_message } else { status.message }
-                });
-                let why = messages.find(|message| !message.is_empty());
-                let starting =
-                    containers.iter().any(|container| container::status(container).health() == Health::Starting);
-                let why = why.or_else(|| starting.then(|| "not all of them have answered a health check".to_owned()));
-                let service = service::get(client, &id).await?;
-                let status = service.status.unwrap_or_default();
-                return Err(Error::NotReady {
-                    service: service.spec.unwrap_or_default().name,
-                    running: status.running,
-                    desired: status.desired,
-                    after: began.elapsed(),
-                    why: why.map(|why| format!(": {why}")).unwrap_or_default(),
-                });
+    all_ready(client, services, began, wait.deadline(began), Duration::from_secs(wait.stable)).await
+}
+
+async fn all_ready(
+    client: &ClientArguments,
+    services: Vec<v1::Service>,
+    began: Instant,
+    deadline: Option<Instant>,
+    stable: Duration,
+) -> Result<(), Error> {
+    let display = Display::new();
+    let waits = services.into_iter().map(|service| {
+        let wait = Wait { client, began, deadline, stable, display: &display, seen: HashMap::new() };
+        wait.until_ready(service)
+    });
+    let outcomes = join_all(waits).await;
+    drop(display);
+    Error::all(outcomes)
+}
+
+/// One service that is waited for.
+struct Wait<'a> {
+    client: &'a ClientArguments,
+    began: Instant,
+    deadline: Option<Instant>,
+    stable: Duration,
+    display: &'a Display,
+    /// Since when containers were seen to run.
+    seen: HashMap<String, Instant>,
+}
+
+impl Wait<'_> {
+    async fn until_ready(mut self, mut service: v1::Service) -> Result<(), Error> {
+        let id = service.id.clone();
+        let name = service.spec.clone().unwrap_or_default().name;
+        loop {
+            let followed = patiently(self.deadline, async || Follower::start(self.client, &id).await).await?;
+            match self.follow(followed, &mut service, &name).await {
+                // The manager that was asked is gone; another goes on.
+                Err(error) if error.is_transient() && !is_over(self.deadline) => tokio::time::sleep(RETRY).await,
+                other => return other,
             }
         }
-        follower.changed(deadline.min(looked + LOOK_AGAIN)).await?;
-        if looked.elapsed() >= LOOK_AGAIN {
-            service = service::get(client, &id).await?;
-            looked = Instant::now();
+    }
+
+    async fn follow(&mut self, mut follower: Follower, service: &mut v1::Service, name: &str) -> Result<(), Error> {
+        let mut looked = Instant::now();
+        loop {
+            let assessment = assess(service, follower.containers.values());
+            let unproven_for = self.unproven_for(&assessment, service, &follower.containers);
+            let line = format!("{}/{}", assessment.ready, assessment.desired);
+            let reason = assessment.reasons.first().map(|reason| format!("{line} ({reason})"));
+            self.display.show(name, reason.unwrap_or(line));
+            if assessment.is_ready() && unproven_for.is_zero() {
+                // Nodes that are down are the manager's to know.
+                let fresh = service::get(self.client, &service.id).await?;
+                let running = fresh.status.unwrap_or_default().running as usize;
+                let is_down = running < follower.containers.values().filter(|container| runs(container)).count();
+                if fresh.revision == service.revision && !is_down {
+                    return Ok(());
+                }
+                *service = fresh;
+                if is_over(self.deadline) {
+                    return Err(self.not_ready(name, &assessment, is_down.then_some("a node is down")));
+                }
+            } else if assessment.is_stuck || is_over(self.deadline) {
+                return Err(self.not_ready(name, &assessment, None));
+            }
+            let mut until = looked + LOOK_AGAIN;
+            if assessment.is_ready() && !unproven_for.is_zero() {
+                until = until.min(Instant::now() + unproven_for);
+            }
+            follower.changed(self.deadline.map_or(until, |deadline| until.min(deadline))).await?;
+            if looked.elapsed() >= LOOK_AGAIN {
+                *service = service::get(self.client, &service.id).await?;
+                looked = Instant::now();
+            }
+        }
+    }
+
+    /// For how long those containers must go on running that nothing but their running speaks for.
+    fn unproven_for(
+        &mut self,
+        assessment: &Assessment,
+        service: &v1::Service,
+        containers: &BTreeMap<String, v1::Container>,
+    ) -> Duration {
+        let now = Instant::now();
+        self.seen.retain(|id, _| assessment.unproven.contains(id));
+        let mut longest = Duration::ZERO;
+        for id in &assessment.unproven {
+            let since = *self.seen.entry(id.clone()).or_insert(now);
+            // One that was there before the spec was last written is not what is waited for. Both times are the leader's.
+            let created = |at: Option<pbjson_types::Timestamp>| at.map(|at| (at.seconds, at.nanos));
+            let is_older = containers.get(id).is_some_and(|container| {
+                container.failures == 0 && created(container.created_at) < created(service.updated_at)
+            });
+            if !is_older {
+                longest = longest.max(self.stable.saturating_sub(now - since));
+            }
+        }
+        longest
+    }
+
+    fn not_ready(&self, name: &str, assessment: &Assessment, more: Option<&str>) -> Error {
+        /// More would not be read.
+        const REASONS: usize = 3;
+        let mut reasons: Vec<&str> = more.into_iter().chain(assessment.reasons.iter().map(String::as_str)).collect();
+        let rest = reasons.len().saturating_sub(REASONS);
+        reasons.truncate(REASONS);
+        let mut why = reasons.join("; ");
+        if rest > 0 {
+            why = format!("{why}; and {rest} more");
+        }
+        if why.is_empty() && !assessment.is_ready() {
+            why = format!("{} containers of before are still there", assessment.leaving);
+        } else if why.is_empty() {
+            why = format!("they have not run for {} s yet", self.stable.as_secs());
+        }
+        let ready = assessment.ready.min(assessment.desired);
+        Error::NotReady {
+            service: name.to_owned(),
+            ready,
+            desired: assessment.desired,
+            after: self.began.elapsed(),
+            why,
         }
     }
 }
 
-/// Waits until none of a service's containers is left.
-pub(crate) async fn gone(mut follower: Follower, name: &str, wait: WaitArguments) -> Result<(), Error> {
-    let timeout = Duration::from_secs(wait.timeout);
-    let deadline = Instant::now() + timeout;
-    while !follower.containers.is_empty() {
-        if Instant::now() >= deadline {
-            return Err(Error::NotGone { service: name.to_owned(), timeout });
+fn runs(container: &v1::Container) -> bool {
+    container::status(container).state() == v1::ContainerState::Running
+        && container.desired_state() == v1::ContainerState::Running
+}
+
+/// What a service is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Until {
+    /// Every container runs the current spec and is well
+    Ready,
+    /// Every container has ended and is not restarted; the exit code is the first one that is not 0
+    Ended,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// Name, id, or unique prefix of an id
+    service: String,
+    /// What to wait for [default: ended if the restart policy lets containers end, else ready]
+    #[arg(long = "for", value_name = "WHAT")]
+    until: Option<Until>,
+    /// Seconds to wait at most [default: no limit]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(..=31_536_000))]
+    timeout: Option<u64>,
+    /// Seconds that a container without a health check must run to count as well
+    #[arg(long, default_value_t = 5, env = "WARREN_STABLE_S", value_parser = clap::value_parser!(u64).range(..=3600))]
+    stable: u64,
+}
+
+/// `warren service wait`.
+pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Result<(), Error> {
+    let service = service::get(client, &arguments.service).await?;
+    let policy = service.spec.as_ref().and_then(|spec| spec.restart).unwrap_or_default();
+    let may_end = matches!(policy.condition(), RestartCondition::Never | RestartCondition::OnFailure);
+    let until = arguments.until.unwrap_or(if may_end { Until::Ended } else { Until::Ready });
+    let began = Instant::now();
+    let deadline = arguments.timeout.map(|timeout| began + Duration::from_secs(timeout));
+    match until {
+        Until::Ready => all_ready(client, vec![service], began, deadline, Duration::from_secs(arguments.stable)).await,
+        Until::Ended => ended(client, service, deadline, arguments.timeout.unwrap_or_default()).await,
+    }
+}
+
+async fn ended(
+    client: &ClientArguments,
+    mut service: v1::Service,
+    deadline: Option<Instant>,
+    timeout: u64,
+) -> Result<(), Error> {
+    let id = service.id.clone();
+    loop {
+        let mut follower = patiently(deadline, async || Follower::start(client, &id).await).await?;
+        loop {
+            service = match service::get(client, &id).await {
+                Err(error) if error.is_transient() && !is_over(deadline) => break,
+                other => other?,
+            };
+            let name = service.spec.clone().unwrap_or_default().name;
+            match assess::end(&service, follower.containers.values()) {
+                End::Exited(0) => return Ok(()),
+                End::Exited(code) => return Err(Error::ServiceExited { service: name, code }),
+                End::Failed(why) => return Err(Error::ServiceFailed { service: name, why }),
+                End::NotYet(why) if is_over(deadline) => {
+                    return Err(Error::NotEnded { service: name, timeout: Duration::from_secs(timeout), why });
+                }
+                End::NotYet(_) => {}
+            }
+            let until = Instant::now() + LOOK_AGAIN;
+            match follower.changed(deadline.map_or(until, |deadline| until.min(deadline))).await {
+                Err(error) if error.is_transient() && !is_over(deadline) => break,
+                other => other?,
+            }
         }
-        follower.changed(deadline).await?;
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Waits until none of these services' containers is left, together.
+pub(crate) async fn gone(
+    client: &ClientArguments,
+    services: Vec<(String, Follower)>,
+    wait: WaitArguments,
+) -> Result<(), Error> {
+    let deadline = Instant::now() + Duration::from_secs(wait.timeout);
+    let display = Display::new();
+    let waits = services.into_iter().map(|(name, follower)| one_gone(client, name, follower, deadline, wait, &display));
+    let outcomes = join_all(waits).await;
+    drop(display);
+    Error::all(outcomes)
+}
+
+async fn one_gone(
+    client: &ClientArguments,
+    name: String,
+    mut follower: Follower,
+    deadline: Instant,
+    wait: WaitArguments,
+    display: &Display,
+) -> Result<(), Error> {
+    while !follower.containers.is_empty() {
+        display.show(&name, format!("{} left", follower.containers.len()));
+        if Instant::now() >= deadline {
+            let nodes = crate::node::list(client).await.unwrap_or_default();
+            let left = follower.containers.values().map(|container| {
+                let node = nodes.iter().find(|node| node.id == container.node_id);
+                let hostname = node.and_then(|node| node.description.as_ref()).map(|it| it.hostname.clone());
+                let down =
+                    if node.is_some_and(|node| node.status() == v1::NodeStatus::Down) { ", which is down" } else { "" };
+                match hostname {
+                    Some(hostname) => format!("{} on {hostname}{down}", container::name(container)),
+                    None => container::name(container),
+                }
+            });
+            let mut left: Vec<_> = left.collect();
+            left.sort();
+            left.truncate(3);
+            let left = left.join("; ");
+            return Err(Error::NotGone { service: name, timeout: Duration::from_secs(wait.timeout), left });
+        }
+        match follower.changed(deadline).await {
+            Err(error) if error.is_transient() && Instant::now() < deadline => {
+                tokio::time::sleep(RETRY).await;
+                // The service is gone by name, and its containers are still listed by its id's.
+                let left: Vec<String> = follower.containers.keys().cloned().collect();
+                let all =
+                    patiently(Some(deadline), async || container::list(client, String::new(), String::new()).await);
+                let (all, since_revision) = all.await?;
+                let request = v1::WatchContainersRequest { service: String::new(), since_revision };
+                follower.changes = client.containers().await?.watch_containers(request).await?.into_inner();
+                follower.containers =
+                    all.into_iter().filter(|it| left.contains(&it.id)).map(|it| (it.id.clone(), it)).collect();
+            }
+            other => other?,
+        }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn service(desired: u32, condition: RestartCondition) -> v1::Service {
-        let restart = v1::RestartPolicy { condition: condition.into(), ..Default::default() };
-        v1::Service {
-            spec: Some(v1::ServiceSpec { restart: Some(restart), ..Default::default() }),
-            status: Some(v1::ServiceStatus { desired, running: 0 }),
-            ..Default::default()
-        }
-    }
-
-    fn containers(states: &[ContainerState]) -> BTreeMap<String, v1::Container> {
-        let container = |(id, state): (usize, &ContainerState)| {
-            let status = v1::ContainerStatus { state: (*state).into(), ..Default::default() };
-            let container = v1::Container {
-                id: id.to_string(),
-                desired_state: ContainerState::Running.into(),
-                status: Some(status),
-                ..Default::default()
-            };
-            (container.id.clone(), container)
-        };
-        states.iter().enumerate().map(container).collect()
-    }
-
-    #[test]
-    fn a_service_is_ready_when_all_of_it_runs_or_has_done_its_work() {
-        use ContainerState::{Complete, Failed, Running, Starting};
-        use RestartCondition::{Any, Never, OnFailure};
-        for (desired, restart, states, expected) in [
-            (2, Any, &[Running, Running][..], Progress::Ready),
-            (2, Any, &[Running, Starting], Progress::Underway),
-            (2, Any, &[Running, Running, Running], Progress::Underway),
-            (2, Any, &[Running, Running, Failed], Progress::Ready),
-            (0, Any, &[], Progress::Ready),
-            (1, Any, &[], Progress::Underway),
-            (1, Any, &[Complete], Progress::Underway),
-            (1, Never, &[Complete], Progress::Ready),
-            (1, OnFailure, &[Complete], Progress::Ready),
-            (2, Never, &[Complete, Running], Progress::Ready),
-            (1, Never, &[Failed], Progress::Stuck),
-            (1, OnFailure, &[Failed], Progress::Underway),
-        ] {
-            let found = progress(&service(desired, restart), &containers(states));
-            assert_eq!(found, expected, "{desired} {restart:?} {states:?}");
-        }
-    }
 }

@@ -285,5 +285,5 @@ pub(super) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
     let request = v1::CreateServiceRequest { spec: Some(spec(&arguments)), request_id: request_id() };
     let service = client.services().await?.create_service(request).await?.into_inner().service.unwrap_or_default();
     say!("{}", service.id);
-    wait::running(client, service, arguments.wait).await
+    wait::ready(client, vec![service], arguments.wait).await
 }
