@@ -66,6 +66,12 @@
             '{{ $value }} nodes have not been heard of. Their containers are placed elsewhere where that is possible.',
           ),
           alert(
+            'WarrenNodeCondition', 'warning', '2m',
+            'warren_node_condition{%s} == 1' % c.managerSelector,
+            'Something is wrong with a node',
+            '{{ $labels.node }}: {{ $labels.condition }}. `warren node inspect {{ $labels.node }}` says why. Without containerd, disk space or its network a node is given no containers.',
+          ),
+          alert(
             'WarrenTelemetryStale', 'warning', '2m',
             'warren_telemetry_age_seconds{%s} > %g' % [c.managerSelector, c.telemetryStale],
             'A node sends no telemetry',
@@ -109,6 +115,15 @@
             'warren_scheduling_pending{%s} > 0' % c.managerSelector,
             'Containers find no node',
             '{{ $value }} wait. `warren service ps` says what each node lacks.',
+          ),
+          alert(
+            'WarrenServiceShort', 'warning', '5m',
+            |||
+              warren_service_containers{%(s)s, state="ready"}
+                < on (instance, service) group_left () warren_service_containers{%(s)s, state="desired"}
+            ||| % { s: c.managerSelector },
+            'A service has too few containers',
+            '{{ $labels.service }} has {{ $value }} that are ready, for five minutes. `warren service ps {{ $labels.service }}` says why.',
           ),
           alert(
             'WarrenContainersRestart', 'warning', null,

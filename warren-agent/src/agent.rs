@@ -5,7 +5,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -23,6 +23,7 @@ use warren_telemetry::{
 };
 
 use crate::{
+    conditions::{Conditions, Finding, watch_containerd, watch_disks},
     dns::{self, Resolver},
     exec::Execs,
     health,
@@ -147,7 +148,7 @@ enum Probing {
 
 impl Probing {
     async fn start(options: Option<probes::Options>) -> Self {
-        let Some(options) = options else { return Self::Absent("they are switched off".to_owned()) };
+        let Some(options) = options else { return Self::Absent(SWITCHED_OFF.to_owned()) };
         let opened = tokio::task::spawn_blocking(move || Maps::open(&options)).await;
         match opened.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic())) {
             Ok(maps) => {
@@ -282,13 +283,16 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     tasks.spawn(images.collect(options.keep_images, shutdown.clone()));
     tasks.spawn(resolver.clone().run(network.tables(), shutdown.clone()));
     let link = Link::new();
-    let pulse = Pulse::default();
-    tasks.spawn(pulse.clone().run(containerd.clone(), shutdown.clone()));
+    let (daemon, disk) = (Finding::default(), Finding::default());
+    tasks.spawn(watch_containerd(daemon.clone(), containerd.clone(), shutdown.clone()));
+    let mut directories = vec![options.data_dir.clone()];
+    directories.extend(containerd.directories().await);
+    tasks.spawn(watch_disks(disk.clone(), directories, shutdown.clone()));
     let endpoint = Endpoint {
         meters,
         native_histograms: options.telemetry.native_histograms,
         health: Checks::default(),
-        ready: ready(&probing, &pulse, &link, &network, &resolver),
+        ready: ready(&probing, (&daemon, &disk), &link, &network, &resolver),
     };
     let managers = Managers::new(options.data_dir.clone(), node_id.clone(), options.socket.clone());
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(managers.clone().renew()));
@@ -305,6 +309,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         telemetry_interval: options.telemetry_interval,
         sources,
         epoch: probing.epoch(),
+        conditions: conditions(&probing, &daemon, &disk, &network, &resolver),
         network,
         logs: logs.clone(),
         execs: Execs::start(containerd.clone(), options.data_dir.join("exec")).map_err(data_dir_error)?,
@@ -374,35 +379,52 @@ fn follow_kernel(maps: &Arc<Maps>, board: &Board, tasks: &TaskTracker, shutdown:
     });
 }
 
-/// Whether containerd answers; asked from time to time. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-struct Pulse {
-    problem: Arc<Mutex<Option<String>>>,
+/// What may be wrong with the node.
+fn conditions(
+    probing: &Probing,
+    containerd: &Finding,
+    disk: &Finding,
+    network: &Network,
+    resolver: &Resolver,
+) -> Conditions {
+    let mut conditions = Conditions::default();
+    let finding = containerd.clone();
+    conditions.add("containerd_unavailable", true, move || finding.check());
+    let finding = disk.clone();
+    conditions.add("disk_full", true, move || finding.check());
+    let network = network.clone();
+    conditions.add("network_failed", true, move || network.check());
+    let resolver = resolver.clone();
+    conditions.add("dns_failed", false, move || resolver.check());
+    if let Probing::Absent(why) = probing
+        && why != SWITCHED_OFF
+    {
+        let why = why.clone();
+        conditions.add("probes_absent", false, move || Err(why.clone()));
+    }
+    conditions
 }
 
-impl Pulse {
-    async fn run(self, containerd: Containerd, shutdown: CancellationToken) {
-        let mut tick = tokio::time::interval(Duration::from_secs(2));
-        while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
-            let problem = containerd.version().await.err().map(|error| error.to_string());
-            *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
-        }
-    }
+/// Why there are no probes, where nobody wants them.
+const SWITCHED_OFF: &str = "they are switched off";
 
-    fn check(&self) -> Result<(), String> {
-        self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone().map_or(Ok(()), Err)
-    }
-}
-
-fn ready(probing: &Probing, pulse: &Pulse, link: &Link, network: &Network, resolver: &Resolver) -> Checks {
+fn ready(
+    probing: &Probing,
+    (containerd, disk): (&Finding, &Finding),
+    link: &Link,
+    network: &Network,
+    resolver: &Resolver,
+) -> Checks {
     let mut checks = Checks::default();
     let probes = match probing {
         Probing::Kernel(..) => Ok(()),
         Probing::Absent(why) => Err(why.clone()),
     };
     checks.add("probes", move || probes.clone());
-    let pulse = pulse.clone();
-    checks.add("containerd", move || pulse.check());
+    let finding = containerd.clone();
+    checks.add("containerd", move || finding.check());
+    let finding = disk.clone();
+    checks.add("disk", move || finding.check());
     let network = network.clone();
     checks.add("network", move || network.check());
     let resolver = resolver.clone();

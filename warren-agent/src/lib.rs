@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod cli;
+mod conditions;
 pub mod dns;
 mod exec;
 mod health;

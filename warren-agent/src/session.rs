@@ -24,6 +24,7 @@ use warren_proto::v1::{
 use warren_telemetry::{Series, Source};
 
 use crate::{
+    conditions::Conditions,
     exec::Execs,
     logs::Logs,
     membership::Managers,
@@ -48,6 +49,8 @@ pub struct Options {
     pub sources: Vec<Arc<dyn Source>>,
     /// Names the counts' beginning.
     pub epoch: String,
+    /// What may be wrong with the node.
+    pub(crate) conditions: Conditions,
     /// Is told where the node is in the cluster, and what else is there.
     pub network: Network,
     /// What containers write.
@@ -220,6 +223,8 @@ impl Session<'_> {
         let (mut period, takes_increments) =
             tokio::time::timeout(WELCOME_TIMEOUT, welcome(&mut incoming)).await.unwrap_or(Err(Ended::NoWelcome))?;
 
+        let mut said_conditions = self.options.conditions.holding(std::time::Instant::now());
+        send_conditions(&sender, &said_conditions).await?;
         self.link.up();
         *backoff = FIRST_BACKOFF;
         tracing::info!(manager = %self.manager, "in session with the manager");
@@ -274,7 +279,14 @@ impl Session<'_> {
                     send(&sender, agent_message::Message::Telemetry(snapshot)).await?;
                     said.notify_one();
                 }
-                _ = reap.tick() => supervisor.reap(),
+                _ = reap.tick() => {
+                    supervisor.reap();
+                    let conditions = self.options.conditions.holding(std::time::Instant::now());
+                    if conditions != said_conditions {
+                        send_conditions(&sender, &conditions).await?;
+                        said_conditions = conditions;
+                    }
+                }
                 Some(()) = started.recv() => look(supervisor).await,
                 _ = repair.tick() => look(supervisor).await,
                 () = sleep_until(next_question) => {
@@ -315,7 +327,7 @@ async fn heartbeats(to: mpsc::Sender<v1::AgentMessage>, mut periods: watch::Rece
         let period = *periods.borrow_and_update();
         tokio::select! {
             () = sleep_until(last + if is_said { period * 3 / 2 } else { period }) => {
-                if send(&to, agent_message::Message::Heartbeat(v1::Heartbeat {})).await.is_err() {
+                if send(&to, agent_message::Message::Heartbeat(v1::Heartbeat { sent_at: Some(tasks::now()) })).await.is_err() {
                     return;
                 }
                 (last, is_said) = (Instant::now(), false);
@@ -346,6 +358,11 @@ impl Drop for AbortOnDrop {
 
 async fn send(to: &mpsc::Sender<v1::AgentMessage>, message: agent_message::Message) -> Result<(), Ended> {
     to.send(v1::AgentMessage { message: Some(message) }).await.map_err(|_| Ended::Closed)
+}
+
+async fn send_conditions(to: &mpsc::Sender<v1::AgentMessage>, holding: &[v1::NodeCondition]) -> Result<(), Ended> {
+    let conditions = v1::NodeConditions { conditions: holding.to_vec() };
+    send(to, agent_message::Message::Conditions(conditions)).await
 }
 
 /// The heartbeat period, and whether snapshots of telemetry may be incremental.

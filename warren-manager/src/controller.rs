@@ -159,6 +159,7 @@ impl Controller {
 
     async fn reconcile(&self, seen: &mut Seen) -> Result<Duration, Error> {
         let (state, now) = (self.store.view(), self.environment.now());
+        self.liveness.keep_only(&state);
         let standing = |node: &NodeId| self.liveness.standing(node);
         let plan = match seen.stale(&state, |node| self.liveness.health(node), now) {
             Stale::All => {

@@ -7,7 +7,7 @@ use warren_proto::v1;
 use crate::{
     clock::Timestamp,
     ids::NodeId,
-    liveness::{Health, Standing},
+    liveness::{Condition, Health, Standing},
     reconciler,
     state::{
         Amounts, Availability, Container, ContainerState, Description, Desired, Mode, Node, Probes, Resources,
@@ -284,7 +284,7 @@ pub(crate) fn description(wire: v1::NodeDescription) -> Description {
 
 /// A node with what is reserved on it.
 #[must_use]
-pub(crate) fn node(node: &Node, state: &State, standing: Standing) -> v1::Node {
+pub(crate) fn node(node: &Node, state: &State, standing: Standing, conditions: &[Condition]) -> v1::Node {
     let (mut reserved, mut containers) = (Amounts::default(), 0);
     for container in state.containers_on(&node.id).filter(|container| container.holds_resources()) {
         reserved.cpu_millis += container.resources.reservations.cpu_millis;
@@ -295,6 +295,7 @@ pub(crate) fn node(node: &Node, state: &State, standing: Standing) -> v1::Node {
         Health::Unknown => (v1::NodeStatus::Unspecified, "not heard of since the leader changed".to_owned()),
         Health::Ready => (v1::NodeStatus::Ready, String::new()),
         Health::Unsteady => (v1::NodeStatus::Ready, "it went down too often lately to be given more".to_owned()),
+        Health::NotReady => (v1::NodeStatus::NotReady, described(conditions.iter().filter(|it| it.blocks))),
         Health::Down => {
             let seconds = standing.down_for.as_secs();
             (v1::NodeStatus::Down, format!("its agent is silent; down for {seconds} s as this leader knows"))
@@ -332,7 +333,26 @@ pub(crate) fn node(node: &Node, state: &State, standing: Standing) -> v1::Node {
         }
         .into(),
         labels: node.all_labels(),
+        conditions: conditions.iter().map(condition).collect(),
     }
+}
+
+fn condition(condition: &Condition) -> v1::NodeCondition {
+    v1::NodeCondition {
+        r#type: condition.kind.clone(),
+        message: condition.message.clone(),
+        since: Some(condition.since.to_proto()),
+        blocks_scheduling: condition.blocks,
+    }
+}
+
+/// What is wrong with a node, in words.
+pub(crate) fn described<'a>(conditions: impl IntoIterator<Item = &'a Condition>) -> String {
+    let words = conditions.into_iter().map(|condition| match condition.message.as_str() {
+        "" => condition.kind.clone(),
+        message => format!("{}: {message}", condition.kind),
+    });
+    words.collect::<Vec<_>>().join("; ")
 }
 
 /// The restart policy of a service that says nothing about it.

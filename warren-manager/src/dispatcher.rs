@@ -14,6 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 use warren_proto::v1::{self, agent_message, dispatcher_server, manager_message};
 
 use crate::{
+    clock::Timestamp,
     front::Caller,
     ids::NodeId,
     liveness::Liveness,
@@ -170,13 +171,24 @@ impl Dispatcher {
             match message {
                 Some(agent_message::Message::Status(report)) => self.reports.add(node, report),
                 Some(agent_message::Message::Telemetry(snapshot)) => {
+                    self.compare_clock(node, snapshot.taken_at);
                     let known = self.collected.accept(session, node, hostname, snapshot);
                     let result = if known { "accepted" } else { "rejected" };
                     let labels = [KeyValue::new("node", hostname.to_owned()), KeyValue::new("result", result)];
                     self.metrics.telemetry_snapshots.add(1, &labels);
                 }
-                Some(agent_message::Message::Heartbeat(_)) | Some(agent_message::Message::Hello(_)) | None => {}
+                Some(agent_message::Message::Conditions(said)) => {
+                    self.liveness.set_conditions(node, said.conditions, self.store.now());
+                }
+                Some(agent_message::Message::Heartbeat(heartbeat)) => self.compare_clock(node, heartbeat.sent_at),
+                Some(agent_message::Message::Hello(_)) | None => {}
             }
+        }
+    }
+
+    fn compare_clock(&self, node: &NodeId, clock: Option<pbjson_types::Timestamp>) {
+        if let Some(clock) = clock {
+            self.liveness.set_clock(node, Timestamp::from_proto(&clock), self.store.now());
         }
     }
 

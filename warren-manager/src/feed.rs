@@ -2,7 +2,7 @@
 //! nodes, which the leader sees and remembers while it leads.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -13,7 +13,8 @@ use warren_proto::v1;
 
 use crate::{
     clock::Timestamp,
-    ids::ContainerId,
+    convert,
+    ids::{ContainerId, NodeId},
     liveness::{Health, LastSeen, Liveness},
     metrics::ManagerMetrics,
     state::{Container, ContainerChange, ContainerState, Event, Node, State},
@@ -51,6 +52,8 @@ struct Position {
     revision: u64,
     containers: HashMap<ContainerId, ContainerState>,
     nodes: LastSeen<Health>,
+    /// The conditions of nodes when they were last heard of.
+    conditions: HashMap<NodeId, BTreeSet<String>>,
 }
 
 fn told(event: &Event) -> v1::Event {
@@ -120,6 +123,7 @@ impl Position {
             revision: state.revision(),
             containers: state.containers().map(|c| (c.id.clone(), c.status.state)).collect(),
             nodes: LastSeen::of(state, |node| liveness.health(&node.id)),
+            conditions: HashMap::new(),
         }
     }
 
@@ -163,6 +167,32 @@ impl Position {
             }
         };
         self.nodes.look(state, |node| liveness.health(&node.id), news);
+        events.extend(self.look_at_conditions(state, liveness, now));
+        events
+    }
+
+    /// What has begun or ceased to be wrong with nodes that are heard of.
+    fn look_at_conditions(&mut self, state: &State, liveness: &Liveness, now: Timestamp) -> Vec<v1::Event> {
+        let mut events = Vec::new();
+        for node in state.nodes().filter(|node| liveness.health(&node.id).is_reachable()) {
+            let conditions = liveness.conditions(&node.id);
+            let kinds = conditions.iter().map(|condition| condition.kind.clone()).collect();
+            let before = self.conditions.insert(node.id.clone(), kinds).unwrap_or_default();
+            let event = |kind: &str, message: String| v1::Event {
+                revision: state.revision(),
+                at: Some(now.to_proto()),
+                r#type: kind.to_owned(),
+                object_id: node.id.to_string(),
+                object_name: node.description.hostname.clone(),
+                message,
+                actor: None,
+            };
+            let new = conditions.iter().filter(|condition| !before.contains(&condition.kind));
+            events.extend(new.map(|condition| event("node.condition", convert::described([condition]))));
+            let gone = before.iter().filter(|kind| !conditions.iter().any(|condition| condition.kind == **kind));
+            events.extend(gone.map(|kind| event("node.condition_cleared", kind.clone())));
+        }
+        self.conditions.retain(|node, _| state.node(node).is_some());
         events
     }
 }

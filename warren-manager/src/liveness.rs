@@ -1,5 +1,7 @@
 //! Which nodes are alive. Kept in the leader's memory and never in Raft: an idle cluster writes nothing.
 
+mod conditions;
+
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -7,8 +9,13 @@ use std::{
 };
 
 use tokio::{sync::watch, time::Instant};
+use warren_proto::v1;
+
+pub(crate) use conditions::Conditions;
+pub use conditions::{CONDITIONS, Condition};
 
 use crate::{
+    clock::Timestamp,
     ids::NodeId,
     state::{Node, State},
 };
@@ -23,6 +30,8 @@ pub enum Health {
     Ready,
     /// It is heard of, but went down too often lately to be given more.
     Unsteady,
+    /// It is heard of, and something is wrong with it that keeps containers from being started.
+    NotReady,
     /// It has been silent for too long.
     Down,
 }
@@ -35,6 +44,7 @@ impl Health {
             Self::Unknown => "unknown",
             Self::Ready => "ready",
             Self::Unsteady => "unsteady",
+            Self::NotReady => "not_ready",
             Self::Down => "down",
         }
     }
@@ -44,7 +54,7 @@ impl Health {
     /// Whether its agent is heard of.
     #[must_use]
     pub fn is_reachable(self) -> bool {
-        matches!(self, Self::Ready | Self::Unsteady)
+        matches!(self, Self::Ready | Self::Unsteady | Self::NotReady)
     }
 }
 
@@ -129,6 +139,7 @@ struct Heard {
 struct Table {
     timing: Timing,
     heard: HashMap<NodeId, Heard>,
+    conditions: HashMap<NodeId, Conditions>,
     since: Instant,
     /// Most nodes were silent together, and one has been heard again: until then the others may be as well.
     returning_until: Instant,
@@ -136,11 +147,12 @@ struct Table {
 
 impl Table {
     fn new(timing: Timing, now: Instant) -> Self {
-        Self { timing, heard: HashMap::new(), since: now, returning_until: now }
+        Self { timing, heard: HashMap::new(), conditions: HashMap::new(), since: now, returning_until: now }
     }
 
     fn reset(&mut self, now: Instant) {
         self.heard.clear();
+        self.conditions.clear();
         self.since = now;
         self.returning_until = now;
     }
@@ -183,6 +195,7 @@ impl Table {
             _ if silent > patience && now < self.returning_until => Health::Unknown,
             _ if silent > patience => Health::Down,
             None => Health::Unknown,
+            Some(_) if self.conditions.get(node).is_some_and(Conditions::blocks) => Health::NotReady,
             Some(known) if now < known.unsteady_until => Health::Unsteady,
             Some(_) => Health::Ready,
         };
@@ -220,6 +233,39 @@ impl Liveness {
     pub fn heard(&self, node: &NodeId) {
         if self.table().heard(node, Instant::now()) {
             self.changes.send_replace(());
+        }
+    }
+
+    /// Takes note of what an agent says is wrong with its node.
+    pub fn set_conditions(&self, node: &NodeId, conditions: Vec<v1::NodeCondition>, now: Timestamp) {
+        if self.table().conditions.entry(node.clone()).or_default().set(conditions, now) {
+            self.changes.send_replace(());
+        }
+    }
+
+    /// Takes note of a node's clock, as it was when the node sent something that has just arrived.
+    pub fn set_clock(&self, node: &NodeId, clock: Timestamp, now: Timestamp) {
+        if self.table().conditions.entry(node.clone()).or_default().set_clock(clock, now) {
+            self.changes.send_replace(());
+        }
+    }
+
+    /// What is wrong with a node, by type; nothing of one that is not heard of.
+    #[must_use]
+    pub fn conditions(&self, node: &NodeId) -> Vec<Condition> {
+        let table = self.table();
+        if !table.standing(node, Instant::now()).health.is_reachable() {
+            return Vec::new();
+        }
+        table.conditions.get(node).map(Conditions::all).unwrap_or_default()
+    }
+
+    /// Forgets nodes that are no longer in the cluster: their silence says nothing of the others.
+    pub fn keep_only(&self, state: &State) {
+        let mut table = self.table();
+        if table.heard.len() > state.nodes().count() {
+            table.heard.retain(|node, _| state.node(node).is_some());
+            table.conditions.retain(|node, _| state.node(node).is_some());
         }
     }
 

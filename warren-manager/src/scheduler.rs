@@ -1,7 +1,7 @@
 //! Placement: which node a waiting container goes to. A pure function of the state and of who is alive.
 //!
-//! Nodes that cannot take a container are filtered out, each with its reason; of the others the one with the fewest
-//! containers of the same service wins, then the one with the smallest share of its resources reserved, then the one with
+//! Nodes that cannot take a container are filtered out, each with its reason; of the others one where no container of the same service
+//! failed to start lately wins, then the one with the fewest containers of the service, then the one with the smallest share of its resources reserved, then the one with
 //! the fewest containers. Equals are taken in the order of their ids, so that the same state always gives the same plan.
 //!
 //! Looking at every node for every container would say the same and take nodes times containers. Nodes are kept in the order of
@@ -34,6 +34,8 @@ pub enum Refusal {
     Down,
     /// It is, but went down too often lately.
     Unsteady,
+    /// Something is wrong with it that keeps containers from being started.
+    NotReady,
     /// Operators have it take nothing new.
     Cordoned,
     /// Operators have it emptied.
@@ -54,6 +56,9 @@ pub enum Refusal {
     VolumeHeld,
 }
 
+/// A node where a container of a service failed to start counts as having so many more of them.
+const FAILED: u32 = 1 << 20;
+
 /// Containers that a node has addresses for: a /24, less its first and last address and the node's own.
 const ADDRESSES: u32 = 253;
 
@@ -65,6 +70,7 @@ impl Refusal {
             Self::Pinned => "pinned",
             Self::Down => "down",
             Self::Unsteady => "unsteady",
+            Self::NotReady => "not_ready",
             Self::Cordoned => "cordoned",
             Self::Drained => "drained",
             Self::Constraint(_) => "constraint",
@@ -82,6 +88,7 @@ impl Refusal {
             Self::Pinned => "meant for another",
             Self::Down => "not heard of",
             Self::Unsteady => "went down too often lately",
+            Self::NotReady => "not ready",
             Self::Cordoned => "cordoned",
             Self::Drained => "drained",
             Self::Constraint(at) => {
@@ -247,6 +254,7 @@ pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health) -> Plan {
     }
     waiting.sort_by(|a, b| (a.created_at, &a.service, a.slot, &a.id).cmp(&(b.created_at, &b.service, b.slot, &b.id)));
     let mut round = Round::begin(state, &waiting, health);
+    round.avoid_failures(state, &waiting);
     let is_alike = |a: &&Arc<Container>, b: &&Arc<Container>| {
         (&a.service, a.generation, a.pinned.is_some()) == (&b.service, b.generation, b.pinned.is_some())
     };
@@ -272,6 +280,7 @@ impl Round {
                 (_, Availability::Drained) => Some(Refusal::Drained),
                 (_, Availability::Cordoned) => Some(Refusal::Cordoned),
                 (Health::Unsteady, _) => Some(Refusal::Unsteady),
+                (Health::NotReady, _) => Some(Refusal::NotReady),
                 (Health::Ready, Availability::Active) => None,
             };
             let mut candidate = Candidate {
@@ -304,6 +313,24 @@ impl Round {
             of_service,
             claims,
             plan: Plan::default(),
+        }
+    }
+
+    /// Where containers that are known by their ends did not even start, others of their kind come last.
+    fn avoid_failures(&mut self, state: &State, waiting: &[&Arc<Container>]) {
+        let generations: BTreeMap<&ServiceId, u64> =
+            waiting.iter().map(|container| (&container.service, container.generation)).collect();
+        for (service, generation) in generations {
+            let failed = state.containers_of(service).filter(|container| {
+                container.generation == generation
+                    && container.status.state.is_failure()
+                    && container.status.started_at.is_none()
+            });
+            let nodes: BTreeSet<_> = failed.filter_map(|container| self.by_id.get(container.node.as_ref()?)).collect();
+            let counts = self.of_service.entry(service.clone()).or_default();
+            for at in nodes {
+                *counts.entry(*at).or_default() += FAILED;
+            }
         }
     }
 

@@ -12,10 +12,11 @@ use warren_proto::v1;
 use warren_telemetry::{Key, Measurement, Meters, Series, Source, build::BuildInfo};
 
 use crate::{
+    convert,
     ids::NodeId,
-    liveness::Liveness,
+    liveness::{CONDITIONS, Health, Liveness},
     metrics::ManagerMetrics,
-    state::{ContainerState, State},
+    state::{ContainerState, Desired, State},
     store::Store,
 };
 
@@ -183,6 +184,42 @@ fn cluster_gauges(meters: &Meters, store: &Store, liveness: &Liveness) {
         }
         for ((role, status), count) in counts {
             gauge.observe(count.into(), &[KeyValue::new("role", role), KeyValue::new("status", status)]);
+        }
+    });
+    let (state, health) = (store.clone(), liveness.clone());
+    meters.gauge("warren_node_condition", move |gauge| {
+        let Some(view) = led(&state) else { return };
+        for node in view.nodes() {
+            let holding: Vec<_> = health.conditions(&node.id).into_iter().map(|condition| condition.kind).collect();
+            for condition in CONDITIONS {
+                let holds = holding.iter().any(|kind| kind == condition);
+                let labels =
+                    [KeyValue::new("node", node.description.hostname.clone()), KeyValue::new("condition", condition)];
+                gauge.observe(f64::from(u8::from(holds)), &labels);
+            }
+        }
+    });
+    let (state, health) = (store.clone(), liveness.clone());
+    meters.gauge("warren_service_containers", move |gauge| {
+        let Some(view) = led(&state) else { return };
+        for service in view.services() {
+            let is_down = |node: &NodeId| health.health(node) == Health::Down;
+            let running = || {
+                view.containers_of(&service.id).filter(|container| {
+                    container.status.state == ContainerState::Running
+                        && container.desired == Desired::Running
+                        && !container.node.as_ref().is_some_and(is_down)
+                })
+            };
+            let ready = running().filter(|container| container.status.serves()).count();
+            for (state, count) in [
+                ("desired", convert::desired(service, &view) as usize),
+                ("running", running().count()),
+                ("ready", ready),
+            ] {
+                let labels = [KeyValue::new("service", service.spec.name.clone()), KeyValue::new("state", state)];
+                gauge.observe(count as f64, &labels);
+            }
         }
     });
     let state = store.clone();

@@ -168,6 +168,7 @@ fn status_name(node: &v1::Node) -> String {
         v1::NodeStatus::Unspecified => "unknown",
         v1::NodeStatus::Ready => "ready",
         v1::NodeStatus::Down => "down",
+        v1::NodeStatus::NotReady => "not ready",
     };
     match node.availability() {
         v1::Availability::Active | v1::Availability::Unspecified => status.to_owned(),
@@ -181,6 +182,24 @@ fn probes(report: Option<&v1::ProbeReport>) -> String {
         Some(report) if report.message.is_empty() => "kernel".to_owned(),
         Some(report) => format!("runtime ({})", report.message),
         None => "unknown".to_owned(),
+    }
+}
+
+/// What is wrong with a node, in a word each.
+fn conditions(node: &v1::Node) -> String {
+    let kinds: Vec<_> = node.conditions.iter().map(|condition| condition.r#type.as_str()).collect();
+    if kinds.is_empty() { "-".to_owned() } else { kinds.join(", ") }
+}
+
+/// The same with the reasons, and since when.
+fn conditions_in_full(node: &v1::Node) -> String {
+    let line = |condition: &v1::NodeCondition| {
+        format!("{} since {}: {}", condition.r#type, output::ago(condition.since.as_ref()), condition.message)
+    };
+    if node.conditions.is_empty() {
+        "-".to_owned()
+    } else {
+        node.conditions.iter().map(line).collect::<Vec<_>>().join("; ")
     }
 }
 
@@ -201,9 +220,13 @@ fn table(nodes: &[v1::Node]) {
                 .as_ref()
                 .map_or("unknown", |p| if p.message.is_empty() { "kernel" } else { "runtime" })
                 .to_owned(),
+            conditions(node),
         ]
     };
-    output::table(["ID", "HOSTNAME", "STATUS", "CONTAINERS", "CPU", "MEMORY", "TIMED BY"], nodes.iter().map(row));
+    output::table(
+        ["ID", "HOSTNAME", "STATUS", "CONTAINERS", "CPU", "MEMORY", "TIMED BY", "CONDITIONS"],
+        nodes.iter().map(row),
+    );
 }
 
 fn inspect(node: &v1::Node) {
@@ -213,6 +236,7 @@ fn inspect(node: &v1::Node) {
         ("id", node.id.clone()),
         ("hostname", description.hostname),
         ("status", [status_name(node), node.status_message.clone()].join(" ").trim_end().to_owned()),
+        ("conditions", conditions_in_full(node)),
         ("labels", output::pairs(&node.labels)),
         ("containers", node.containers.to_string()),
         ("CPU", format!("{} of {} millicores reserved", reserved.cpu_millis, has.cpu_millis)),

@@ -348,7 +348,7 @@ async fn session(agent: &Agent, manager: &str) -> anyhow::Result<()> {
                 }
             }
             () = agent.news.notified() => {}
-            _ = heartbeat.tick() => send(agent_message::Message::Heartbeat(v1::Heartbeat {})).await?,
+            _ = heartbeat.tick() => send(agent_message::Message::Heartbeat(v1::Heartbeat::default())).await?,
         }
         let statuses = agent.reports(std::mem::take(&mut all));
         if !statuses.is_empty() {

@@ -115,7 +115,9 @@ macro_rules! metrics {
 metrics! {
     // Cluster
     warren_nodes_total Gauge Manager "{node}" ["role" "status"] &[]; "Nodes, by role and status"
+    warren_node_condition Gauge Manager "1" ["node" "condition"] &[]; "1 while something is wrong with a node: see `warren node inspect`"
     warren_services_total Gauge Manager "{service}" [] &[]; "Services"
+    warren_service_containers Gauge Manager "{container}" ["service" "state"] &[]; "Containers of a service: desired, running on nodes that are not down, and of those ready, which is healthy where that is checked"
     warren_secrets_total Gauge Manager "{secret}" [] &[]; "Secrets"
     warren_volumes_total Gauge Manager "{volume}" [] &[]; "Volumes"
     warren_containers_total Gauge Manager "{container}" ["state"] &[]; "Containers, by observed state"

@@ -10,7 +10,7 @@ use containerd_client::{
     tonic::{Code, Request, transport::Channel},
 };
 
-use super::{Error, Found, keyed::Keyed, pull::Transfer};
+use super::{Error, Found, image::SNAPSHOTTER, keyed::Keyed, pull::Transfer};
 
 /// How long a call may take that only reads or writes metadata.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -79,6 +79,20 @@ impl Containerd {
     pub async fn version(&self) -> Result<String, Error> {
         let answer = self.client().version().version(self.request(())).await;
         Ok(answer.map_err(Error::call("asking its version"))?.into_inner().version)
+    }
+
+    /// Where the daemon keeps images and containers' files; nothing if it does not say.
+    pub(crate) async fn directories(&self) -> Vec<PathBuf> {
+        let request = self.request(api::PluginsRequest { filters: Vec::new() });
+        let Ok(answer) = self.client().introspection().plugins(request).await else { return Vec::new() };
+        let keeps = |plugin: &api::Plugin| {
+            matches!(
+                (plugin.r#type.as_str(), plugin.id.as_str()),
+                ("io.containerd.content.v1", "content") | ("io.containerd.snapshotter.v1", SNAPSHOTTER)
+            )
+        };
+        let plugins = answer.into_inner().plugins.into_iter().filter(keeps);
+        plugins.filter_map(|plugin| plugin.exports.get("root").map(PathBuf::from)).collect()
     }
 
     /// The namespace in which everything happens.

@@ -402,7 +402,12 @@ impl cluster_server::Cluster for Cluster {
         // Waits for a majority: without one there is nothing to say but that.
         let state = self.0.store.read().await.map_err(super::status)?;
         let status = self.0.store.raft().status();
-        let checks = health::checks(&status, &state, |node| self.0.liveness.health(node));
+        let checks = health::checks(
+            &status,
+            &state,
+            |node| self.0.liveness.health(node),
+            |node| self.0.liveness.conditions(node),
+        );
         Ok(Response::new(v1::GetClusterHealthResponse { checks }))
     }
 

@@ -8,7 +8,7 @@ use warren_raft::Status;
 use crate::{
     convert,
     ids::NodeId,
-    liveness::Health,
+    liveness::{Condition, Health},
     state::{Container, ContainerState, Desired, RestartCondition, State},
 };
 
@@ -18,8 +18,13 @@ const BEHIND: u64 = 1000;
 const NAMED: usize = 5;
 
 /// What the leader finds.
-pub(super) fn checks(status: &Status, state: &State, health: impl Fn(&NodeId) -> Health) -> Vec<v1::ClusterCheck> {
-    vec![managers(status, state), nodes(state, &health), services(state, &health)]
+pub(super) fn checks(
+    status: &Status,
+    state: &State,
+    health: impl Fn(&NodeId) -> Health,
+    conditions: impl Fn(&NodeId) -> Vec<Condition>,
+) -> Vec<v1::ClusterCheck> {
+    vec![managers(status, state), nodes(state, &health, conditions), services(state, &health)]
 }
 
 fn check(name: &str, well: String, troubles: &[String]) -> v1::ClusterCheck {
@@ -61,17 +66,33 @@ fn managers(status: &Status, state: &State) -> v1::ClusterCheck {
     check("managers", format!("{answering} of {voters} voters answer, {spare} of them may fail"), &troubles)
 }
 
-fn nodes(state: &State, health: impl Fn(&NodeId) -> Health) -> v1::ClusterCheck {
-    let mut ready = 0;
+fn nodes(
+    state: &State,
+    health: impl Fn(&NodeId) -> Health,
+    conditions: impl Fn(&NodeId) -> Vec<Condition>,
+) -> v1::ClusterCheck {
+    let (mut ready, mut unknown) = (0, 0);
     let mut troubles = Vec::new();
     for node in state.nodes() {
+        let (hostname, conditions) = (&node.description.hostname, conditions(&node.id));
         match health(&node.id) {
-            Health::Ready => ready += 1,
-            other => troubles.push(format!("{} is {}", node.description.hostname, other.name())),
+            Health::Ready => {
+                ready += 1;
+                if !conditions.is_empty() {
+                    troubles.push(format!("{hostname} has {}", convert::described(&conditions)));
+                }
+            }
+            // A leader that has just begun knows no better, and that is nobody's fault.
+            Health::Unknown => unknown += 1,
+            Health::NotReady => {
+                troubles.push(format!("{hostname} is not ready ({})", convert::described(&conditions)));
+            }
+            other => troubles.push(format!("{hostname} is {}", other.name())),
         }
     }
     troubles.sort();
-    check("nodes", format!("{ready} of {} are ready", state.nodes().count()), &troubles)
+    let not_yet = if unknown == 0 { String::new() } else { format!(", {unknown} not heard from yet") };
+    check("nodes", format!("{ready} of {} are ready{not_yet}", state.nodes().count()), &troubles)
 }
 
 /// The containers that do what their service is for, or have done it.
@@ -91,7 +112,8 @@ fn services(state: &State, health: impl Fn(&NodeId) -> Health) -> v1::ClusterChe
             ContainerState::Running => {
                 container.desired == Desired::Running
                     && container.status.serves()
-                    && container.node.as_ref().is_some_and(|node| health(node).is_reachable())
+                    // As everywhere: what runs on a node that is not known to be down runs.
+                    && container.node.as_ref().is_some_and(|node| health(node) != Health::Down)
             }
             ContainerState::Complete => {
                 container.desired == Desired::Running && service.spec.restart.condition != RestartCondition::Any
@@ -182,9 +204,29 @@ mod tests {
         let found = services(&state, |_| Health::Down);
         assert_eq!(found.message, "1 of 2 have all their containers; web has 0 of 2 containers", "nobody knows of it");
 
-        let found = super::nodes(&state, |id| if id.as_str() == "a" { Health::Ready } else { Health::Down });
+        let found =
+            super::nodes(&state, |id| if id.as_str() == "a" { Health::Ready } else { Health::Down }, |_| vec![]);
         assert!(!found.ok && found.message.starts_with("1 of 7 are ready; "), "{}", found.message);
         assert!(found.message.ends_with(" is down; and 1 more"), "{}", found.message);
-        assert!(super::nodes(&state, |_| Health::Ready).ok);
+        assert!(super::nodes(&state, |_| Health::Ready, |_| vec![]).ok);
+        let full = || Condition {
+            kind: "disk_full".to_owned(),
+            message: "3 MiB left".to_owned(),
+            since: Timestamp(1),
+            blocks: true,
+        };
+        let of_a = |id: &NodeId| if id.as_str() == "a" { vec![full()] } else { vec![] };
+        let health = |id: &NodeId| if id.as_str() == "a" { Health::NotReady } else { Health::Ready };
+        let found = super::nodes(&state, health, of_a);
+        let hostname = &state.node(&"a".into()).expect("a node").description.hostname;
+        let said = format!("6 of 7 are ready; {hostname} is not ready (disk_full: 3 MiB left)");
+        assert_eq!((found.ok, found.message), (false, said));
+        let found = super::nodes(&state, |_| Health::Ready, of_a);
+        assert!(!found.ok && found.message.contains(" has disk_full: "), "{}", found.message);
+        // After a change of leader nobody has been heard from, and nothing is known to be wrong.
+        let found = super::nodes(&state, |_| Health::Unknown, |_| vec![]);
+        assert_eq!((found.ok, found.message.as_str()), (true, "0 of 7 are ready, 7 not heard from yet"));
+        let found = services(&state, |_| Health::Unknown);
+        assert_eq!(found.message, "1 of 2 have all their containers; web has 1 of 2 containers");
     }
 }

@@ -33,7 +33,8 @@ pub(super) fn is_id(id: &NodeId) -> bool {
 
 impl Nodes {
     fn shown(&self, node: &Node, state: &State) -> v1::Node {
-        convert::node(node, state, self.0.liveness.standing(&node.id))
+        let conditions = self.0.liveness.conditions(&node.id);
+        convert::node(node, state, self.0.liveness.standing(&node.id), &conditions)
     }
 
     async fn register(&self, request: v1::RegisterNodeRequest) -> Result<v1::Node, Error> {

@@ -159,6 +159,7 @@ fn slow_plan(state: &State, health: impl Fn(&NodeId) -> Health) -> Vec<(Containe
     let mut waiting: Vec<_> = state.waiting().collect();
     waiting.sort_by(|a, b| (a.created_at, &a.service, a.slot, &a.id).cmp(&(b.created_at, &b.service, b.slot, &b.id)));
     let mut round = Round::begin(state, &waiting, health);
+    round.avoid_failures(state, &waiting);
     for container in &waiting {
         let wanted = Wanted::new(state, container);
         let ranks = round.candidates.iter().enumerate().filter_map(|(at, candidate)| {

@@ -1,0 +1,129 @@
+use std::{collections::BTreeMap, time::Duration};
+
+use warren_proto::v1;
+
+use crate::clock::Timestamp;
+
+/// A node's clock may be this far from the leader's: what is sent may be on its way for a while.
+const SKEW: Duration = Duration::from_secs(10);
+/// More than an agent has to say, and longer.
+const MAX_CONDITIONS: usize = 16;
+const MAX_TYPE: usize = 32;
+const MAX_MESSAGE: usize = 512;
+
+const CLOCK_SKEWED: &str = "clock_skewed";
+
+/// The conditions that this version knows; see `NodeCondition` in the API.
+pub const CONDITIONS: [&str; 6] =
+    ["clock_skewed", "containerd_unavailable", "disk_full", "dns_failed", "network_failed", "probes_absent"];
+
+/// Something that is wrong with a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Condition {
+    /// A word, like "disk_full".
+    pub kind: String,
+    /// In words.
+    pub message: String,
+    /// Since when.
+    pub since: Timestamp,
+    /// Whether the node is given no containers while it holds.
+    pub blocks: bool,
+}
+
+/// What is wrong with a node: what its agent says, and its clock as the leader sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Conditions {
+    reported: BTreeMap<String, Condition>,
+    clock: Option<Condition>,
+}
+
+fn is_type(text: &str) -> bool {
+    (1..=MAX_TYPE).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+}
+
+impl Conditions {
+    /// Takes what an agent says instead of what it said before; whether that is another set.
+    pub(super) fn set(&mut self, reported: Vec<v1::NodeCondition>, now: Timestamp) -> bool {
+        let mut conditions = BTreeMap::new();
+        for reported in reported.into_iter().filter(|reported| is_type(&reported.r#type)).take(MAX_CONDITIONS) {
+            let since = self.reported.get(&reported.r#type).map_or(now, |known| known.since);
+            let condition = Condition {
+                kind: reported.r#type.clone(),
+                message: reported.message.chars().take(MAX_MESSAGE).collect(),
+                since,
+                blocks: reported.blocks_scheduling,
+            };
+            conditions.insert(reported.r#type, condition);
+        }
+        let changed = !conditions.keys().eq(self.reported.keys());
+        self.reported = conditions;
+        changed
+    }
+
+    /// Compares the node's clock; whether it became wrong or right by that.
+    pub(super) fn set_clock(&mut self, clock: Timestamp, now: Timestamp) -> bool {
+        let (ahead, behind) = (clock.since(now), now.since(clock));
+        let wrong = match (ahead > SKEW, behind > SKEW) {
+            (true, _) => Some(format!("its clock is {} s ahead of the leader's", ahead.as_secs())),
+            (_, true) => Some(format!("its clock is {} s behind the leader's", behind.as_secs())),
+            _ => None,
+        };
+        let changed = wrong.is_some() != self.clock.is_some();
+        self.clock = wrong.map(|message| Condition {
+            kind: CLOCK_SKEWED.to_owned(),
+            message,
+            since: self.clock.as_ref().map_or(now, |known| known.since),
+            blocks: false,
+        });
+        changed
+    }
+
+    pub(super) fn blocks(&self) -> bool {
+        self.reported.values().any(|condition| condition.blocks)
+    }
+
+    pub(super) fn all(&self) -> Vec<Condition> {
+        let mut all: Vec<_> = self.clock.iter().chain(self.reported.values()).cloned().collect();
+        all.sort_by(|a, b| a.kind.cmp(&b.kind));
+        all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(kind: &str, message: &str, blocks_scheduling: bool) -> v1::NodeCondition {
+        v1::NodeCondition { r#type: kind.to_owned(), message: message.to_owned(), since: None, blocks_scheduling }
+    }
+
+    #[test]
+    fn what_an_agent_says_replaces_what_it_said_and_keeps_its_time() {
+        let mut conditions = Conditions::default();
+        assert!(!conditions.set(Vec::new(), Timestamp(1000)));
+        let full = || said("disk_full", "1 MiB left", true);
+        assert!(
+            conditions.set(vec![full(), said("Bad type", "", true), said(&"x".repeat(99), "", true)], Timestamp(2000))
+        );
+        assert!(conditions.blocks());
+        assert!(!conditions.set(vec![said("disk_full", "0 MiB left", true)], Timestamp(3000)), "only its words");
+        let [only] = conditions.all().try_into().expect("one");
+        assert_eq!((only.message.as_str(), only.since), ("0 MiB left", Timestamp(2000)));
+        assert!(conditions.set(vec![said("probes_absent", "", false)], Timestamp(4000)));
+        assert!(!conditions.blocks());
+    }
+
+    #[test]
+    fn a_clock_that_is_far_off_is_a_condition() {
+        let mut conditions = Conditions::default();
+        let now = Timestamp(10_000_000);
+        assert!(!conditions.set_clock(Timestamp(10_009_000), now));
+        assert!(conditions.set_clock(Timestamp(13_600_000), now));
+        assert_eq!(conditions.all()[0].message, "its clock is 3600 s ahead of the leader's");
+        assert!(!conditions.set_clock(Timestamp(6_400_000), now), "it is wrong as before");
+        assert_eq!(conditions.all()[0].message, "its clock is 3600 s behind the leader's");
+        assert!(!conditions.blocks());
+        assert!(conditions.set_clock(now, now));
+        assert!(conditions.all().is_empty());
+    }
+}
