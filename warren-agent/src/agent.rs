@@ -392,6 +392,8 @@ fn conditions(
     conditions.add("containerd_unavailable", true, move || finding.check());
     let finding = disk.clone();
     conditions.add("disk_full", true, move || finding.check());
+    let ports = network.clone();
+    conditions.add("port_conflict", false, move || ports.check_ports());
     let network = network.clone();
     conditions.add("network_failed", true, move || network.check());
     let resolver = resolver.clone();

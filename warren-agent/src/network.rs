@@ -5,8 +5,11 @@
 //! kernel's: what the manager says of services and nodes becomes one nftables table and the overlay's routes, and either is
 //! made anew from that at any time. Nothing here decides where a container runs.
 
+mod conntrack;
+mod drift;
 mod files;
 mod host;
+mod listeners;
 mod namespace;
 mod netlink;
 mod overlay;
@@ -30,11 +33,15 @@ use std::{
 use defguard_wireguard_rs::key::Key;
 use ipnet::IpNet;
 use rtnetlink::packet_route::address::AddressScope;
-use tokio::sync::watch;
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 use warren_proto::v1;
 
 pub(crate) use files::{Files, Mounted};
+use listeners::Listeners;
 use netlink::{Netlink, Veth};
 use overlay::{Overlay, Peer, VXLAN_OVERHEAD, Vxlan, Way};
 use pool::Pool;
@@ -57,8 +64,12 @@ const INTERFACE: &str = "eth0";
 const DEFAULT_MTU: u32 = 1500;
 /// Changes of the tables that come within this time are one change of the rules.
 const QUIET: Duration = Duration::from_millis(50);
-/// Between looks whether the link to other nodes is still there.
+/// Between looks whether all is as it was made, without the kernel's saying that something has changed.
 const REPAIR: Duration = Duration::from_secs(5);
+/// The least time between looks, however much changes.
+const SETTLE: Duration = Duration::from_secs(1);
+/// IPv6 needs links that carry this much (RFC 8200, 5).
+const MIN_MTU_V6: u32 = 1280;
 /// Before trying again what could not be done.
 const RETRY: Duration = Duration::from_secs(2);
 
@@ -149,10 +160,16 @@ struct Changing {
     pool: Option<Pool>,
     /// Addresses of containers that are there, whichever subnet they are of.
     owners: HashMap<String, Vec<IpAddr>>,
+    /// Those whose links and routes are all made.
+    connected: BTreeSet<String>,
     overlay: Option<Overlay>,
     mtu: u32,
     /// What is wrong with it as a whole.
     problem: Option<String>,
+    /// What cannot be published, and why.
+    conflicts: Vec<String>,
+    /// What processes of the node listen on.
+    listeners: Listeners,
 }
 
 #[derive(Debug)]
@@ -163,6 +180,8 @@ struct Inner {
     address: Option<IpAddr>,
     /// Of WireGuard, where it is used.
     key: Option<Key>,
+    /// Whether containers have IPv6 here.
+    v6: bool,
     changing: Mutex<Changing>,
     tables: watch::Sender<Tables>,
     files: Files,
@@ -197,10 +216,19 @@ impl Network {
                 Some(wireguard::key(&options.data_dir).map_err(io("reading WireGuard's key".to_owned()))?)
             }
         };
-        let tables = Tables::load(&options.data_dir.join("tables.json"));
+        let mut tables = Tables::load(&options.data_dir.join("tables.json"));
+        let netlink = Netlink::here()?;
+        let mtu = overlay_mtu(&netlink, address, options.overlay).await?;
+        let v6 = host::has_ipv6() && mtu >= MIN_MTU_V6;
+        if !v6 {
+            let why = if host::has_ipv6() { "its network carries packets too small for it" } else { "it is off" };
+            tracing::info!(why, mtu, "no IPv6 on this node: containers have IPv4 alone");
+            tables.without_ipv6();
+        }
         let place = tables.place.clone();
         let network = Self(Arc::new(Inner {
-            netlink: Netlink::here()?,
+            netlink,
+            v6,
             address,
             key,
             changing: Mutex::default(),
@@ -210,6 +238,7 @@ impl Network {
         }));
         network.remove_others(kept).await?;
         network.changing().owners.clone_from(kept);
+        network.changing().connected.extend(kept.keys().cloned());
         if let Some(place) = place {
             network.set_pool(&place);
         }
@@ -245,6 +274,11 @@ impl Network {
         &self.0.files
     }
 
+    /// Whether the rules are loaded, which guard the node's loopback.
+    fn has_rules(&self) -> bool {
+        self.changing().problem.is_none()
+    }
+
     /// Nothing wrong with the node's rules and routes, or what is.
     ///
     /// # Errors
@@ -252,6 +286,22 @@ impl Network {
     /// What keeps services from being reached.
     pub fn check(&self) -> Result<(), String> {
         self.changing().problem.clone().map_or(Ok(()), Err)
+    }
+
+    /// What cannot be published on this node.
+    ///
+    /// # Errors
+    ///
+    /// Each port, and who has it.
+    pub fn check_ports(&self) -> Result<(), String> {
+        let conflicts = self.changing().conflicts.join("; ");
+        if conflicts.is_empty() { Ok(()) } else { Err(conflicts) }
+    }
+
+    /// The ports that processes of the node listen on, as the manager is told.
+    #[must_use]
+    pub(crate) fn listeners(&self) -> Vec<v1::NodeListener> {
+        self.changing().listeners.to_proto()
     }
 
     fn set_pool(&self, place: &Place) {
@@ -266,7 +316,10 @@ impl Network {
     }
 
     /// Takes note of the node's place in the cluster, as a manager gave it. Containers of an earlier place keep theirs.
-    pub fn set_place(&self, place: Place) {
+    pub fn set_place(&self, mut place: Place) {
+        if !self.0.v6 {
+            place.without_ipv6();
+        }
         let known = self.0.tables.borrow().place.clone();
         if known.as_ref() != Some(&place) {
             if known.as_ref().is_none_or(|known| known.subnets != place.subnets) {
@@ -281,50 +334,92 @@ impl Network {
         self.0.tables.send_if_modified(|tables| {
             let before = tables.clone();
             tables.apply(update);
+            if !self.0.v6 {
+                tables.without_ipv6();
+            }
             *tables != before
         });
     }
 
-    /// Keeps rules, routes and the copy on disk as the tables say, until `shutdown`.
+    /// Keeps rules, addresses, routes and the copy on disk as the tables say, whoever else changes them, until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
         let mut tables = self.0.tables.subscribe();
-        let mut prepared = None;
+        let drifted = Arc::new(Notify::new());
+        let watching = tokio::spawn(drift::watch(Arc::clone(&drifted), shutdown.clone()));
+        let mut made = Made::default();
+        let mut stored = None;
+        // Whether the kernel is looked at, or only the tables have changed.
+        let mut look = true;
         loop {
             let current = tables.borrow_and_update().clone();
-            let mut pause = None;
+            let mut pause = REPAIR;
             if let Some(place) = current.place.clone() {
-                if !self.has_overlay().await {
-                    tracing::warn!("the link to other nodes is gone: it is made anew");
-                    prepared = None;
-                }
-                let outcome = async {
-                    if prepared.as_ref() != Some(&place) {
-                        self.prepare_node(&place).await?;
-                        prepared = Some(place.clone());
-                    }
-                    self.bring_up_to_date(&place, &current).await
-                };
-                let problem = outcome.await.err().map(|error| error.to_string());
+                let problems = self.reconcile(&mut made, &place, &current, look).await;
+                let problem = problems.first().map(ToString::to_string);
                 if let Some(problem) = &problem {
-                    tracing::warn!(problem, "the node's network is not as it should be; trying again");
-                    pause = Some(RETRY);
+                    tracing::warn!(problem, others = problems.len() - 1, "network reconcile failed; retrying");
+                    pause = RETRY;
                 }
                 self.changing().problem = problem;
-                current.store(&self.0.options.data_dir.join("tables.json"));
+                if stored.as_ref() != Some(&current) {
+                    let (path, kept) = (self.0.options.data_dir.join("tables.json"), current.clone());
+                    // A disk that hangs holds up nothing else.
+                    tokio::task::spawn_blocking(move || kept.store(&path));
+                    stored = Some(current);
+                }
             }
-            let changed = async {
-                // Whatever comes first.
-                while tokio::time::timeout(pause.unwrap_or(REPAIR), tables.changed()).await.is_err() {
-                    if pause.is_some() || !self.has_overlay().await {
-                        break;
+            let woken = async {
+                let (began, mut noticed) = (Instant::now(), false);
+                let mut until = began + pause;
+                loop {
+                    tokio::select! {
+                        _ = tables.changed() => {
+                            tokio::time::sleep(QUIET).await;
+                            return noticed;
+                        }
+                        () = drifted.notified(), if !noticed => {
+                            noticed = true;
+                            until = until.min(began + SETTLE);
+                        }
+                        () = tokio::time::sleep_until(until) => return true,
                     }
                 }
-                tokio::time::sleep(QUIET).await;
             };
-            if shutdown.run_until_cancelled(changed).await.is_none() {
-                return;
+            match shutdown.run_until_cancelled(woken).await {
+                Some(is_due) => look = is_due,
+                None => break,
             }
         }
+        watching.abort();
+    }
+
+    /// Makes everything as it should be. What fails keeps nothing else from being made.
+    async fn reconcile(&self, made: &mut Made, place: &Place, tables: &Tables, look: bool) -> Vec<Error> {
+        let mut problems = Vec::new();
+        if look && made.place.as_ref() == Some(place) && !self.has_overlay().await {
+            tracing::warn!("the link to other nodes is gone: it is made anew");
+            made.place = None;
+        }
+        if made.place.as_ref() == Some(place) {
+            if look {
+                problems.extend(self.repair(place).await.err());
+            }
+        } else {
+            match self.prepare_node(place).await {
+                Ok(()) => made.place = Some(place.clone()),
+                Err(error) => problems.push(error),
+            }
+        }
+        problems.extend(self.set_peers(place, tables, look).await.err());
+        match self.set_rules(made, place, tables, look).await {
+            // Only now: what comes from a link to loopback addresses, the rules drop.
+            Ok(()) => problems.extend(self.lead_loopback().err()),
+            Err(error) => problems.push(error),
+        }
+        if problems.is_empty() {
+            self.forget_stale_flows(made, place, tables).await;
+        }
+        problems
     }
 
     /// Whether the link to other nodes is there, where there was one.
@@ -340,34 +435,12 @@ impl Network {
     /// What the node needs once: forwarding, its own addresses, the overlay's link.
     async fn prepare_node(&self, place: &Place) -> Result<(), Error> {
         let netlink = &self.0.netlink;
-        let v6 = place.subnets.iter().any(|subnet| matches!(subnet, IpNet::V6(_)));
-        host::forward(v6)?;
         let own = self.changing().pool.as_ref().map(Pool::node).unwrap_or_default();
-        let loopback = netlink.set_up("lo").await?;
-        // Only this machine may use it: of link scope, it is never a source of what leaves.
-        netlink.add_address(loopback, RESOLVER.into(), AddressScope::Link).await?;
-        for address in &own {
-            netlink.add_address(loopback, *address, AddressScope::Universe).await?;
-        }
+        let loopback = self.set_own_addresses(place, &own).await?;
         // Those of an earlier place may be another node's by now.
         let kept: Vec<IpAddr> = own.iter().copied().chain([RESOLVER.into()]).collect();
         netlink.keep_addresses(loopback, &kept).await?;
-        // The rules lead virtual addresses elsewhere; for the node's own packets to get as far as the rules, there must be a
-        // way.
-        for network in ruleset::services(place) {
-            let source = own.iter().copied().find(|own| own.is_ipv4() == network.addr().is_ipv4());
-            netlink.add_route(*network, loopback, None, source).await?;
-        }
-        let overhead = self.0.options.overlay.overhead();
-        let mtu = match self.0.address {
-            Some(address) => {
-                let link = netlink.link_with(address).await?;
-                let links = netlink.links().await?;
-                let mtu = links.iter().find(|(index, ..)| Some(*index) == link).map(|(_, _, mtu)| *mtu);
-                mtu.unwrap_or(DEFAULT_MTU).min(u32::from(u16::MAX)) - overhead
-            }
-            None => DEFAULT_MTU - overhead,
-        };
+        let mtu = overlay_mtu(netlink, self.0.address, self.0.options.overlay).await?;
         let overlay = match (self.0.address, &self.0.key) {
             (Some(_), Some(key)) => {
                 Some(Way::WireGuard(WireGuard::create(netlink, &place.node_id, key, mtu, own).await?))
@@ -384,28 +457,182 @@ impl Network {
         Ok(())
     }
 
-    async fn bring_up_to_date(&self, place: &Place, tables: &Tables) -> Result<(), Error> {
-        let (own, overlay) = {
-            let mut changing = self.changing();
-            (changing.pool.as_ref().map(Pool::node).unwrap_or_default(), changing.overlay.take())
-        };
-        if let Some(mut overlay) = overlay {
-            let others = tables.nodes.values().filter(|node| node.id != place.node_id);
-            // Others do it the other way: to send them what is to be encrypted as it is would be worse than nothing.
-            let others = others.filter(|node| node.wireguard_public_key.is_empty() == self.0.key.is_none());
-            // A machine that was installed anew may be there twice: what leads to its address leads to both.
-            let mut peers = BTreeMap::<_, Peer>::new();
-            for found in others.filter_map(peer).filter(|peer| Some(peer.address) != self.0.address) {
-                let peer = peers.entry(found.end()).or_insert(Peer { subnets: Vec::new(), ..found });
-                peer.subnets.extend(found.subnets);
-            }
-            let peers: Vec<_> = peers.into_values().collect();
-            let outcome = overlay.set_peers(&self.0.netlink, &peers).await;
-            self.changing().overlay = Some(overlay);
-            outcome?;
+    /// Forwarding, and the node's own addresses with what leads to them. Returns the loopback link.
+    async fn set_own_addresses(&self, place: &Place, own: &[IpAddr]) -> Result<u32, Error> {
+        let netlink = &self.0.netlink;
+        host::forward(self.0.v6)?;
+        let loopback = netlink.set_up("lo").await?;
+        // Only this machine may use it: of link scope, it is never a source of what leaves.
+        netlink.add_address(loopback, RESOLVER.into(), AddressScope::Link).await?;
+        for address in own {
+            netlink.add_address(loopback, *address, AddressScope::Universe).await?;
         }
+        // The rules lead virtual addresses elsewhere; for the node's own packets to get as far as the rules, there must be a
+        // way.
+        for network in ruleset::services(place) {
+            let source = own.iter().copied().find(|own| own.is_ipv4() == network.addr().is_ipv4());
+            netlink.add_route(*network, loopback, None, source).await?;
+        }
+        Ok(loopback)
+    }
+
+    /// Compares what the node needs with what is there, and makes what is missing.
+    async fn repair(&self, place: &Place) -> Result<(), Error> {
+        let netlink = &self.0.netlink;
+        let (own, owners) = {
+            let changing = self.changing();
+            let connected = changing.owners.iter().filter(|(container, _)| changing.connected.contains(*container));
+            let connected: Vec<_> = connected.map(|(id, addresses)| (id.clone(), addresses.clone())).collect();
+            (changing.pool.as_ref().map(Pool::node).unwrap_or_default(), connected)
+        };
+        let (addresses, routes) = (netlink.addresses().await?, netlink.routes().await?);
+        let links: HashMap<String, u32> =
+            netlink.links().await?.into_iter().map(|(index, name, _)| (name, index)).collect();
+        let loopback = links.get("lo").copied().unwrap_or_default();
+        let has_addresses = own.iter().chain([&RESOLVER.into()]).all(|address| addresses.contains(address));
+        let has_routes = ruleset::services(place).all(|network| routes.contains(&(*network, loopback)));
+        if !has_addresses || !has_routes {
+            self.drifted("the node's own addresses or routes");
+        }
+        if !has_addresses || !has_routes || !host::forwards(self.0.v6) {
+            self.set_own_addresses(place, &own).await?;
+        }
+        for (container, addresses) in &owners {
+            // One that is being made or removed is whole again, or gone, the next time.
+            let Some(link) = links.get(&link_name(container)) else { continue };
+            for address in addresses {
+                let way = IpNet::new_assert(*address, netlink::full_prefix(*address));
+                if !routes.contains(&(way, *link)) && self.changing().connected.contains(container) {
+                    self.drifted(&format!("the way to {address}"));
+                    netlink.set_up(&link_name(container)).await?;
+                    netlink.add_neighbour(*link, *address, container_mac(addresses)).await?;
+                    netlink.add_route(way, *link, None, None).await?;
+                }
+            }
+        }
+        let overlay =
+            self.changing().overlay.as_ref().map(|overlay| (overlay.link().to_owned(), overlay.has_routes(&routes)));
+        if let Some((name, has_routes)) = overlay {
+            let is_up = netlink.link(&name).await?.is_some_and(|link| link.is_up);
+            if !is_up || !has_routes {
+                self.drifted("the way to other nodes");
+                netlink.set_up(&name).await?;
+                if let Some(overlay) = &mut self.changing().overlay {
+                    overlay.forget();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Something that was made is not there any more.
+    fn drifted(&self, what: &str) {
+        tracing::warn!(what, "network state was changed by another program; restoring");
+        self.changing().problem = Some(format!("another program changed {what}"));
+    }
+
+    async fn set_peers(&self, place: &Place, tables: &Tables, look: bool) -> Result<(), Error> {
+        let Some(mut overlay) = self.changing().overlay.take() else { return Ok(()) };
+        let others = tables.nodes.values().filter(|node| node.id != place.node_id);
+        // Others do it the other way: to send them what is to be encrypted as it is would be worse than nothing.
+        let others = others.filter(|node| node.wireguard_public_key.is_empty() == self.0.key.is_none());
+        // A machine that was installed anew may be there twice: what leads to its address leads to both.
+        let mut peers = BTreeMap::<_, Peer>::new();
+        for found in others.filter_map(peer).filter(|peer| Some(peer.address) != self.0.address) {
+            let peer = peers.entry(found.end()).or_insert(Peer { subnets: Vec::new(), ..found });
+            peer.subnets.extend(found.subnets);
+        }
+        let peers: Vec<_> = peers.into_values().collect();
+        let mut outcome = overlay.set_peers(&self.0.netlink, &peers).await;
+        // An agent that has just started knows of no others; before the managers say who is there, nobody is a stranger.
+        if look && outcome.is_ok() && !tables.nodes.is_empty() {
+            outcome = match self.0.netlink.routes().await {
+                Ok(routes) => overlay.remove_others(&self.0.netlink, &routes).await,
+                Err(error) => Err(error),
+            };
+        }
+        self.changing().overlay = Some(overlay);
+        outcome
+    }
+
+    /// Loads the rules, unless the kernel has just these.
+    async fn set_rules(&self, made: &mut Made, place: &Place, tables: &Tables, look: bool) -> Result<(), Error> {
+        let own = self.changing().pool.as_ref().map(Pool::node).unwrap_or_default();
         let link = self.changing().overlay.as_ref().map(|overlay| overlay.link().to_owned());
-        host::load_rules(&ruleset::render(place, &own, tables, link.as_deref())).await
+        let listeners = Listeners::here();
+        let settled = listeners.settled(&made.listeners);
+        if look {
+            made.listeners = listeners;
+            self.changing().listeners = settled.clone();
+        }
+        let (rules, conflicts) = ruleset::render(place, &own, tables, link.as_deref(), &settled);
+        let conflicts: Vec<_> = conflicts.iter().map(ToString::to_string).collect();
+        if conflicts != self.changing().conflicts {
+            for conflict in &conflicts {
+                tracing::warn!(conflict, "a port is not published");
+            }
+            self.changing().conflicts = conflicts;
+        }
+        let is_same = made.rules.as_ref().is_none_or(|(known, _)| *known == rules);
+        if is_same && !look {
+            return Ok(());
+        }
+        // What is loaded in any case need not be compared.
+        let listed = if is_same { host::list_rules().await? } else { None };
+        if made.rules.as_ref().is_some_and(|(known, shown)| *known == rules && listed.as_ref() == Some(shown)) {
+            return Ok(());
+        }
+        let kept = self.0.options.data_dir.join("rules");
+        if made.rules.is_none()
+            && let Some(shown) = &listed
+            && fs::read_to_string(&kept).is_ok_and(|known| known == digest(&rules, shown))
+        {
+            // An earlier agent loaded them, and nobody has touched them.
+            made.rules = Some((rules, shown.clone()));
+            return Ok(());
+        }
+        if let Some((known, _)) = &made.rules
+            && *known == rules
+        {
+            self.drifted("the packet rules");
+        }
+        host::load_rules(&rules).await?;
+        let shown = host::list_rules().await?.unwrap_or_default();
+        if let Err(error) = fs::write(&kept, digest(&rules, &shown)) {
+            tracing::debug!(%error, "could not note which rules are loaded");
+        }
+        made.rules = Some((rules, shown));
+        Ok(())
+    }
+
+    /// Lets published ports on 127.0.0.1 lead to containers, here and on other nodes.
+    fn lead_loopback(&self) -> Result<(), Error> {
+        let (overlay, containers) = {
+            let changing = self.changing();
+            let overlay = changing.overlay.as_ref().map(|overlay| overlay.link().to_owned());
+            (overlay, changing.owners.keys().map(|container| link_name(container)).collect::<Vec<_>>())
+        };
+        for link in overlay.into_iter().chain(containers) {
+            host::lead_loopback_to(&link)?;
+        }
+        Ok(())
+    }
+
+    /// UDP senders that never pause are led to what is there now.
+    async fn forget_stale_flows(&self, made: &mut Made, place: &Place, tables: &Tables) {
+        let expected = conntrack::Expected::new(place, tables);
+        if made.flows.as_ref() == Some(&expected) {
+            return;
+        }
+        let Ok(own) = self.0.netlink.addresses().await else { return };
+        let wanted = expected.clone();
+        let forgotten = tokio::task::spawn_blocking(move || conntrack::forget_stale(&wanted, &own)).await;
+        match forgotten.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic())) {
+            Ok(0) => {}
+            Ok(flows) => tracing::debug!(flows, "UDP flows that led nowhere are led anew"),
+            Err(error) => tracing::warn!(%error, "could not look for UDP flows that lead nowhere"),
+        }
+        made.flows = Some(expected);
     }
 
     fn namespace(&self, container: &str) -> PathBuf {
@@ -436,6 +663,7 @@ impl Network {
             self.detach(container).await?;
             return Err(error);
         }
+        self.changing().connected.insert(container.to_owned());
         Ok(Attachment { namespace, addresses })
     }
 
@@ -443,15 +671,13 @@ impl Network {
         let made = namespace::create(path);
         let namespace = made.map_err(|source| Error::Io { action: format!("making {}", path.display()), source })?;
         let name = link_name(container);
-        // Unique on this node, as its first address is.
-        let mut container_mac = [0x02, 0x57, 0, 0, 0, 0];
-        if let Some(IpAddr::V4(v4)) = addresses.first() {
-            container_mac[2..].copy_from_slice(&v4.octets());
-        }
+        let container_mac = container_mac(addresses);
         let netlink = &self.0.netlink;
         let veth = Veth { name: &name, node_mac: GATEWAY_MAC, container_mac, mtu };
         let link = netlink.add_veth(&veth, &namespace, INTERFACE).await?;
-        host::lead_loopback_to(&name)?;
+        if self.has_rules() {
+            host::lead_loopback_to(&name)?;
+        }
         let inside = Netlink::inside(&namespace)?;
         inside.set_up("lo").await?;
         let interface = inside.set_up(INTERFACE).await?;
@@ -484,6 +710,7 @@ impl Network {
     }
 
     async fn disconnect(&self, container: &str) -> Result<(), Error> {
+        self.changing().connected.remove(container);
         let path = self.namespace(container);
         if !host::exists(&path) {
             return Ok(());
@@ -511,6 +738,43 @@ impl Network {
         self.0.files.keep_only(|container| kept.contains_key(container));
         Ok(())
     }
+}
+
+/// What was made, to be compared with what is there.
+#[derive(Debug, Default)]
+struct Made {
+    /// The place that the node was prepared for.
+    place: Option<Place>,
+    /// The rules as they were rendered, and as the kernel shows them.
+    rules: Option<(String, String)>,
+    listeners: Listeners,
+    flows: Option<conntrack::Expected>,
+}
+
+/// What tells that the kernel's rules are those that an agent loaded.
+fn digest(rules: &str, shown: &str) -> String {
+    use sha2::{Digest as _, Sha256};
+
+    let hash = Sha256::new().chain_update(rules).chain_update([0]).chain_update(shown).finalize();
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A container's link-layer address: unique on its node, as its first address is.
+fn container_mac(addresses: &[IpAddr]) -> [u8; 6] {
+    let mut mac = [0x02, 0x57, 0, 0, 0, 0];
+    if let Some(IpAddr::V4(v4)) = addresses.first() {
+        mac[2..].copy_from_slice(&v4.octets());
+    }
+    mac
+}
+
+/// What a packet between containers of different nodes may have, in bytes.
+async fn overlay_mtu(netlink: &Netlink, address: Option<IpAddr>, overlay: OverlayKind) -> Result<u32, Error> {
+    let Some(address) = address else { return Ok(DEFAULT_MTU - overlay.overhead()) };
+    let link = netlink.link_with(address).await?;
+    let links = netlink.links().await?;
+    let mtu = links.iter().find(|(index, ..)| Some(*index) == link).map(|(_, _, mtu)| *mtu);
+    Ok(mtu.unwrap_or(DEFAULT_MTU).min(u32::from(u16::MAX)).saturating_sub(overlay.overhead()))
 }
 
 fn peer(node: &v1::NodeEntry) -> Option<Peer> {

@@ -223,8 +223,8 @@ impl Session<'_> {
         let (mut period, takes_increments) =
             tokio::time::timeout(WELCOME_TIMEOUT, welcome(&mut incoming)).await.unwrap_or(Err(Ended::NoWelcome))?;
 
-        let mut said_conditions = self.options.conditions.holding(std::time::Instant::now());
-        send_conditions(&sender, &said_conditions).await?;
+        let mut said_conditions = self.conditions();
+        send(&sender, agent_message::Message::Conditions(said_conditions.clone())).await?;
         self.link.up();
         *backoff = FIRST_BACKOFF;
         tracing::info!(manager = %self.manager, "in session with the manager");
@@ -281,9 +281,9 @@ impl Session<'_> {
                 }
                 _ = reap.tick() => {
                     supervisor.reap();
-                    let conditions = self.options.conditions.holding(std::time::Instant::now());
+                    let conditions = self.conditions();
                     if conditions != said_conditions {
-                        send_conditions(&sender, &conditions).await?;
+                        send(&sender, agent_message::Message::Conditions(conditions.clone())).await?;
                         said_conditions = conditions;
                     }
                 }
@@ -299,6 +299,13 @@ impl Session<'_> {
                     }
                 }
             }
+        }
+    }
+
+    fn conditions(&self) -> v1::NodeConditions {
+        v1::NodeConditions {
+            conditions: self.options.conditions.holding(std::time::Instant::now()),
+            listeners: self.options.network.listeners(),
         }
     }
 
@@ -358,11 +365,6 @@ impl Drop for AbortOnDrop {
 
 async fn send(to: &mpsc::Sender<v1::AgentMessage>, message: agent_message::Message) -> Result<(), Ended> {
     to.send(v1::AgentMessage { message: Some(message) }).await.map_err(|_| Ended::Closed)
-}
-
-async fn send_conditions(to: &mpsc::Sender<v1::AgentMessage>, holding: &[v1::NodeCondition]) -> Result<(), Ended> {
-    let conditions = v1::NodeConditions { conditions: holding.to_vec() };
-    send(to, agent_message::Message::Conditions(conditions)).await
 }
 
 /// The heartbeat period, and whether snapshots of telemetry may be incremental.

@@ -118,7 +118,10 @@ impl ManagerArguments {
             profile: self.profile.into(),
             liveness: liveness::Timing::default(),
             newest_schema: self.max_schema,
-            policy: Policy { privileged: self.allow_privileged },
+            policy: Policy {
+                privileged: self.allow_privileged,
+                own_ports: [self.listen_addr.port(), self.metrics_addr.port()],
+            },
             registries: self.registries.options(),
             networks: Networks {
                 containers: self.container_network,

@@ -178,6 +178,7 @@ impl Dispatcher {
                     self.metrics.telemetry_snapshots.add(1, &labels);
                 }
                 Some(agent_message::Message::Conditions(said)) => {
+                    self.liveness.set_listeners(node, &said.listeners);
                     self.liveness.set_conditions(node, said.conditions, self.store.now());
                 }
                 Some(agent_message::Message::Heartbeat(heartbeat)) => self.compare_clock(node, heartbeat.sent_at),

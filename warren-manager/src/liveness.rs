@@ -243,6 +243,17 @@ impl Liveness {
         }
     }
 
+    /// Takes note of the ports that processes of a node listen on.
+    pub fn set_listeners(&self, node: &NodeId, listeners: &[v1::NodeListener]) {
+        self.table().conditions.entry(node.clone()).or_default().set_listeners(listeners);
+    }
+
+    /// Whether a process of a node listens on a port, as far as that is known.
+    #[must_use]
+    pub fn listens(&self, node: &NodeId, port: u32, protocol: v1::Protocol) -> bool {
+        self.table().conditions.get(node).is_some_and(|conditions| conditions.listens(port, protocol))
+    }
+
     /// Takes note of a node's clock, as it was when the node sent something that has just arrived.
     pub fn set_clock(&self, node: &NodeId, clock: Timestamp, now: Timestamp) {
         if self.table().conditions.entry(node.clone()).or_default().set_clock(clock, now) {

@@ -47,6 +47,8 @@ fn invalid<T>(field: impl Into<Cow<'static, str>>, why: impl Into<String>) -> Re
 pub struct Policy {
     /// Containers that may do to their node what they like.
     pub privileged: bool,
+    /// Ports of this manager, for its API and its metrics; 0 where there is none.
+    pub own_ports: [u16; 2],
 }
 
 const MAX_NAME: usize = 63;

@@ -100,7 +100,7 @@ pub(crate) fn mount(text: &str) -> Result<v1::Mount, String> {
     Ok(mount)
 }
 
-/// `8080:80`, `8080:80/udp`, or Docker's long form.
+/// `8080:80`, `8080:80/udp`, either with options behind it, like `8080:80,mode=host`, or Docker's long form.
 pub(crate) fn port(text: &str) -> Result<v1::Port, String> {
     let wrong = || format!("{text:?} is not PUBLISHED:TARGET[/PROTOCOL], nor options like published=8080,target=80");
     let number = |text: &str| text.parse::<u16>().map(u32::from).map_err(|_| wrong());
@@ -110,14 +110,14 @@ pub(crate) fn port(text: &str) -> Result<v1::Port, String> {
         _ => Err(format!("{text:?} is not a protocol: tcp or udp")),
     };
     let mut port = v1::Port::default();
-    if !text.contains('=') {
-        let (ports, name) = text.split_once('/').unwrap_or((text, "tcp"));
+    let mut options = text.split(',').peekable();
+    if let Some(short) = options.next_if(|first| !first.contains('=')) {
+        let (ports, name) = short.split_once('/').unwrap_or((short, "tcp"));
         let (published, target) = ports.split_once(':').ok_or_else(wrong)?;
         (port.host_port, port.container_port) = (number(published)?, number(target)?);
         port.protocol = protocol(name)?;
-        return Ok(port);
     }
-    for option in text.split(',') {
+    for option in options {
         match option.split_once('=').ok_or_else(wrong)? {
             ("published", value) => port.host_port = number(value)?,
             ("target", value) => port.container_port = number(value)?,

@@ -4,7 +4,7 @@ use std::{fs, io, path::Path, process::Stdio};
 
 use tokio::{io::AsyncWriteExt as _, process::Command};
 
-use super::{CONTAINER_LINKS, Error};
+use super::{CONTAINER_LINKS, Error, ruleset::TABLE};
 
 fn write(path: &str, value: &str) -> Result<(), Error> {
     // Writing what is there already would fail on a read-only /proc/sys for no reason.
@@ -33,6 +33,21 @@ pub(super) fn forward(v6: bool) -> Result<(), Error> {
     Ok(())
 }
 
+/// Whether the node forwards packets, as [`forward`] lets it.
+pub(super) fn forwards(v6: bool) -> bool {
+    let is_on = |path: &str| fs::read_to_string(path).is_ok_and(|said| said.trim() == "1");
+    is_on("/proc/sys/net/ipv4/ip_forward") && (!v6 || is_on("/proc/sys/net/ipv6/conf/all/forwarding"))
+}
+
+/// Whether this machine has IPv6: it may be switched off at boot, or by sysctl.
+pub(super) fn has_ipv6() -> bool {
+    let is_off = |scope: &str| {
+        let said = fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6"));
+        said.map_or(true, |said| said.trim() != "0")
+    };
+    !["all", "default", "lo"].into_iter().any(is_off)
+}
+
 /// Lets what the node sends to its own loopback be led to containers on this link: a published port on 127.0.0.1. What
 /// comes from the link to loopback addresses, the rules drop.
 pub(super) fn lead_loopback_to(link: &str) -> Result<(), Error> {
@@ -42,6 +57,17 @@ pub(super) fn lead_loopback_to(link: &str) -> Result<(), Error> {
 /// Whether a link is a container's.
 pub(super) fn is_containers(link: &str) -> bool {
     link.starts_with(CONTAINER_LINKS)
+}
+
+/// The rules as the kernel has them; nothing if it has none.
+pub(super) async fn list_rules() -> Result<Option<String>, Error> {
+    // A map's elements are what it leads to: without names, ports stay numbers.
+    let listed = Command::new("nft").args(["-n", "list", "table", "inet", TABLE]).kill_on_drop(true).output().await;
+    let listed = listed.map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => Error::NoNft,
+        _ => Error::Io { action: "running nft".to_owned(), source },
+    })?;
+    Ok(listed.status.success().then(|| String::from_utf8_lossy(&listed.stdout).into_owned()))
 }
 
 /// Makes the rules these, all at once.

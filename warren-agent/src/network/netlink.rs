@@ -1,6 +1,7 @@
 //! The kernel's links, addresses, neighbours and routes, as far as containers need them.
 
 use std::{
+    collections::{BTreeSet, HashSet},
     fs::File,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsRawFd as _,
@@ -12,9 +13,9 @@ use rtnetlink::{
     Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
         address::{AddressAttribute, AddressHeaderFlags, AddressProtocol, AddressScope},
-        link::{InfoData, InfoVeth, LinkAttribute},
+        link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo},
         neighbour::{NeighbourFlags, NeighbourState},
-        route::{RouteMessage, RouteScope},
+        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteScope},
     },
 };
 
@@ -52,6 +53,15 @@ fn errno(error: &rtnetlink::Error) -> Option<i32> {
         rtnetlink::Error::NetlinkError(message) => message.code.map(|code| -code.get()),
         _ => None,
     }
+}
+
+/// A link, as far as anybody asks.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Link {
+    pub(super) mtu: u32,
+    pub(super) mac: Vec<u8>,
+    pub(super) is_up: bool,
+    pub(super) is_vxlan: bool,
 }
 
 /// A pair of connected interfaces: one on the node, one in a container.
@@ -109,6 +119,67 @@ impl Netlink {
             entry
         };
         Ok(listed.into_iter().map(entry).collect())
+    }
+
+    /// A link by name; `None` when there is none.
+    pub(super) async fn link(&self, name: &str) -> Result<Option<Link>, Error> {
+        let found = self.handle.link().get().match_name(name.to_owned()).execute().try_next().await;
+        let message = match found {
+            Ok(Some(message)) => message,
+            Ok(None) => return Ok(None),
+            Err(error) if errno(&error) == Some(ENODEV) => return Ok(None),
+            Err(error) => return Err(failed("looking for a link")(error)),
+        };
+        let mut link = Link { is_up: message.header.flags.contains(LinkFlags::Up), ..Link::default() };
+        for attribute in message.attributes {
+            match attribute {
+                LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+                LinkAttribute::Address(mac) => link.mac = mac,
+                LinkAttribute::LinkInfo(info) => link.is_vxlan = info.contains(&LinkInfo::Kind(InfoKind::Vxlan)),
+                _ => {}
+            }
+        }
+        Ok(Some(link))
+    }
+
+    /// The networks that are routed to a link, in the main table.
+    pub(super) async fn routes(&self) -> Result<HashSet<(IpNet, u32)>, Error> {
+        let mut routes = HashSet::new();
+        let (v4, v6) = (RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build());
+        for family in [v4, v6] {
+            let listed = self.handle.route().get(family).execute().try_collect::<Vec<_>>().await;
+            for message in listed.map_err(failed("listing routes"))? {
+                if message.header.table != RouteHeader::RT_TABLE_MAIN {
+                    continue;
+                }
+                let (mut address, mut link) = (None, None);
+                for attribute in &message.attributes {
+                    match attribute {
+                        RouteAttribute::Destination(RouteAddress::Inet(v4)) => address = Some(IpAddr::from(*v4)),
+                        RouteAttribute::Destination(RouteAddress::Inet6(v6)) => address = Some(IpAddr::from(*v6)),
+                        RouteAttribute::Oif(index) => link = Some(*index),
+                        _ => {}
+                    }
+                }
+                if let (Some(address), Some(link)) = (address, link)
+                    && let Ok(network) = IpNet::new(address, message.header.destination_prefix_length)
+                {
+                    routes.insert((network, link));
+                }
+            }
+        }
+        Ok(routes)
+    }
+
+    /// All addresses of this machine.
+    pub(super) async fn addresses(&self) -> Result<BTreeSet<IpAddr>, Error> {
+        let listed = self.handle.address().get().execute().try_collect::<Vec<_>>().await;
+        let own = |attribute: AddressAttribute| match attribute {
+            AddressAttribute::Address(address) | AddressAttribute::Local(address) => Some(address),
+            _ => None,
+        };
+        let all = listed.map_err(failed("listing addresses"))?.into_iter().flat_map(|message| message.attributes);
+        Ok(all.filter_map(own).collect())
     }
 
     /// The link that has an address.

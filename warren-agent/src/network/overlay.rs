@@ -1,6 +1,9 @@
 //! The way to other nodes' containers: a link, and for each node what leads over it to the node's subnets.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 use rtnetlink::LinkVxlan;
@@ -55,8 +58,34 @@ impl Overlay {
         }
     }
 
-    /// Makes the peers these and no others.
+    /// What it made is not all there any more: the next peers are made anew.
+    pub(super) fn forget(&mut self) {
+        self.peers.clear();
+    }
+
+    /// Whether the kernel has the routes to all peers, among these routes.
+    pub(super) fn has_routes(&self, routes: &HashSet<(IpNet, u32)>) -> bool {
+        let link = self.index();
+        self.peers.values().flat_map(|peer| &peer.subnets).all(|subnet| routes.contains(&(*subnet, link)))
+    }
+
+    /// Removes routes over it that lead to no peer: of an earlier agent, perhaps.
+    pub(super) async fn remove_others(&self, netlink: &Netlink, routes: &HashSet<(IpNet, u32)>) -> Result<(), Error> {
+        let wanted: HashSet<_> = self.peers.values().flat_map(|peer| &peer.subnets).collect();
+        let own = routes.iter().filter(|(_, link)| *link == self.index()).map(|(network, _)| network);
+        for network in own.filter(|network| !wanted.contains(network) && !is_link_local(network)) {
+            netlink.remove_route(*network, self.index()).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the peers these and no others. One that cannot be made keeps none of the others; it is tried again the next time.
+    ///
+    /// # Errors
+    ///
+    /// That of the first peer that cannot be made.
     pub(super) async fn set_peers(&mut self, netlink: &Netlink, peers: &[Peer]) -> Result<(), Error> {
+        let mut outcome = Ok(());
         let wanted: BTreeMap<_, _> = peers.iter().map(|peer| (peer.end(), peer.clone())).collect();
         let gone: Vec<_> = self.peers.values().filter(|peer| wanted.get(&peer.end()) != Some(peer)).cloned().collect();
         for peer in gone {
@@ -68,15 +97,25 @@ impl Overlay {
         }
         for (end, peer) in wanted {
             if !self.peers.contains_key(&end) {
-                match &self.way {
-                    Way::Vxlan(vxlan) => vxlan.add(netlink, &peer).await?,
-                    Way::WireGuard(wireguard) => wireguard.add(netlink, &peer).await?,
+                let added = match &self.way {
+                    Way::Vxlan(vxlan) => vxlan.add(netlink, &peer).await,
+                    Way::WireGuard(wireguard) => wireguard.add(netlink, &peer).await,
+                };
+                match added {
+                    Ok(()) => drop(self.peers.insert(end, peer)),
+                    Err(error) => {
+                        tracing::warn!(address = %peer.address, %error, "no way to a node");
+                        outcome = outcome.and(Err(error));
+                    }
                 }
-                self.peers.insert(end, peer);
             }
         }
-        Ok(())
+        outcome
     }
+}
+
+fn is_link_local(network: &IpNet) -> bool {
+    matches!(network, IpNet::V6(v6) if v6.network().segments()[0] & 0xff00 >= 0xfe00)
 }
 
 impl Peer {
@@ -116,9 +155,16 @@ fn mac(address: IpAddr) -> [u8; 6] {
 }
 
 impl Vxlan {
-    /// Makes the link anew, on the node's address `local`. `own` is the source of what the node itself sends.
+    /// Makes the link, on the node's address `local`; one that is as it should be stays, with all that goes through it. `own` is the
+    /// source of what the node itself sends.
     pub(super) async fn create(netlink: &Netlink, local: IpAddr, mtu: u32, own: Vec<IpAddr>) -> Result<Self, Error> {
-        netlink.remove_link(VXLAN_LINK).await?;
+        if let Some(link) = netlink.link(VXLAN_LINK).await? {
+            // Its address is made from the node's.
+            if link.mac == mac(local) && link.mtu == mtu && link.is_vxlan {
+                return Ok(Self { link: netlink.set_up(VXLAN_LINK).await?, own });
+            }
+            netlink.remove_link(VXLAN_LINK).await?;
+        }
         let link = LinkVxlan::new(VXLAN_LINK, VXLAN_ID).port(VXLAN_PORT).learning(false);
         let link = match local {
             IpAddr::V4(v4) => link.local(v4),

@@ -18,6 +18,7 @@ use warren_proto::v1;
 
 use super::{
     CONTAINER_LINKS, RESOLVER,
+    listeners::Listeners,
     tables::{Place, Tables, addresses},
 };
 
@@ -43,8 +44,37 @@ impl fmt::Display for Target {
     }
 }
 
-/// Renders the table. `node` is the node's own addresses in its subnets, `overlay` the link to other nodes.
-pub(super) fn render(place: &Place, node: &[IpAddr], tables: &Tables, overlay: Option<&str>) -> String {
+/// What was left out, because two services publish the same port or a process of the node listens on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Conflict {
+    pub(super) port: u32,
+    pub(super) protocol: &'static str,
+    pub(super) service: String,
+    /// The service that has it instead; `None` for a process of the node.
+    pub(super) other: Option<String>,
+}
+
+impl fmt::Display for Conflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { port, protocol, service, other } = self;
+        match other {
+            Some(other) => write!(f, "{port}/{protocol} of service {service} is published by service {other} too"),
+            None => write!(f, "a process of this node listens on {port}/{protocol}, which service {service} publishes"),
+        }
+    }
+}
+
+/// Renders the table. `node` is the node's own addresses in its subnets, `overlay` the link to other nodes, `listeners` the ports that
+/// processes of the node listen on: those are left to them. One entry that cannot be keeps none of the others.
+pub(super) fn render(
+    place: &Place,
+    node: &[IpAddr],
+    tables: &Tables,
+    overlay: Option<&str>,
+    listeners: &Listeners,
+) -> (String, Vec<Conflict>) {
+    let mut conflicts = Vec::new();
+    let mut owners = BTreeMap::<(u32, &'static str), &str>::new();
     let mut out = String::new();
     // Declared first, so that deleting it cannot fail; all of it is one transaction.
     let _ = write!(out, "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n");
@@ -73,7 +103,13 @@ pub(super) fn render(place: &Place, node: &[IpAddr], tables: &Tables, overlay: O
                 .map(|address| Target { address, port: Some(port.container_port) })
                 .collect();
             let protocol = if port.protocol() == v1::Protocol::Udp { "udp" } else { "tcp" };
-            if !targets.is_empty() {
+            let conflict = |other| Conflict { port: port.host_port, protocol, service: service.name.clone(), other };
+            if !targets.is_empty() && listeners.contains(port.host_port, protocol) {
+                conflicts.push(conflict(None));
+            } else if let Some(other) = owners.get(&(port.host_port, protocol)).filter(|_| !targets.is_empty()) {
+                conflicts.push(conflict(Some((*other).to_owned())));
+            } else if !targets.is_empty() {
+                owners.insert((port.host_port, protocol), &service.name);
                 let chain = format!("publish-{number}-{i}");
                 let _ = writeln!(out, "  chain {chain} {{ # {}\n    ct mark set ct mark or {PUBLISHED}", service.name);
                 forward(&mut out, Some(protocol), &targets);
@@ -123,10 +159,10 @@ pub(super) fn render(place: &Place, node: &[IpAddr], tables: &Tables, overlay: O
 "
     );
     postrouting(&mut out, place, node, overlay);
-    guards(&mut out, place, tables);
+    guards(&mut out, place, tables, overlay);
     untracked(&mut out);
     out.push_str("}\n");
-    out
+    (out, conflicts)
 }
 
 /// Sends a connection to one of the targets, each as likely as the next.
@@ -164,11 +200,14 @@ fn postrouting(out: &mut String, place: &Place, node: &[IpAddr], overlay: Option
         let Some(own) = node.iter().find(|address| address.is_ipv4() == is_v4) else { continue };
         // A container that reaches itself through its service: the answer must come back here to be translated.
         let _ = writeln!(out, "    ct status dnat {word} saddr . {word} daddr @{hairpin} snat {word} to {own}");
-        if let Some(overlay) = overlay {
-            // Another node's container would answer by its own node's way out.
+        if overlay.is_some() {
+            // Another node's container would answer by its own node's way out. Whatever the routes are at the moment: a connection is
+            // translated when it begins, or never.
             let _ = writeln!(
                 out,
-                "    ct mark and {PUBLISHED} == {PUBLISHED} oifname \"{overlay}\" {word} saddr != {} snat {word} to {own}",
+                "    ct mark and {PUBLISHED} == {PUBLISHED} {word} daddr {} {word} daddr != {} {word} saddr != {} snat {word} to {own}",
+                networks(&place.cluster, is_v4),
+                networks(&place.subnets, is_v4),
                 networks(&place.cluster, is_v4)
             );
         }
@@ -187,19 +226,30 @@ fn networks(all: &[IpNet], is_v4: bool) -> String {
 }
 
 /// What is dropped.
-fn guards(out: &mut String, place: &Place, tables: &Tables) {
+fn guards(out: &mut String, place: &Place, tables: &Tables, overlay: Option<&str>) {
     let port = super::overlay::VXLAN_PORT;
+    let has_v6 = place.subnets.iter().any(|subnet| subnet.addr().is_ipv6());
     let _ = write!(
         out,
         "  chain guard {{
     type filter hook prerouting priority raw; policy accept;
     iifname \"{CONTAINER_LINKS}*\" ip daddr 127.0.0.0/8 drop
     iifname \"{CONTAINER_LINKS}*\" udp dport {port} drop comment \"not into other nodes' overlay\"
-    iifname \"{CONTAINER_LINKS}*\" icmpv6 type {{ nd-router-advert, nd-redirect }} drop comment \"a container is no router\"
+    iifname != \"lo\" iifname != \"{CONTAINER_LINKS}*\" ip daddr {RESOLVER} drop comment \"only containers of this node\"
     iifname \"{CONTAINER_LINKS}*\" meta nfproto ipv4 fib saddr . iif oif missing drop
-    iifname \"{CONTAINER_LINKS}*\" meta nfproto ipv6 ip6 saddr != fe80::/10 fib saddr . iif oif missing drop
 "
     );
+    if let Some(overlay) = overlay {
+        let _ = writeln!(out, "    iifname \"{overlay}\" ip daddr 127.0.0.0/8 drop");
+    }
+    if has_v6 {
+        let _ = write!(
+            out,
+            "    iifname \"{CONTAINER_LINKS}*\" icmpv6 type {{ nd-router-advert, nd-redirect }} drop comment \"a container is no router\"
+    iifname \"{CONTAINER_LINKS}*\" meta nfproto ipv6 ip6 saddr != fe80::/10 fib saddr . iif oif missing drop
+"
+        );
+    }
     let members: Vec<_> = tables.nodes.values().filter_map(|node| node.address.parse::<IpAddr>().ok()).collect();
     for (is_v4, word) in [(true, "ip"), (false, "ip6")] {
         let of_family: Vec<_> =
@@ -291,7 +341,8 @@ mod tests {
     #[test]
     fn connections_go_to_healthy_endpoints_and_to_nobody_else() {
         let node = ["10.128.0.1", "fd00::1"].map(|address| address.parse().expect("an address"));
-        let rules = render(&place(), &node, &tables(), Some("overlay"));
+        let (rules, conflicts) = render(&place(), &node, &tables(), Some("overlay"), &Listeners::default());
+        assert!(conflicts.is_empty(), "{conflicts:?}");
         for expected in [
             "meta nfproto ipv4 dnat ip to numgen random mod 2 map { 0 : 10.128.0.2, 1 : 10.128.1.2 }",
             "meta nfproto ipv6 dnat ip6 to fd00::2\n",
@@ -309,5 +360,27 @@ mod tests {
         }
         assert!(!rules.contains("to 10.128.0.9") && !rules.contains(": 10.128.0.9"), "{rules}");
         assert!(!rules.contains(" . 0 :"), "{rules}");
+    }
+
+    #[test]
+    fn a_port_that_cannot_be_published_keeps_none_of_the_others() {
+        let mut tables = tables();
+        let mut twin = tables.services["s"].clone();
+        twin.name = "twin".to_owned();
+        twin.virtual_addresses = vec!["10.127.0.2".to_owned()];
+        tables.services.insert("t".to_owned(), twin);
+        let (rules, conflicts) = render(&place(), &[], &tables, None, &Listeners::of(&[(9090, "tcp"), (8080, "udp")]));
+        assert_eq!(rules.matches("tcp . 8080 : goto").count(), 1, "{rules}");
+        assert!(!rules.contains("tcp . 9090"), "{rules}");
+        assert!(rules.contains("10.127.0.2 : goto service-1"), "{rules}");
+        let said: Vec<_> = conflicts.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            said,
+            [
+                "a process of this node listens on 9090/tcp, which service web publishes",
+                "8080/tcp of service twin is published by service web too",
+                "a process of this node listens on 9090/tcp, which service twin publishes",
+            ]
+        );
     }
 }

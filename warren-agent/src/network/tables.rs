@@ -18,6 +18,15 @@ pub struct Place {
     pub cluster: Vec<IpNet>,
 }
 
+impl Place {
+    /// Leaves out all that is IPv6.
+    pub(super) fn without_ipv6(&mut self) {
+        let is_v4 = |network: &IpNet| matches!(network, IpNet::V4(_));
+        self.subnets.retain(is_v4);
+        self.cluster.retain(is_v4);
+    }
+}
+
 /// Services and nodes by id. Two copies are equal if they say the same.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Tables {
@@ -61,6 +70,21 @@ impl Tables {
         }
         self.services.extend(update.services.into_iter().map(|entry| (entry.id.clone(), entry)));
         self.nodes.extend(update.nodes.into_iter().map(|entry| (entry.id.clone(), entry)));
+    }
+
+    /// Leaves out all that is IPv6, on a node that has none.
+    pub(super) fn without_ipv6(&mut self) {
+        let is_v4 = |address: &String| !address.contains(':');
+        if let Some(place) = &mut self.place {
+            place.without_ipv6();
+        }
+        for service in self.services.values_mut() {
+            service.virtual_addresses.retain(is_v4);
+            service.endpoints.iter_mut().for_each(|endpoint| endpoint.addresses.retain(is_v4));
+        }
+        for node in self.nodes.values_mut() {
+            node.subnets.retain(is_v4);
+        }
     }
 
     /// Reads what was kept; nothing if there is nothing, or nothing that can be read.

@@ -1,4 +1,4 @@
-use std::{sync::Arc, time::Instant};
+use std::{collections::BTreeSet, sync::Arc, time::Instant};
 
 use tonic::{Request, Response, Status};
 use warren_proto::v1::{self, services_server};
@@ -8,9 +8,9 @@ use warren_spec::{ImageName, InvalidImageName};
 use super::{Context, Error, lookup, pages::page};
 use crate::{
     convert,
-    ids::ServiceId,
-    state::{Change, Expected, Service, ServiceSpec, State, Transaction},
-    validate,
+    ids::{NodeId, ServiceId},
+    state::{Change, Expected, Node, Rejection, Service, ServiceSpec, State, Transaction, protocol_name},
+    store, validate,
 };
 
 #[derive(Clone, Debug)]
@@ -62,6 +62,57 @@ impl Services {
         Ok(spec)
     }
 
+    /// Whether the ports that a service is to publish, and did not before, are anybody's already: Warren's own, or a process's of a
+    /// node. Other services' are the state's to check.
+    fn check_ports(&self, spec: &ServiceSpec, before: Option<&ServiceSpec>) -> Result<(), Error> {
+        /// Agents' metrics, VXLAN and WireGuard, wherever they are not set otherwise.
+        const OWN: [(u32, v1::Protocol, &str); 3] = [
+            (9465, v1::Protocol::Tcp, "the agents' metrics"),
+            (4789, v1::Protocol::Udp, "the overlay between nodes"),
+            (51820, v1::Protocol::Udp, "the encrypted overlay between nodes"),
+        ];
+        let [api, metrics] = self.0.policy.own_ports.map(u32::from);
+        let managers =
+            [(api, v1::Protocol::Tcp, "the managers' API"), (metrics, v1::Protocol::Tcp, "the managers' metrics")];
+        let state = self.0.store.view();
+        let nodes: Vec<_> = state.nodes().filter(|node| self.0.liveness.health(&node.id).is_reachable()).collect();
+        for (i, port) in spec.ports.iter().enumerate().filter(|(_, port)| port.host_port != 0) {
+            let (number, protocol) = (port.host_port, port.protocol());
+            let is_alike = |other: &&v1::Port| (other.host_port, other.protocol()) == (number, protocol);
+            if before.is_some_and(|before| before.ports.iter().find(is_alike).is_some()) {
+                continue;
+            }
+            let shown = format!("{number}/{}", protocol_name(port));
+            let taken = |why: String| validate::Invalid::new(format!("spec.ports[{i}].host_port"), why);
+            if let Some((.., what)) = managers.iter().chain(&OWN).find(|own| (own.0, own.1) == (number, protocol)) {
+                return Err(taken(format!("{shown} is Warren's own: {what}")).into());
+            }
+            let listens = |node: &&&Arc<Node>| self.0.liveness.listens(&node.id, number, protocol);
+            let listening = nodes.iter().filter(listens).count();
+            // On its nodes alone, one that is free will do.
+            let is_taken = if port.publish_mode() == v1::PublishMode::Host {
+                listening > 0 && listening == nodes.len()
+            } else {
+                listening > 0
+            };
+            if let Some(node) = nodes.iter().find(listens).filter(|_| is_taken) {
+                let hostname = &node.description.hostname;
+                return Err(taken(format!("a process of node {hostname} listens on {shown}")).into());
+            }
+            // What publishes a port follows the service at once, and not only its next containers: where both run it would be both's.
+            let own = before.and_then(|before| state.service_named(&before.name));
+            let shares = |other: &&Arc<Service>| {
+                let theirs = other.spec.node_ports().any(|theirs| is_alike(&theirs));
+                theirs && own.is_some_and(|own| own.id != other.id && share_a_node(&state, own, other))
+            };
+            if let Some(other) = state.services().find(shares) {
+                let service = other.spec.name.clone();
+                return Err(store::Error::Rejected(Rejection::PortTaken { port: shown, service }).into());
+            }
+        }
+        Ok(())
+    }
+
     fn wire(&self, service: &Service, state: &State) -> v1::Service {
         convert::service(service, state, |node| self.0.liveness.health(node))
     }
@@ -75,7 +126,10 @@ impl Services {
     async fn create(&self, request: v1::CreateServiceRequest) -> Result<v1::Service, Error> {
         let spec = self.pinned(validate::service_spec(request.spec, self.0.policy)?, None).await?;
         // A client that repeats a request after a lost answer is answered with what it made.
-        self.0.store.read().await?;
+        let known = self.0.store.read().await?;
+        if !known.has_done(&request.request_id) {
+            self.check_ports(&spec, None)?;
+        }
         let now = self.0.environment.now();
         let service = Service {
             id: ServiceId::generate(&*self.0.environment),
@@ -100,6 +154,7 @@ impl Services {
             return self.shown(&spec.name).or_else(|_| self.shown(&request.service));
         }
         let known = lookup::service(&state, &request.service)?;
+        self.check_ports(&spec, Some(&known.spec))?;
         let spec = self.pinned(spec, Some(&known.spec)).await?;
         let service = Service {
             updated_at: self.0.environment.now(),
@@ -123,6 +178,15 @@ impl Services {
         let change = Change::DeleteService { id: known.id.clone(), expected: Expected::Any, ports_stay: true };
         self.write(request.request_id, change).await
     }
+}
+
+/// Whether a node has containers of both services.
+fn share_a_node(state: &State, one: &Service, other: &Service) -> bool {
+    let nodes = |service: &Service| -> BTreeSet<NodeId> {
+        let own = state.containers_of(&service.id).filter(|container| container.holds_resources());
+        own.filter_map(|container| container.node.clone()).collect()
+    };
+    !nodes(one).is_disjoint(&nodes(other))
 }
 
 /// Whether containers of the old spec must be replaced. How many there are, and what happens when one ends, they need not

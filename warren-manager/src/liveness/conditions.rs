@@ -1,4 +1,7 @@
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use warren_proto::v1;
 
@@ -10,12 +13,20 @@ const SKEW: Duration = Duration::from_secs(10);
 const MAX_CONDITIONS: usize = 16;
 const MAX_TYPE: usize = 32;
 const MAX_MESSAGE: usize = 512;
+const MAX_LISTENERS: usize = 4096;
 
 const CLOCK_SKEWED: &str = "clock_skewed";
 
 /// The conditions that this version knows; see `NodeCondition` in the API.
-pub const CONDITIONS: [&str; 6] =
-    ["clock_skewed", "containerd_unavailable", "disk_full", "dns_failed", "network_failed", "probes_absent"];
+pub const CONDITIONS: [&str; 7] = [
+    "clock_skewed",
+    "containerd_unavailable",
+    "disk_full",
+    "dns_failed",
+    "network_failed",
+    "port_conflict",
+    "probes_absent",
+];
 
 /// Something that is wrong with a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +46,8 @@ pub struct Condition {
 pub(crate) struct Conditions {
     reported: BTreeMap<String, Condition>,
     clock: Option<Condition>,
+    /// Ports that processes of the node listen on; not a condition, and told with them.
+    listeners: BTreeSet<(u32, i32)>,
 }
 
 fn is_type(text: &str) -> bool {
@@ -76,6 +89,15 @@ impl Conditions {
             blocks: false,
         });
         changed
+    }
+
+    pub(super) fn set_listeners(&mut self, listeners: &[v1::NodeListener]) {
+        let ports = listeners.iter().take(MAX_LISTENERS).map(|listener| (listener.port, listener.protocol));
+        self.listeners = ports.collect();
+    }
+
+    pub(super) fn listens(&self, port: u32, protocol: v1::Protocol) -> bool {
+        self.listeners.contains(&(port, protocol.into()))
     }
 
     pub(super) fn blocks(&self) -> bool {

@@ -440,6 +440,6 @@ mod tests {
             privileged: true,
             ..spec()
         };
-        assert_eq!(check(Some(spec.clone()), Policy { privileged: true }), Ok(spec));
+        assert_eq!(check(Some(spec.clone()), Policy { privileged: true, ..Policy::default() }), Ok(spec));
     }
 }
