@@ -50,7 +50,8 @@ fn a_container_that_does_not_answer_is_not_named_and_is_replaced() {
     let never =
         ["service", "create", "never", "--image", image_name(), "--health", "tcp://:81", "--wait", "--timeout", "2"];
     let never = world.warren(&[&never[..], &["--", "sleep", "1000"]].concat());
-    assert!(never.stderr.contains("after 2 s: connecting to port 81: Connection refused"), "{}", never.stderr);
+    let why = "never-1 has not passed a health check: connecting to port 81: Connection refused";
+    assert!(never.stderr.contains("not ready after 2 s (0 of 1)") && never.stderr.contains(why), "{}", never.stderr);
     let _ = world.warren(&["service", "rm", "never", "--wait"]).succeeded();
     until("it has a name", || (names("web") == first.addresses[..1]).then_some(()));
     let published =

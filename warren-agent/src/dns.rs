@@ -17,7 +17,7 @@ use hickory_proto::{ProtoError, op::ResponseCode, rr::RecordType};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use warren_agent_ebpf::histogram::Histogram;
-use warren_dns::{Limits, Observer, Sockets, Source as Origin, Upstreams, Zone, serve};
+use warren_dns::{Forwarder, Limits, Observer, Sockets, Source as Origin, Upstreams, Zone, serve};
 use warren_telemetry::{Measurement, Series, Source};
 
 use crate::{
@@ -29,6 +29,10 @@ use crate::{
 const PORT: u16 = 53;
 /// Before trying again to use the address.
 const RETRY: Duration = Duration::from_secs(2);
+/// Whom the machine itself asks.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+/// Between looks at it.
+const LOOK: Duration = Duration::from_secs(2);
 /// What a container may ask at once, in seconds of its rate.
 const BURST: NonZeroU32 = NonZeroU32::new(2).unwrap();
 
@@ -110,13 +114,36 @@ impl Resolver {
         }
     }
 
-    async fn answer(&self, shutdown: CancellationToken) {
-        let address = SocketAddr::new(RESOLVER.into(), PORT);
-        let upstreams = if self.options.upstreams.is_empty() {
-            Upstreams::from_resolv_conf(Path::new("/etc/resolv.conf"), IpAddr::from(RESOLVER))
+    /// Whom to ask, by the settings or else by the machine's own.
+    fn upstreams(&self) -> Upstreams {
+        if self.options.upstreams.is_empty() {
+            Upstreams::from_resolv_conf(Path::new(RESOLV_CONF), IpAddr::from(RESOLVER))
         } else {
             Upstreams(self.options.upstreams.clone())
-        };
+        }
+    }
+
+    /// Whom the machine asks changes: by DHCP, by a VPN, by hand.
+    async fn follow_upstreams(self, forwarder: Arc<Forwarder>) {
+        let mut known = self.upstreams();
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let resolver = self.clone();
+            // A small file, which may be on a disk that hangs.
+            let Ok(found) = tokio::task::spawn_blocking(move || resolver.upstreams()).await else { return };
+            if found != known {
+                let servers: Vec<_> = found.0.iter().map(ToString::to_string).collect();
+                tracing::info!(servers = servers.join(" "), "upstream resolvers changed");
+                forwarder.set_upstreams(&found);
+                known = found;
+            }
+        }
+    }
+
+    async fn answer(&self, shutdown: CancellationToken) {
+        let address = SocketAddr::new(RESOLVER.into(), PORT);
+        let forwarder = Arc::new(Forwarder::new(&self.upstreams()));
+        let _follows = AbortOnDrop(tokio::spawn(self.clone().follow_upstreams(Arc::clone(&forwarder))));
         let rate = self.options.rate;
         let limits = Limits { rate, burst: rate.saturating_mul(BURST) };
         while !shutdown.is_cancelled() {
@@ -125,7 +152,7 @@ impl Resolver {
                     self.set_problem(None);
                     let observer = Arc::clone(&self.counts) as Arc<dyn Observer>;
                     let zone = Arc::clone(&self.zone);
-                    serve(sockets, zone, &upstreams, limits, observer, shutdown.clone()).await;
+                    serve(sockets, zone, Arc::clone(&forwarder), limits, observer, shutdown.clone()).await;
                     if shutdown.is_cancelled() {
                         return;
                     }
@@ -137,6 +164,15 @@ impl Resolver {
             self.set_problem(Some(problem));
             tokio::time::sleep(RETRY).await;
         }
+    }
+}
+
+/// Ends a task with whoever began it.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
@@ -157,7 +193,7 @@ const CODES: [(ResponseCode, &str); 5] = [
 ];
 const ORIGINS: [(Origin, &str); 3] =
     [(Origin::Local, "local"), (Origin::Forwarded, "forwarded"), (Origin::Cached, "cached")];
-const REASONS: [&str; 3] = ["no_upstream", "timeout", "other"];
+const REASONS: [&str; 4] = ["no_upstream", "timeout", "overloaded", "other"];
 const OTHER: &str = "other";
 
 /// What the resolver has done: plain counters, because it does it a hundred thousand times a second.

@@ -250,10 +250,12 @@ async fn feed(from: &mut Streaming<v1::ExecRequest>, mut stdin: Option<pipe::Sen
 
 /// Ends a command that nobody looks at any more, as the end of a terminal would.
 async fn hang_up(execution: &Execution) {
+    let running = execution.running().await;
     let hung_up = execution.signal(SIGHUP).await.is_ok();
     let ended = hung_up && tokio::time::timeout(HANGUP_PATIENCE, execution.wait()).await.is_ok();
     if !ended && let Err(error) = execution.kill().await {
         tracing::warn!(%error, "a command that nobody waits for cannot be ended");
     }
+    execution.kill_left(running).await;
     execution.delete().await;
 }

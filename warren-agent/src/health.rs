@@ -74,7 +74,7 @@ impl Checks {
         let interval = duration(subject.check.interval, INTERVAL);
         let retries = if subject.check.retries == 0 { RETRIES } else { subject.check.retries };
         let start_period = duration(subject.check.start_period, Duration::ZERO);
-        let mut tracker = Tracker::new(subject.health, retries, start_period);
+        let mut tracker = Tracker::new(subject.health, retries, interval, start_period);
         let probe = Probe {
             namespace: PathBuf::from(format!("/proc/{}/ns/net", subject.pid)),
             address: own_address(&subject.addresses),

@@ -268,7 +268,7 @@ impl Session<'_> {
                     tokio::time::sleep(QUIET).await;
                     let statuses = self.board.take_unsent();
                     if !statuses.is_empty() {
-                        send(&sender, agent_message::Message::Status(v1::StatusReport { statuses })).await?;
+                        send(&sender, agent_message::Message::Status(v1::StatusReport { statuses, sent_at: Some(tasks::now()) })).await?;
                     }
                 }
                 () = sleep_until(next_snapshot) => {

@@ -30,6 +30,12 @@ pub(crate) fn read(running: &[Running], sources: &[Arc<dyn Source>]) -> v1::Stre
     v1::StreamStatsResponse { node: Some(v1::NodeStats { series, ..of_node() }), containers }
 }
 
+/// The processes of a process's cgroup, itself among them; host's ids.
+pub(crate) fn processes_with(pid: u32) -> Vec<u32> {
+    let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    Hierarchies::of_this_process().processes(&cgroups)
+}
+
 fn of_node() -> v1::NodeStats {
     let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
     let (cpus, cpu_usage_nanos) = processors(&stat);

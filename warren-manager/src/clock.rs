@@ -25,6 +25,12 @@ impl Timestamp {
         Duration::from_millis(self.0.saturating_sub(earlier.0))
     }
 
+    /// The same point in time by a clock that is ahead by so many milliseconds.
+    #[must_use]
+    pub fn shifted(self, millis: i64) -> Self {
+        Self(self.0.saturating_add_signed(millis))
+    }
+
     /// As protobuf has it.
     #[must_use]
     pub fn to_proto(self) -> pbjson_types::Timestamp {

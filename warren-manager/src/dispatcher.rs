@@ -169,7 +169,10 @@ impl Dispatcher {
             };
             self.liveness.heard(node);
             match message {
-                Some(agent_message::Message::Status(report)) => self.reports.add(node, report),
+                Some(agent_message::Message::Status(report)) => {
+                    self.compare_clock(node, report.sent_at);
+                    self.reports.add(node, report, self.liveness.clock_shift(node));
+                }
                 Some(agent_message::Message::Telemetry(snapshot)) => {
                     self.compare_clock(node, snapshot.taken_at);
                     let known = self.collected.accept(session, node, hostname, snapshot);

@@ -261,6 +261,12 @@ impl Liveness {
         }
     }
 
+    /// What is to be added to a node's times to make them the leader's, in milliseconds.
+    #[must_use]
+    pub fn clock_shift(&self, node: &NodeId) -> i64 {
+        self.table().conditions.get(node).map_or(0, Conditions::shift)
+    }
+
     /// What is wrong with a node, by type; nothing of one that is not heard of.
     #[must_use]
     pub fn conditions(&self, node: &NodeId) -> Vec<Condition> {

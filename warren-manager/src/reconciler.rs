@@ -309,7 +309,8 @@ fn vacant(
         }
         let doublings = failures.saturating_sub(1).min(16);
         let delay = policy.delay.saturating_mul(1 << doublings).min(MAX_DELAY.max(policy.delay));
-        let due = last.status.finished_at.unwrap_or(last.status.changed_at).after(delay);
+        // When its node said so, by the leader's clock; when it ended is by whatever clock the runtime has.
+        let due = last.status.changed_at.after(delay);
         if due > now {
             plan.wake(service, due);
             return true;

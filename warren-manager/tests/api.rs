@@ -181,7 +181,7 @@ impl Agent {
     async fn report(&self, id: &str, state: v1::ContainerState) {
         let status = v1::ContainerStatus { state: state.into(), ..Default::default() };
         let statuses = vec![v1::ReportedStatus { container_id: id.to_owned(), status: Some(status) }];
-        let message = agent_message::Message::Status(v1::StatusReport { statuses });
+        let message = agent_message::Message::Status(v1::StatusReport { statuses, sent_at: None });
         self.sender.send(v1::AgentMessage { message: Some(message) }).await.expect("open");
     }
 }

@@ -236,7 +236,7 @@ async fn agent(routes: Routes, id: &'static str) {
             container_id: assignment.container_id,
             status: Some(status.clone()),
         });
-        let report = v1::StatusReport { statuses: statuses.collect() };
+        let report = v1::StatusReport { statuses: statuses.collect(), sent_at: None };
         if send(agent_message::Message::Status(report)).await.is_err() {
             return;
         }

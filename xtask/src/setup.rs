@@ -42,7 +42,7 @@ const TOOLS: [Tool; 9] = [
     tool("git", "git", "names the commit a binary is built from"),
 ];
 
-const TEST_TOOLS: [Tool; 9] = [
+const TEST_TOOLS: [Tool; 11] = [
     tool("prometheus", "prometheus", "scrapes Warren in tests"),
     tool("promtool", "prometheus", "checks metrics in tests"),
     tool("dig", "bind9-dnsutils", "asks DNS queries in tests"),
@@ -52,6 +52,8 @@ const TEST_TOOLS: [Tool; 9] = [
     tool("curl", "curl", "puts images there"),
     tool("bridge", "iproute2", "shows the overlay's entries in tests"),
     tool("dnsmasq", "dnsmasq-base", "answers DNS queries in tests"),
+    tool("faketime", "faketime", "gives programs another clock in tests"),
+    tool("python3", "python3", "sends and receives datagrams in tests"),
 ];
 
 const BENCH_TOOLS: [Tool; 4] = [

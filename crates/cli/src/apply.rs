@@ -105,13 +105,21 @@ fn read(path: &Path) -> Result<String, Error> {
 fn documents(text: &str) -> Vec<String> {
     let mut documents = vec![String::new()];
     for (i, line) in text.lines().enumerate() {
-        let ends = line == "---" || line.starts_with("--- ");
-        match documents.last_mut() {
-            Some(document) if !ends => {
-                document.push_str(line);
+        // What stands behind the dashes belongs to the document that they begin.
+        let begins = if line.trim_end() == "---" {
+            Some("")
+        } else {
+            line.strip_prefix("---").filter(|rest| rest.starts_with([' ', '\t']))
+        };
+        match (begins, documents.last_mut()) {
+            (None, Some(document)) => {
+                // An end without another beginning.
+                if line.trim_end() != "..." {
+                    document.push_str(line);
+                }
                 document.push('\n');
             }
-            _ => documents.push("\n".repeat(i + 1)),
+            (rest, _) => documents.push(format!("{}{}\n", "\n".repeat(i), rest.unwrap_or_default())),
         }
     }
     let says_something =
@@ -259,4 +267,21 @@ async fn apply_service(client: &ClientArguments, spec: v1::ServiceSpec) -> Resul
     };
     say!("service {name} {what}");
     Ok(applied.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::documents;
+
+    #[test]
+    fn nothing_of_a_file_is_dropped() {
+        let texts = |text: &str| documents(text).iter().map(|text| text.trim().to_owned()).collect::<Vec<_>>();
+        assert_eq!(texts("a: 1\n---\nb: 2\n"), ["a: 1", "b: 2"]);
+        assert_eq!(texts("--- {a: 1}\n--- {b: 2}\n---\nc: 3"), ["{a: 1}", "{b: 2}", "c: 3"]);
+        assert_eq!(texts("---\ta: 1\n...\n--- # only words\nb: 2"), ["a: 1", "# only words\nb: 2"]);
+        assert_eq!(texts("a: |\n  --- inside\n  ----\n----x"), ["a: |\n  --- inside\n  ----\n----x"]);
+        assert_eq!(texts("# nothing\n---\n\n--- \n"), Vec::<String>::new());
+        // Lines keep their numbers.
+        assert_eq!(documents("a: 1\n--- {b: 2}\n")[1].lines().position(|line| line.contains('b')), Some(1));
+    }
 }

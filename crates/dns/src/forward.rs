@@ -1,30 +1,30 @@
 use std::{
     fs,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, SocketAddrV6},
     num::NonZeroUsize,
     path::Path,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use hickory_resolver::{
-    Resolver, TokioResolver,
-    config::{NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
-    net::{DnsError, NetError, runtime::TokioRuntimeProvider},
-};
+use arc_swap::ArcSwap;
 use hickory_server::proto::{
     op::ResponseCode,
-    rr::{LowerName, Name, Record, RecordType},
+    rr::{LowerName, Name, RData, Record, RecordType},
 };
 use lru::LruCache;
 
-/// A resolver that does not answer within this time is asked again, and then the next one.
-const TIMEOUT: Duration = Duration::from_millis(1000);
-const ATTEMPTS: usize = 2;
+use crate::exchange::{Problem, Servers};
+
 /// How long all of them together may take: less than a client's five seconds, so that it hears of the failure.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Answers kept.
 const CACHED: usize = 10_000;
+/// Memory that they take at most, in bytes.
+const CACHED_BYTES: usize = 16 << 20;
+/// What a byte of an answer takes in memory, and what each answer does besides, as measured: about.
+const MEMORY_A_BYTE: usize = 4;
+const OVERHEAD: usize = 512;
 /// How long an answer is kept at most, whatever it says, and one that there is nothing.
 const MAX_TTL: Duration = Duration::from_secs(3600);
 const MAX_NEGATIVE_TTL: Duration = Duration::from_secs(300);
@@ -43,10 +43,25 @@ impl Upstreams {
         let servers = text.lines().filter_map(|line| {
             let mut words = line.split_whitespace();
             let address = words.next().filter(|word| *word == "nameserver").and(words.next())?;
-            address.parse::<IpAddr>().ok()
+            server(address)
         });
-        Self(servers.filter(|address| *address != own).map(|address| SocketAddr::new(address, 53)).collect())
+        Self(servers.filter(|address| address.ip() != own).collect())
     }
+}
+
+/// An address, which may say by which link it is reached: `fe80::1%eth0`.
+fn server(text: &str) -> Option<SocketAddr> {
+    const PORT: u16 = 53;
+    let Some((address, link)) = text.split_once('%') else {
+        return Some(SocketAddr::new(text.parse().ok()?, PORT));
+    };
+    let index = match link.parse() {
+        Ok(index) => index,
+        Err(_) => {
+            fs::read_to_string(Path::new("/sys/class/net").join(link).join("ifindex")).ok()?.trim().parse().ok()?
+        }
+    };
+    Some(SocketAddrV6::new(address.parse().ok()?, PORT, 0, index).into())
 }
 
 /// What upstream says.
@@ -92,6 +107,8 @@ pub(crate) enum Failure {
     NoUpstream,
     /// Nobody answered in time.
     Timeout,
+    /// Too many questions wait already.
+    Overloaded,
     /// Something else.
     Other,
 }
@@ -101,6 +118,7 @@ impl Failure {
         match self {
             Self::NoUpstream => "no_upstream",
             Self::Timeout => "timeout",
+            Self::Overloaded => "overloaded",
             Self::Other => "other",
         }
     }
@@ -110,78 +128,118 @@ struct Kept {
     answer: Forwarded,
     at: Instant,
     until: Instant,
+    bytes: usize,
 }
 
-/// Asks upstream, and remembers.
-pub(crate) struct Forwarder {
-    resolver: Option<TokioResolver>,
-    cache: Mutex<LruCache<(LowerName, RecordType), Kept>>,
+/// What is remembered, the latest used first; bounded in bytes as well as in number.
+struct Cache {
+    kept: LruCache<(LowerName, RecordType), Kept>,
+    bytes: usize,
 }
 
-impl Forwarder {
-    pub(crate) fn new(upstreams: &Upstreams) -> Self {
-        let servers = upstreams.0.iter().map(|address| {
-            // By UDP first; what does not fit comes by TCP.
-            let mut server = NameServerConfig::udp_and_tcp(address.ip());
-            for connection in &mut server.connections {
-                connection.port = address.port();
-            }
-            server
-        });
-        let config = ResolverConfig::from_parts(None, Vec::new(), servers.collect());
-        let mut builder = Resolver::builder_with_config(config, TokioRuntimeProvider::default());
-        let options: &mut ResolverOpts = builder.options_mut();
-        options.timeout = TIMEOUT;
-        options.attempts = ATTEMPTS;
-        options.cache_size = 0;
-        options.use_hosts_file = ResolveHosts::Never;
-        options.edns0 = true;
-        options.preserve_intermediates = true;
-        let resolver = if upstreams.0.is_empty() { None } else { builder.build().ok() };
-        let size = NonZeroUsize::new(CACHED).unwrap_or(NonZeroUsize::MIN);
-        Self { resolver, cache: Mutex::new(LruCache::new(size)) }
-    }
-
-    /// What is remembered.
-    pub(crate) fn cached(&self, name: &LowerName, kind: RecordType) -> Option<Forwarded> {
-        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (name.clone(), kind);
-        let kept = cache.get(&key)?;
-        let now = Instant::now();
+impl Cache {
+    fn get(&mut self, key: &(LowerName, RecordType), now: Instant) -> Option<Forwarded> {
+        let kept = self.kept.get(key)?;
         if kept.until <= now {
-            cache.pop(&key);
+            self.remove(key);
             return None;
         }
         Some(kept.answer.aged(now - kept.at))
     }
 
+    fn remove(&mut self, key: &(LowerName, RecordType)) {
+        if let Some(kept) = self.kept.pop(key) {
+            self.bytes -= kept.bytes;
+        }
+    }
+
+    fn put(&mut self, key: (LowerName, RecordType), kept: Kept) {
+        self.remove(&key);
+        if kept.bytes > CACHED_BYTES / 16 {
+            // It would take the place of too many others.
+            return;
+        }
+        self.bytes += kept.bytes;
+        if let Some((_, oldest)) = self.kept.push(key, kept) {
+            self.bytes -= oldest.bytes;
+        }
+        while self.bytes > CACHED_BYTES {
+            let Some((_, oldest)) = self.kept.pop_lru() else { return };
+            self.bytes -= oldest.bytes;
+        }
+    }
+}
+
+/// Asks upstream, and remembers. Whom it asks may change.
+pub struct Forwarder {
+    servers: ArcSwap<Servers>,
+    cache: Mutex<Cache>,
+}
+
+impl std::fmt::Debug for Forwarder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Forwarder").field("servers", &self.servers.load()).finish_non_exhaustive()
+    }
+}
+
+impl Forwarder {
+    /// Asks these.
+    #[must_use]
+    pub fn new(upstreams: &Upstreams) -> Self {
+        let size = NonZeroUsize::new(CACHED).unwrap_or(NonZeroUsize::MIN);
+        Self {
+            servers: ArcSwap::from_pointee(Servers::new(upstreams.0.clone())),
+            cache: Mutex::new(Cache { kept: LruCache::new(size), bytes: 0 }),
+        }
+    }
+
+    /// Asks others from now on. What is remembered stays.
+    pub fn set_upstreams(&self, upstreams: &Upstreams) {
+        self.servers.store(Arc::new(Servers::new(upstreams.0.clone())));
+    }
+
+    /// What is remembered.
+    pub(crate) fn cached(&self, name: &LowerName, kind: RecordType) -> Option<Forwarded> {
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        cache.get(&(name.clone(), kind), Instant::now())
+    }
+
     /// Asks.
     pub(crate) async fn ask(&self, name: &LowerName, kind: RecordType) -> Result<Forwarded, Failure> {
-        let resolver = self.resolver.as_ref().ok_or(Failure::NoUpstream)?;
+        let servers = self.servers.load_full();
+        if servers.is_empty() {
+            return Err(Failure::NoUpstream);
+        }
         let mut fqdn = Name::from(name);
         fqdn.set_fqdn(true);
-        let asked = tokio::time::timeout(PATIENCE, resolver.lookup(fqdn, kind)).await;
-        let answer = match asked.unwrap_or(Err(NetError::Timeout)) {
-            Ok(lookup) => Forwarded { code: ResponseCode::NoError, records: lookup.answers().to_vec(), soa: None },
-            Err(NetError::Dns(DnsError::NoRecordsFound(nothing))) => Forwarded {
-                code: nothing.response_code,
-                records: Vec::new(),
-                soa: nothing.soa.map(|soa| soa.into_record_of_rdata()),
-            },
-            Err(NetError::Dns(DnsError::ResponseCode(code))) => Forwarded { code, records: Vec::new(), soa: None },
-            Err(NetError::Timeout) => return Err(Failure::Timeout),
-            Err(error) => {
-                tracing::debug!(%error, "a DNS query could not be forwarded");
-                return Err(Failure::Other);
-            }
+        let asked = tokio::time::timeout(PATIENCE, servers.ask(&fqdn, kind)).await;
+        let message = asked.unwrap_or(Err(Problem::Timeout)).map_err(|problem| match problem {
+            Problem::Timeout => Failure::Timeout,
+            Problem::Unreachable => Failure::Other,
+        })?;
+        let bytes = message.to_vec().map_or(usize::MAX, |bytes| bytes.len() * MEMORY_A_BYTE + OVERHEAD);
+        let soa = message.authorities.into_iter().find(|record| record.record_type() == RecordType::SOA);
+        let negative = message.answers.is_empty();
+        let answer = Forwarded {
+            code: message.metadata.response_code,
+            records: message.answers,
+            soa: soa.filter(|_| negative).map(negative_ttl),
         };
         if let Some(ttl) = answer.ttl().filter(|ttl| !ttl.is_zero()) {
             let at = Instant::now();
-            let kept = Kept { answer: answer.clone(), at, until: at + ttl };
+            let kept = Kept { answer: answer.clone(), at, until: at + ttl, bytes };
             self.cache.lock().unwrap_or_else(PoisonError::into_inner).put((name.clone(), kind), kept);
         }
         Ok(answer)
     }
+}
+
+/// That there is nothing is true for the lesser of two times (RFC 2308, 5).
+fn negative_ttl(mut soa: Record) -> Record {
+    if let RData::SOA(data) = &soa.data {
+        soa.ttl = soa.ttl.min(data.minimum);
+    }
+    soa
 }
 
 #[cfg(test)]
@@ -191,14 +249,40 @@ mod tests {
     #[test]
     fn the_nodes_resolvers_are_asked_and_not_this_one() {
         let file = std::env::temp_dir().join(format!("warren-dns-test-{}", std::process::id()));
-        let text =
-            "# comment\nnameserver 169.254.1.1\nsearch a b\nnameserver 192.0.2.1\nnameserver fd00::1\nnameserver x\n";
+        let text = "# comment\nnameserver 169.254.1.1\nsearch a b\nnameserver 192.0.2.1\nnameserver fd00::1\nnameserver fe80::1%lo\nnameserver x\n";
         fs::write(&file, text).expect("writable");
         let own = "169.254.1.1".parse().expect("an address");
         let found = Upstreams::from_resolv_conf(&file, own);
         fs::remove_file(&file).expect("removable");
-        let expected = ["192.0.2.1:53", "[fd00::1]:53"].map(|text| text.parse().expect("an address"));
+        let expected = ["192.0.2.1:53", "[fd00::1]:53", "[fe80::1%1]:53"].map(|text| text.parse().expect("an address"));
         assert_eq!(found.0, expected);
         assert!(Upstreams::from_resolv_conf(Path::new("/none"), own).0.is_empty());
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded_in_bytes() {
+        let mut cache = Cache { kept: LruCache::new(NonZeroUsize::new(CACHED).expect("not zero")), bytes: 0 };
+        let key =
+            |i: usize| (LowerName::from(Name::from_ascii(format!("n{i}.example.")).expect("a name")), RecordType::TXT);
+        let now = Instant::now();
+        let kept = |bytes| Kept {
+            answer: Forwarded { code: ResponseCode::NoError, records: Vec::new(), soa: None },
+            at: now,
+            until: now + MAX_TTL,
+            bytes,
+        };
+        let large = CACHED_BYTES / 20;
+        for i in 0..1000 {
+            cache.put(key(i), kept(large));
+            assert!(cache.bytes <= CACHED_BYTES);
+        }
+        assert_eq!((cache.kept.len(), cache.bytes), (20, 20 * large));
+        assert!(cache.get(&key(999), now).is_some() && cache.get(&key(0), now).is_none());
+        cache.put(key(999), kept(1));
+        assert_eq!(cache.bytes, 19 * large + 1);
+        cache.put(key(5), kept(CACHED_BYTES));
+        assert!(cache.get(&key(5), now).is_none());
+        assert!(cache.get(&key(999), now + MAX_TTL).is_none());
+        assert_eq!(cache.bytes, 19 * large);
     }
 }

@@ -11,11 +11,12 @@
 //! | `vip.web` | its virtual addresses |
 //! | `_http._tcp.web` | SRV: the port named `http` of each healthy container |
 
+mod exchange;
 mod fast;
 mod forward;
 mod server;
 mod zone;
 
-pub use forward::Upstreams;
+pub use forward::{Forwarder, Upstreams};
 pub use server::{BindError, Limits, Observer, Sockets, Source, serve};
 pub use zone::{Answer, Zone};

@@ -25,12 +25,17 @@ use nix::{
     sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, recvmmsg, sendmmsg},
 };
 use socket2::{Domain, Socket, Type};
-use tokio::{net::TcpListener, runtime::Handle, sync::Semaphore, task::JoinSet};
+use tokio::{
+    net::TcpListener,
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     fast::Question,
-    forward::{Forwarded, Forwarder, Upstreams},
+    forward::{Failure, Forwarded, Forwarder},
     zone::{Answer, Zone},
 };
 
@@ -116,6 +121,8 @@ impl Sockets {
 
 /// Requests of one socket that are being answered by the whole server, those that wait for the node's resolvers among them.
 const ANSWERING: usize = 4096;
+/// The same for those that need nobody else, when there are too many that do.
+const LOCAL: usize = 1024;
 /// Datagrams that are read and sent together.
 const TOGETHER: usize = 32;
 /// How long it may take until a thread hears that it is to stop.
@@ -123,18 +130,17 @@ const STOP: Duration = Duration::from_millis(500);
 /// More than a request has.
 const MAX_REQUEST: usize = 4096;
 
-/// Answers DNS from the zone as it is at the time, until `shutdown`. `upstreams` are asked for what is not the zone's.
+/// Answers DNS from the zone as it is at the time, until `shutdown`. `forwarder` is asked for what is not the zone's.
 pub async fn serve(
     sockets: Sockets,
     zone: Arc<ArcSwap<Zone>>,
-    upstreams: &Upstreams,
+    forwarder: Arc<Forwarder>,
     limits: Limits,
     observer: Arc<dyn Observer>,
     shutdown: CancellationToken,
 ) {
     let limiter = Arc::new(RateLimiter::keyed(Quota::per_second(limits.rate).allow_burst(limits.burst)));
-    let forwarder = Forwarder::new(upstreams);
-    let handler = Handler { zone, forwarder: Arc::new(forwarder), limiter: Arc::clone(&limiter), observer };
+    let handler = Handler { zone, forwarder, limiter: Arc::clone(&limiter), observer };
     // Threads of their own, which wait in the kernel: what else goes on here does not hold answers up.
     let stop = CancellationToken::new();
     let _stopped = stop.clone().drop_guard();
@@ -167,6 +173,13 @@ pub async fn serve(
     }
     // Requests that are being answered may be cut off: whoever asked asks again.
     server.shutdown_token().cancel();
+}
+
+/// A place among the requests that are being answered, and whether the node's resolvers may be asked. What waits for them does not keep
+/// what is known here from being answered.
+fn permit(others: &Arc<Semaphore>, locals: &Arc<Semaphore>) -> Option<(OwnedSemaphorePermit, bool)> {
+    let waiting = Arc::clone(others).try_acquire_owned().ok().map(|permit| (permit, true));
+    waiting.or_else(|| Some((Arc::clone(locals).try_acquire_owned().ok()?, false)))
 }
 
 fn socket(address: SocketAddr, kind: Type, protocol: socket2::Protocol) -> io::Result<Socket> {
@@ -306,7 +319,7 @@ impl Handler {
     /// Answers what comes to a socket until `stop` or until it fails: plain questions at once, as many together as have come,
     /// others beside it. Blocks.
     fn answer_datagrams(&self, socket: Arc<UdpSocket>, runtime: &Handle, stop: &CancellationToken) -> io::Result<()> {
-        let others = Arc::new(Semaphore::new(ANSWERING));
+        let (others, locals) = (Arc::new(Semaphore::new(ANSWERING)), Arc::new(Semaphore::new(LOCAL)));
         let mut requests = vec![[0; MAX_REQUEST]; TOGETHER];
         let mut answers = vec![Vec::new(); TOGETHER];
         let (mut scratch, mut to) = (Vec::new(), Vec::with_capacity(TOGETHER));
@@ -329,11 +342,11 @@ impl Handler {
                 let allowed = self.allows(from.ip());
                 if allowed && self.answer_plain(request, &mut scratch, &mut answers[to.len()]) {
                     to.push(Some(address));
-                } else if let Ok(permit) = Arc::clone(&others).try_acquire_owned() {
+                } else if let Some((permit, may_forward)) = permit(&others, &locals) {
                     let datagrams = Datagrams { socket: Arc::clone(&socket), to: from, limit: MIN_UDP };
                     let (handler, request) = (self.clone(), request.to_vec());
                     runtime.spawn(async move {
-                        handler.answer_other(request, datagrams, allowed).await;
+                        handler.answer_other(request, datagrams, allowed, may_forward).await;
                         drop(permit);
                     });
                 }
@@ -360,7 +373,7 @@ impl Handler {
     }
 
     /// Answers any request.
-    async fn answer_other(&self, bytes: Vec<u8>, mut to: Datagrams, allowed: bool) {
+    async fn answer_other(&self, bytes: Vec<u8>, mut to: Datagrams, allowed: bool, may_forward: bool) {
         const RESPONSE: u8 = 0x80;
         let (Some(&[id_high, id_low, flags, _]), true) = (bytes.first_chunk(), bytes.len() >= HEADER) else { return };
         // A response is nobody's question, and port 0 nobody's address.
@@ -372,7 +385,7 @@ impl Handler {
                 if let Some(edns) = &request.edns {
                     to.limit = payload(edns);
                 }
-                self.respond(&request, to, allowed).await;
+                self.respond(&request, to, allowed, may_forward).await;
             }
             Err(error) => {
                 tracing::debug!(%error, "a malformed DNS request");
@@ -384,7 +397,7 @@ impl Handler {
         }
     }
 
-    async fn reply(&self, request: &Request, allowed: bool) -> (RecordType, Reply) {
+    async fn reply(&self, request: &Request, allowed: bool, may_forward: bool) -> (RecordType, Reply) {
         let info = match request.request_info() {
             Ok(info) if request.metadata.op_code == OpCode::Query => info,
             Ok(_) => return (RecordType::ZERO, Reply::refusal(ResponseCode::NotImp)),
@@ -417,7 +430,8 @@ impl Handler {
         if let Some(cached) = self.forwarder.cached(name, kind) {
             return (kind, Reply::forwarded(cached, Source::Cached));
         }
-        let reply = match self.forwarder.ask(name, kind).await {
+        let asked = if may_forward { self.forwarder.ask(name, kind).await } else { Err(Failure::Overloaded) };
+        let reply = match asked {
             Ok(answer) => Reply::forwarded(answer, Source::Forwarded),
             Err(failure) => {
                 self.observer.upstream_failed(failure.label());
@@ -427,9 +441,15 @@ impl Handler {
         (kind, reply)
     }
 
-    async fn respond(&self, request: &Request, mut handle: impl ResponseHandler, allowed: bool) -> ResponseInfo {
+    async fn respond(
+        &self,
+        request: &Request,
+        mut handle: impl ResponseHandler,
+        allowed: bool,
+        may_forward: bool,
+    ) -> ResponseInfo {
         let began = Instant::now();
-        let (kind, reply) = self.reply(request, allowed).await;
+        let (kind, reply) = self.reply(request, allowed, may_forward).await;
         let mut metadata = Metadata::response_from_request(&request.metadata);
         metadata.response_code = reply.code;
         metadata.authoritative = reply.authoritative;
@@ -454,6 +474,6 @@ impl Handler {
 #[async_trait::async_trait]
 impl RequestHandler for Handler {
     async fn handle_request<R: ResponseHandler, T: Time>(&self, request: &Request, handle: R) -> ResponseInfo {
-        self.respond(request, handle, self.allows(request.src().ip())).await
+        self.respond(request, handle, self.allows(request.src().ip()), true).await
     }
 }

@@ -352,7 +352,7 @@ async fn session(agent: &Agent, manager: &str) -> anyhow::Result<()> {
         }
         let statuses = agent.reports(std::mem::take(&mut all));
         if !statuses.is_empty() {
-            send(agent_message::Message::Status(v1::StatusReport { statuses })).await?;
+            send(agent_message::Message::Status(v1::StatusReport { statuses, sent_at: None })).await?;
         }
     }
 }

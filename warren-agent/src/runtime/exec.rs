@@ -1,6 +1,6 @@
 //! Processes in containers that run already.
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
 use containerd_client::{services::v1 as api, tonic::Code};
 use oci_spec::runtime::{BoxBuilder, Capabilities, Process, Spec, UserBuilder};
@@ -8,6 +8,7 @@ use prost_types::Any;
 use warren_proto::v1;
 
 use super::{Containerd, Error, users};
+use crate::stats::processes_with;
 
 /// containerd's name for a process of an OCI runtime spec as JSON.
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
@@ -84,8 +85,27 @@ impl Execution {
         }
     }
 
-    /// Kills it and waits until it is gone: only then can it be deleted.
+    /// Its process, while it runs.
+    pub(crate) async fn running(&self) -> Option<Running> {
+        let request = api::GetRequest { container_id: self.container.clone(), exec_id: self.id.clone() };
+        let answer = self.containerd.client().tasks().get(self.containerd.request(request)).await.ok()?;
+        let command = answer.into_inner().process.map(|process| process.pid).filter(|pid| *pid != 0)?;
+        let (_, first) = self.containerd.task(&self.container).await.ok()??;
+        Some(Running { command, first })
+    }
+
+    /// Kills what it started and left behind.
+    pub(crate) async fn kill_left(&self, running: Option<Running>) {
+        if let Some(running) = running {
+            // Many processes, perhaps: not on a thread that serves others. A panic is logged.
+            let _ = tokio::task::spawn_blocking(move || running.kill_all()).await;
+        }
+    }
+
+    /// Kills it with all that it started, and waits until it is gone: only then can it be deleted.
     pub(crate) async fn kill(&self) -> Result<(), Error> {
+        let running = self.running().await;
+        self.kill_left(running).await;
         self.signal(SIGKILL).await?;
         let _ = tokio::time::timeout(KILL_PATIENCE, self.wait()).await;
         Ok(())
@@ -177,14 +197,78 @@ impl Containerd {
         let execution = self.add_process(&exec_id, &start, &Streams::default()).await?;
         let began = std::time::Instant::now();
         let ran = match execution.start().await {
-            Ok(()) => match tokio::time::timeout(limit.saturating_sub(began.elapsed()), execution.wait()).await {
-                Ok(code) => code.map(Some),
-                Err(_) => execution.kill().await.map(|()| None),
-            },
+            Ok(()) => {
+                let running = execution.running().await;
+                match tokio::time::timeout(limit.saturating_sub(began.elapsed()), execution.wait()).await {
+                    Ok(code) => {
+                        execution.kill_left(running).await;
+                        code.map(Some)
+                    }
+                    Err(_) => execution.kill().await.map(|()| None),
+                }
+            }
             Err(error) => Err(error),
         };
         execution.delete().await;
         ran
+    }
+}
+
+/// A command's process while it runs, and its container's first one; the host's ids.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Running {
+    command: u32,
+    first: u32,
+}
+
+impl Running {
+    /// Kills the command's session and all that descend from it: what it started ends with it. Those that begin meanwhile are found the
+    /// next time round. Nothing outside of the container's cgroup is touched, whatever has become of the numbers.
+    fn kill_all(self) {
+        const ROUNDS: usize = 20;
+        for _ in 0..ROUNDS {
+            let all = processes_with(self.first).into_iter().filter(|id| *id != self.first);
+            let all: Vec<_> = all.filter_map(|id| Some((id, Lineage::of(id)?))).collect();
+            let mut doomed: BTreeSet<u32> =
+                all.iter().filter(|(_, lineage)| lineage.session == self.command).map(|(id, _)| *id).collect();
+            loop {
+                let before = doomed.len();
+                let is_child = |lineage: &Lineage| lineage.parent == self.command || doomed.contains(&lineage.parent);
+                let children: Vec<_> = all.iter().filter(|(_, lineage)| is_child(lineage)).map(|(id, _)| *id).collect();
+                doomed.extend(children);
+                if doomed.len() == before {
+                    break;
+                }
+            }
+            if kill_each(doomed) == 0 {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// Signals processes; how many there were.
+fn kill_each(processes: impl IntoIterator<Item = u32>) -> usize {
+    let pids = processes.into_iter().filter_map(|id| rustix::process::Pid::from_raw(i32::try_from(id).ok()?));
+    pids.filter(|pid| rustix::process::kill_process(*pid, rustix::process::Signal::KILL).is_ok()).count()
+}
+
+/// Where a process comes from, in the host's ids.
+struct Lineage {
+    parent: u32,
+    session: u32,
+}
+
+impl Lineage {
+    /// `None` for one that has ended.
+    fn of(pid: u32) -> Option<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // Its name may have anything in it, and ends with the last parenthesis.
+        let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+        let (state, parent) = (fields.next()?, fields.next()?.parse().ok()?);
+        let session = fields.nth(1)?.parse().ok()?;
+        (state != "Z").then_some(Self { parent, session })
     }
 }
 

@@ -150,12 +150,13 @@ pub(super) fn cannot_be_built(error: OciSpecError) -> Error {
     Error::BadSpec(format!("the container's spec cannot be built: {error}"))
 }
 
-/// The kernel's file systems, then what the service mounts, then what the agent does: nothing of a service hides that.
+/// The kernel's file systems, and then what the service and the agent mount, by depth: nothing hides what is below it.
 fn mounts(options: &ContainerOptions) -> Result<Vec<Mount>, Error> {
     let spec = &options.spec;
-    let mut mounts = get_default_mounts();
+    let mut kernels = get_default_mounts();
+    let mut mounts = Vec::new();
     if spec.privileged {
-        for mount in &mut mounts {
+        for mount in &mut kernels {
             let writable = mount.options().iter().flatten().filter(|option| *option != "ro").cloned().collect();
             mount.set_options(Some(writable));
         }
@@ -179,7 +180,10 @@ fn mounts(options: &ContainerOptions) -> Result<Vec<Mount>, Error> {
         })?;
         mounts.push(bind(init, INIT, true)?);
     }
-    Ok(mounts)
+    // Stable: of two at one place, the agent's comes last.
+    mounts.sort_by_key(|mount| mount.destination().components().count());
+    kernels.extend(mounts);
+    Ok(kernels)
 }
 
 fn mount(wanted: &v1::Mount, volumes: &BTreeMap<String, PathBuf>) -> Result<Mount, Error> {
@@ -303,6 +307,27 @@ mod tests {
         let cpu = resources.cpu().as_ref().expect("cpu");
         assert_eq!((cpu.quota(), cpu.shares()), (Some(50_000), Some(256)));
         assert_eq!(resources.pids().as_ref().map(|pids| pids.limit()), Some(9));
+    }
+
+    #[test]
+    fn mounts_are_made_by_depth() {
+        let mount = |kind: v1::MountType, source: &str, target: &str| v1::Mount {
+            r#type: kind.into(),
+            source: source.to_owned(),
+            target: target.to_owned(),
+            ..Default::default()
+        };
+        let mounts = vec![
+            mount(v1::MountType::Bind, "/usr", "/s/a/b"),
+            mount(v1::MountType::Bind, "/etc", "/etc"),
+            mount(v1::MountType::Tmpfs, "", "/s/a/"),
+        ];
+        let mut options = options(v1::ContainerSpec { mounts, ..Default::default() });
+        options.files = vec![(PathBuf::from("/dev/null"), "/etc/hosts")];
+        let made = super::mounts(&options).expect("mounts");
+        let at = |target: &str| made.iter().position(|mount| mount.destination() == Path::new(target)).expect(target);
+        assert!(at("/proc") < at("/etc") && at("/etc") < at("/etc/hosts"));
+        assert!(at("/s/a") < at("/s/a/b"));
     }
 
     #[test]

@@ -67,6 +67,20 @@ impl Hierarchies {
         Some((hierarchy.mount_point.join(below), hierarchy.v2))
     }
 
+    /// The processes of a process's cgroup, itself among them, and of those below it; host's ids.
+    pub(super) fn processes(&self, cgroups: &str) -> Vec<u32> {
+        let Some((directory, _)) = self.directory("pids", cgroups) else { return Vec::new() };
+        let mut todo = vec![directory];
+        let mut processes = Vec::new();
+        while let Some(directory) = todo.pop() {
+            let listed = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+            processes.extend(listed.lines().filter_map(|line| line.parse::<u32>().ok()));
+            let below = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+            todo.extend(below.filter(|path| path.is_dir()));
+        }
+        processes
+    }
+
     /// What a process's cgroups have used. What cannot be read is 0.
     pub(super) fn usage(&self, cgroups: &str) -> v1::ContainerStats {
         let files = |controller: &str| {

@@ -60,10 +60,14 @@ impl Reports {
         reports
     }
 
-    pub(super) fn add(&self, node: &NodeId, report: v1::StatusReport) {
+    /// Takes a node's report; `clock_shift` makes its times the leader's, in milliseconds.
+    pub(super) fn add(&self, node: &NodeId, report: v1::StatusReport, clock_shift: i64) {
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
         for reported in report.statuses {
-            if let Some(status) = reported.status.and_then(convert::observed_status) {
+            if let Some(mut status) = reported.status.and_then(convert::observed_status) {
+                status.changed_at = status.changed_at.shifted(clock_shift);
+                status.started_at = status.started_at.map(|at| at.shifted(clock_shift));
+                status.finished_at = status.finished_at.map(|at| at.shifted(clock_shift));
                 pending.insert((node.clone(), ContainerId::from(reported.container_id)), status);
             }
         }

@@ -9,6 +9,8 @@ use crate::clock::Timestamp;
 
 /// A node's clock may be this far from the leader's: what is sent may be on its way for a while.
 const SKEW: Duration = Duration::from_secs(10);
+/// Times that are this far off are left as they are, in milliseconds: they were on their way.
+const TOLERATED: i64 = 2000;
 /// More than an agent has to say, and longer.
 const MAX_CONDITIONS: usize = 16;
 const MAX_TYPE: usize = 32;
@@ -46,8 +48,15 @@ pub struct Condition {
 pub(crate) struct Conditions {
     reported: BTreeMap<String, Condition>,
     clock: Option<Condition>,
+    /// What is to be added to the node's times to make them the leader's, in milliseconds. Kept while it is about right: a status that is
+    /// reported again is the same then.
+    shift: i64,
     /// Ports that processes of the node listen on; not a condition, and told with them.
     listeners: BTreeSet<(u32, i32)>,
+}
+
+fn millis(time: Timestamp) -> i64 {
+    i64::try_from(time.0).unwrap_or(i64::MAX)
 }
 
 fn is_type(text: &str) -> bool {
@@ -81,6 +90,10 @@ impl Conditions {
             (_, true) => Some(format!("its clock is {} s behind the leader's", behind.as_secs())),
             _ => None,
         };
+        let exact = millis(now) - millis(clock);
+        if (exact - self.shift).abs() > TOLERATED {
+            self.shift = if exact.abs() > TOLERATED { exact } else { 0 };
+        }
         let changed = wrong.is_some() != self.clock.is_some();
         self.clock = wrong.map(|message| Condition {
             kind: CLOCK_SKEWED.to_owned(),
@@ -98,6 +111,10 @@ impl Conditions {
 
     pub(super) fn listens(&self, port: u32, protocol: v1::Protocol) -> bool {
         self.listeners.contains(&(port, protocol.into()))
+    }
+
+    pub(super) fn shift(&self) -> i64 {
+        self.shift
     }
 
     pub(super) fn blocks(&self) -> bool {
@@ -145,7 +162,11 @@ mod tests {
         assert!(!conditions.set_clock(Timestamp(6_400_000), now), "it is wrong as before");
         assert_eq!(conditions.all()[0].message, "its clock is 3600 s behind the leader's");
         assert!(!conditions.blocks());
+        assert_eq!(conditions.shift(), 3_600_000);
+        conditions.set_clock(Timestamp(6_400_900), now);
+        assert_eq!(conditions.shift(), 3_600_000, "it is about the same");
         assert!(conditions.set_clock(now, now));
+        assert_eq!(conditions.shift(), 0);
         assert!(conditions.all().is_empty());
     }
 }

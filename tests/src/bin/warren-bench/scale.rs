@@ -257,7 +257,7 @@ async fn agent(channel: Channel, id: String, number: usize, told: Arc<AtomicUsiz
                             .into_iter()
                             .map(|a| v1::ReportedStatus { container_id: a.container_id, status: Some(status.clone()) })
                             .collect();
-                        let report = agent_message::Message::Status(v1::StatusReport { statuses });
+                        let report = agent_message::Message::Status(v1::StatusReport { statuses, sent_at: None });
                         if up.send(say(report)).await.is_err() {
                             return;
                         }

@@ -1,0 +1,184 @@
+//! What people write and machines do that is not what its authors would have written.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use warren_tests::{Inside, Process, WELL_BEHAVED, World, image_name, run, until, until_within};
+
+/// How many processes of this machine have this command line.
+fn count(command: &str) -> usize {
+    let command = command.replace(' ', "\0") + "\0";
+    let processes = fs::read_dir("/proc").expect("a directory").flatten();
+    let lines = processes.filter_map(|entry| fs::read_to_string(entry.path().join("cmdline")).ok());
+    lines.filter(|line| *line == command).count()
+}
+
+#[test]
+fn a_server_that_takes_its_time_is_not_replaced() {
+    let world = World::with_warren("slow-start");
+    let check = ["--health", "http://:8080/passwd", "--health-interval", "10s", "--health-retries", "3"];
+    world.create("web", 1, &check, "sleep 5; exec httpd -f -p 8080 -h /etc");
+    let containers = world.containers("web");
+    assert_eq!(containers.len(), 1, "{containers:?}");
+    assert_eq!(containers[0]["status"]["health"], "HEALTH_HEALTHY");
+}
+
+#[test]
+fn what_a_check_started_ends_with_it() {
+    let world = World::with_warren("leftovers");
+    let quick = ["--health-interval", "500ms", "--health-timeout", "500ms", "--health-start-period", "10m"];
+    let service = |name: &str, check: &str| {
+        let mut arguments = vec!["service", "create", name, "--image", image_name(), "--health", check];
+        arguments.extend(quick);
+        arguments.extend(["--", "sh", "-c", WELL_BEHAVED]);
+        let _ = world.warren(&arguments).succeeded();
+    };
+    // A child that the command waits for; a grandchild in a session of its own while its parents live; one that is left behind.
+    service("waits", "exec:sleep 6881; true");
+    service("nested", "exec:sh -c 'setsid sleep 6882; true'; true");
+    service("leaves", "exec:sleep 6883 & true");
+    let sleeps = || ["sleep 6881", "sleep 6882", "sleep 6883"].map(count);
+    let checks = || world.agent_metrics().sum("warren_health_checks_total", &["type=\"exec\""]);
+    until_within(Duration::from_secs(60), "they have been checked many times", || (checks() >= 20.0).then_some(()));
+    let ends = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < ends {
+        let now = sleeps();
+        assert!(now.iter().all(|count| *count <= 1), "{now:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // A command whose caller leaves takes its children with it.
+    let mut exec = World::binary("warren");
+    exec.args(["--manager", &world.manager_address(), "container", "exec", "waits-1", "--", "sh", "-c"]);
+    let exec = Process::start("exec", exec.arg("sleep 6884; true"), world.directory.path());
+    until("it runs", || (count("sleep 6884") == 1).then_some(()));
+    exec.signal(rustix::process::Signal::INT);
+    until_within(Duration::from_secs(20), "its child is gone", || (count("sleep 6884") == 0).then_some(()));
+    drop(exec);
+    let _ = world.warren(&["service", "rm", "waits", "nested", "leaves", "--wait"]).succeeded();
+    assert_eq!(sleeps(), [0, 0, 0]);
+}
+
+#[test]
+fn mounts_hide_nothing_of_each_other() {
+    let world = World::with_warren("depth");
+    let options = [
+        ["--mount", "source=data,target=/app/data"],
+        ["--mount", "type=tmpfs,target=/app"],
+        ["--mount", "source=inner,target=/s/a/b"],
+        ["--mount", "source=outer,target=/s/a"],
+        ["--mount", "source=etc,target=/etc"],
+    ];
+    for volume in ["data", "inner", "outer", "etc"] {
+        let _ = world.warren(&["volume", "create", volume]).succeeded();
+    }
+    world.create("app", 1, &options.concat(), WELL_BEHAVED);
+    let app = Inside::only(&world, "app");
+    let (code, said) =
+        app.shell(&world, "echo one > /app/data/x; echo two > /s/a/b/y; echo three > /s/a/z; cat /etc/resolv.conf");
+    assert!(code == 0 && said.contains("nameserver 169.254.1.1"), "{said}");
+    let path = |volume: &str| {
+        let shown = world.warren(&["volume", "inspect", volume, "--format", "json"]).succeeded();
+        let id = serde_json::from_str::<serde_json::Value>(&shown).expect("JSON")["id"].clone();
+        world.path("agent/volumes/data").join(id.as_str().expect("an id"))
+    };
+    for (volume, file, text) in [("data", "x", "one\n"), ("inner", "y", "two\n"), ("outer", "z", "three\n")] {
+        assert_eq!(fs::read_to_string(path(volume).join(file)).expect(volume), text);
+    }
+}
+
+#[test]
+fn a_nodes_clock_neither_delays_restarts_nor_hurries_them() {
+    let mut world = World::empty("clock").and_containerd();
+    world.start_manager();
+    for (offset, words) in [("+1h", "ahead of"), ("-1h", "behind")] {
+        let mut agent = world.agent_command();
+        let library = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
+        agent.env("LD_PRELOAD", library).env("FAKETIME", offset).env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        agent.env("DONT_FAKE_MONOTONIC", "1");
+        world.agent = Some(Process::start("agent", &mut agent, world.directory.path()));
+        world.wait_ready();
+        let health = until("its clock is noticed", || {
+            let health = world.warren(&["cluster", "health"]);
+            health.stdout.contains("clock_skewed").then_some(health)
+        });
+        assert!(health.code == 1 && health.stdout.contains(words), "{}", health.stdout);
+        let name = if words == "behind" { "late" } else { "early" };
+        let arguments = ["service", "create", name, "--image", image_name(), "--restart-delay-ms", "1000", "--"];
+        let _ = world.warren(&[&arguments[..], &["sh", "-c", "exit 3"]].concat()).succeeded();
+        let began = Instant::now();
+        let restarts =
+            || world.manager_metrics().sum("warren_container_restarts_total", &[&format!("service=\"{name}\"")]);
+        until_within(Duration::from_secs(20), "it is restarted", || (restarts() >= 2.0).then_some(()));
+        // A second each at least. (Only the agent has the wrong clock here: to the daemon it ended at another time.)
+        assert!(began.elapsed() >= Duration::from_secs(2), "{:?}", began.elapsed());
+        let _ = world.warren(&["service", "rm", name, "--wait"]).succeeded();
+        let _ = world.agent.take().expect("it runs").terminate();
+    }
+}
+
+#[test]
+fn manifests_in_one_line_are_documents_too() {
+    let mut world = World::empty("inline");
+    world.start_manager();
+    let file = world.path("inline.yaml");
+    let config = |name: &str| {
+        format!("--- {{apiVersion: warren.io/v1, kind: Config, metadata: {{name: {name}}}, spec: {{stringData: y}}}}\n")
+    };
+    fs::write(&file, config("a") + &config("b")).expect("writable");
+    let applied = world.warren(&["apply", "-f", &file.display().to_string()]).succeeded();
+    assert_eq!(applied, "config a created\nconfig b created\n");
+}
+
+#[test]
+fn the_machines_own_resolvers_are_followed() {
+    let world = World::with_warren("resolv");
+    // Of this test alone: a mount of its own over the machine's file cannot be, so a container of the host's namespaces is used.
+    let servers = [("127.0.0.2", "192.0.2.2"), ("127.0.0.3", "192.0.2.3")].map(|(address, answer)| {
+        let mut command = std::process::Command::new(warren_tests::find("dnsmasq"));
+        command.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--user=root"]);
+        command.arg(format!("--listen-address={address}")).args(["--bind-interfaces", "--local-ttl=1", "--port=53"]);
+        command.arg(format!("--host-record=x.example,{answer},1")).arg("--pid-file=");
+        Process::start(address, &mut command, world.directory.path())
+    });
+    let mut world = world;
+    let _ = world.agent.take().expect("it runs").terminate();
+    // In a mount namespace of its own, where /etc/resolv.conf is a file of the test's.
+    let directory = world.path("etc");
+    fs::create_dir(&directory).expect("writable");
+    let write = |address: &str| {
+        let next = directory.join("next");
+        fs::write(&next, format!("nameserver {address}\n")).expect("writable");
+        fs::rename(&next, directory.join("resolv.conf")).expect("writable");
+    };
+    write("127.0.0.2");
+    for entry in fs::read_dir("/etc").expect("a directory").flatten() {
+        let target = directory.join(entry.file_name());
+        if entry.file_name() != "resolv.conf" {
+            std::os::unix::fs::symlink(format!("/proc/1/root/etc/{}", entry.file_name().to_string_lossy()), target)
+                .expect("writable");
+        }
+    }
+    let agent = world.agent_command();
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--mount", "--propagation", "shared", "sh", "-c"]);
+    command.arg(format!("mount --make-private /; mount --bind {} /etc && exec \"$0\" \"$@\"", directory.display()));
+    command.arg(agent.get_program()).args(agent.get_args()).envs(agent.get_envs().filter_map(|(k, v)| Some((k, v?))));
+    world.agent = Some(Process::start("agent", &mut command, world.directory.path()));
+    world.wait_ready();
+    let asked =
+        || run("dig", &["@169.254.1.1", "+short", "+tries=1", "+timeout=4", "x.example"]).stdout.trim().to_owned();
+    until("the first is asked", || (asked() == "192.0.2.2").then_some(()));
+    let [first, second] = servers;
+    write("127.0.0.3");
+    let _ = first.terminate();
+    until_within(Duration::from_secs(6), "the other is asked", || (asked() == "192.0.2.3").then_some(()));
+    // With nobody there, that is known at once.
+    let _ = second.terminate();
+    std::thread::sleep(Duration::from_secs(1));
+    let began = Instant::now();
+    let output = run("dig", &["@169.254.1.1", "+tries=1", "+timeout=4", "y.example"]).stdout;
+    assert!(output.contains("SERVFAIL"), "{output}");
+    assert!(began.elapsed() < Duration::from_millis(900), "{:?}", began.elapsed());
+}
