@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-/// What ails a registry's blobs of more than [`SMALL`] bytes.
+/// What ails a registry's larger blobs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
     /// A byte comes every ten seconds.

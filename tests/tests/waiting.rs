@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use warren_tests::{Inside, Output, Process, WELL_BEHAVED, World, image_name, until};
+use warren_tests::{Inside, Output, WELL_BEHAVED, World, image_name, until};
 
 /// As people run it: what they are told to be well goes on running for the time that is the default.
 fn warren(world: &World, arguments: &[&str]) -> Output {
@@ -114,7 +114,9 @@ fn services_can_be_waited_for_by_name() {
         command.args(arguments);
         let waiting = scope.spawn(move || World::run(&mut command));
         until("it runs", || (!Inside::all(&world, "slow").is_empty()).then_some(()));
-        world.manager.take().map(Process::kill);
+        if let Some(manager) = world.manager.take() {
+            manager.kill();
+        }
         world.start_manager();
         let waiting = waiting.join().expect("no panic");
         let _ = world.warren(&["service", "rm", "slow", "web", "--wait"]).succeeded();
