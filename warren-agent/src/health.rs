@@ -26,6 +26,8 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 const RETRIES: u32 = 3;
 /// While a container starts it is asked this often, so that it is known to be up soon after it is.
 const STARTING_INTERVAL: Duration = Duration::from_millis(500);
+/// Between reports of why a container that starts does not answer: each is an entry of the manager's log.
+const RETOLD: Duration = Duration::from_secs(5);
 /// A check in the container starts two processes: there are not too many at once.
 const EXECS_PER_CORE: usize = 2;
 
@@ -84,10 +86,19 @@ impl Checks {
             check,
         };
         let began = Instant::now();
+        let mut told = None;
         loop {
             let result = self.check(&probe).await;
-            if let Some(health) = tracker.on(result.is_ok(), began.elapsed())
-                && !changed(health, result.err().unwrap_or_default())
+            let now = tracker.on(result.is_ok(), began.elapsed());
+            let why = result.err().unwrap_or_default();
+            // What keeps it from being well is known before it is given up.
+            let is_told =
+                told.as_ref().is_some_and(|(known, at): &(String, Instant)| *known == why || at.elapsed() < RETOLD);
+            if now.is_none() && tracker.health() == Health::Starting && !why.is_empty() && !is_told {
+                changed(Health::Starting, why.clone());
+                told = Some((why, Instant::now()));
+            } else if let Some(health) = now
+                && !changed(health, why)
             {
                 return;
             }

@@ -32,6 +32,7 @@ struct Service {
 #[derive(Debug)]
 struct Endpoint {
     slot: u32,
+    healthy: bool,
     addresses: Vec<IpAddr>,
 }
 
@@ -102,12 +103,17 @@ impl Zone {
         for id in gone {
             self.remove(&id);
         }
-        for entry in services {
-            let known = self.names.get(&entry.id).and_then(|name| self.services.get(name));
-            if known.is_none_or(|known| known.entry != *entry) {
-                self.remove(&entry.id);
-                self.insert(entry);
-            }
+        let is_news = |zone: &Self, entry: &v1::ServiceEntry| {
+            let known = zone.names.get(&entry.id).and_then(|name| zone.services.get(name));
+            known.is_none_or(|known| known.entry != *entry)
+        };
+        let news: Vec<_> = services.filter(|entry| is_news(self, entry)).collect();
+        // All of them first: a name or an address may pass from one service to another.
+        for entry in &news {
+            self.remove(&entry.id);
+        }
+        for entry in news {
+            self.insert(entry);
         }
         let serial = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         // Made from parts that made one before.
@@ -126,8 +132,8 @@ impl Zone {
 
     fn insert(&mut self, entry: &v1::ServiceEntry) {
         let parse = |list: &[String]| list.iter().filter_map(|address| address.parse().ok()).collect::<Vec<IpAddr>>();
-        let healthy = entry.endpoints.iter().filter(|endpoint| endpoint.healthy);
-        let endpoints = healthy.map(|e| Endpoint { slot: e.slot, addresses: parse(&e.addresses) }).collect();
+        let endpoint = |e: &v1::Endpoint| Endpoint { slot: e.slot, addresses: parse(&e.addresses), healthy: e.healthy };
+        let endpoints = entry.endpoints.iter().map(endpoint).collect();
         let name = entry.name.to_ascii_lowercase();
         let service =
             Service { name: name.clone(), entry: entry.clone(), virtuals: parse(&entry.virtual_addresses), endpoints };
@@ -204,7 +210,7 @@ impl Zone {
         if let Some(service) = self.services.get(name) {
             match service.entry.endpoint_mode() {
                 v1::EndpointMode::Vip => into.extend_from_slice(&service.virtuals),
-                _ => into.extend(service.endpoints.iter().flat_map(|endpoint| &endpoint.addresses)),
+                _ => into.extend(service.healthy().flat_map(|endpoint| &endpoint.addresses)),
             }
             return true;
         }
@@ -212,7 +218,8 @@ impl Zone {
         let (Some(service), Ok(slot)) = (self.services.get(service), slot.parse::<u32>()) else { return false };
         let in_slot = service.endpoints.iter().filter(|endpoint| endpoint.slot == slot);
         into.extend(in_slot.flat_map(|endpoint| &endpoint.addresses));
-        // A slot that has no healthy container now is no name at all: there is no telling it from one that never was.
+        // Containers of one service find each other before they are healthy, and to become so. A slot that has no container that runs is
+        // no name at all: there is no telling it from one that never was.
         !into.is_empty()
     }
 
@@ -235,12 +242,12 @@ impl Zone {
                 && protocol == protocol_label(known)
         };
         let Some(port) = service.entry.ports.iter().find(is_it) else { return Answer::NoSuchName };
-        if kind != RecordType::SRV || service.endpoints.is_empty() {
+        if kind != RecordType::SRV || service.healthy().next().is_none() {
             return Answer::NoData;
         }
         let number = u16::try_from(port.container_port).unwrap_or(0);
         let (mut records, mut additional) = (Vec::new(), Vec::new());
-        let mut order: Vec<_> = service.endpoints.iter().collect();
+        let mut order: Vec<_> = service.healthy().collect();
         order.shuffle(&mut rand::rng());
         for endpoint in order {
             let Ok(target) = self.name_of(&service.instance(endpoint)) else { continue };
@@ -277,6 +284,11 @@ impl Zone {
 }
 
 impl Service {
+    /// Those that its name stands for.
+    fn healthy(&self) -> impl Iterator<Item = &Endpoint> {
+        self.endpoints.iter().filter(|endpoint| endpoint.healthy)
+    }
+
     /// What an endpoint is called. Those of a global service have no slot and share its name.
     fn instance(&self, endpoint: &Endpoint) -> String {
         if endpoint.slot == 0 { self.name.clone() } else { format!("{}-{}", self.name, endpoint.slot) }
@@ -384,7 +396,7 @@ mod tests {
             ("web", T::TXT, "NODATA"),
             ("web-2", T::A, "10.128.0.3"),
             ("web-2.warren", T::AAAA, "NODATA"),
-            ("web-3", T::A, "NXDOMAIN"),
+            ("web-3", T::A, "10.128.0.4"),
             ("web-9", T::A, "NXDOMAIN"),
             ("vip.web", T::A, "10.127.0.1"),
             ("vip.web.warren", T::AAAA, "fd00::1:1"),
@@ -405,6 +417,7 @@ mod tests {
             ("warren", T::A, "NODATA"),
             ("2.0.128.10.in-addr.arpa", T::PTR, "web-1.warren."),
             ("1.0.127.10.in-addr.arpa", T::PTR, "web.warren."),
+            ("4.0.128.10.in-addr.arpa", T::PTR, "web-3.warren."),
             ("77.0.128.10.in-addr.arpa", T::PTR, "NXDOMAIN"),
             ("0.128.10.in-addr.arpa", T::PTR, "NODATA"),
             ("2.0.128.10.in-addr.arpa", T::A, "NODATA"),
@@ -429,6 +442,15 @@ mod tests {
         assert_eq!(ask(&zone, "web", RecordType::A), "NXDOMAIN");
         assert_eq!(ask(&zone, "site", RecordType::A), "10.128.0.7");
         assert_eq!(ask(&zone, "2.0.128.10.in-addr.arpa", RecordType::PTR), "NXDOMAIN");
+        // Names and addresses pass from one to the other.
+        let [mut one, mut two] = [renamed.clone(), v1::ServiceEntry { id: "0".to_owned(), ..web() }];
+        (two.endpoints, two.virtual_addresses) = (Vec::new(), Vec::new());
+        zone.update(&networks, [&one, &two].into_iter());
+        std::mem::swap(&mut one.name, &mut two.name);
+        std::mem::swap(&mut one.endpoints, &mut two.endpoints);
+        zone.update(&networks, [&one, &two].into_iter());
+        assert_eq!(ask(&zone, "site", RecordType::A), "10.128.0.7");
+        assert_eq!(ask(&zone, "7.0.128.10.in-addr.arpa", RecordType::PTR), "site-1.warren.");
         zone.update(&networks, std::iter::empty());
         assert_eq!(ask(&zone, "site", RecordType::A), "NXDOMAIN");
         assert!(zone.reverse.is_empty());

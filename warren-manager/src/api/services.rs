@@ -9,7 +9,7 @@ use super::{Context, Error, lookup, pages::page};
 use crate::{
     convert,
     ids::{NodeId, ServiceId},
-    state::{Change, Expected, Node, Rejection, Service, ServiceSpec, State, Transaction, protocol_name},
+    state::{Change, Expected, Mode, Node, Rejection, Service, ServiceSpec, State, Transaction, protocol_name},
     store, validate,
 };
 
@@ -60,6 +60,50 @@ impl Services {
             }
         };
         Ok(spec)
+    }
+
+    /// Whether containers would have names that are too long, or another's: `web-1` is the first container of `web`.
+    fn check_names(&self, spec: &ServiceSpec, before: Option<&ServiceSpec>) -> Result<(), Error> {
+        const FIELD: &str = "spec.name";
+        /// Of a DNS label.
+        const MAX_LABEL: usize = 63;
+        let slots = |mode: Mode| if let Mode::Replicated(replicas) = mode { replicas } else { 0 };
+        let replicas = slots(spec.mode);
+        if before.is_some_and(|before| before.name == spec.name && slots(before.mode) >= replicas) {
+            return Ok(());
+        }
+        let longest = spec.name.len() + 1 + replicas.to_string().len();
+        if replicas > 0 && longest > MAX_LABEL {
+            let why = format!(
+                "is too long: its containers are called {}-{replicas} and so on, and a name may have {MAX_LABEL} characters",
+                spec.name
+            );
+            return Err(validate::Invalid::new(FIELD, why).into());
+        }
+        let state = self.0.store.view();
+        let own = before.and_then(|before| state.service_named(&before.name)).map(|own| own.id.clone());
+        // The service that has a container of this name, if there is one.
+        let slot_of = |name: &str| {
+            let (service, slot) = name.rsplit_once('-')?;
+            let plain = !slot.starts_with('0') && slot.bytes().all(|byte| byte.is_ascii_digit());
+            Some((service.to_owned(), slot.parse::<u32>().ok().filter(|_| plain)?))
+        };
+        if let Some((service, slot)) = slot_of(&spec.name)
+            && let Some(other) = state.service_named(&service).filter(|other| Some(&other.id) != own.as_ref())
+            && slot <= slots(other.spec.mode)
+        {
+            let why = format!("{:?} is a container of service {service:?}", spec.name);
+            return Err(validate::Invalid::new(FIELD, why).into());
+        }
+        let clashes = |other: &&Arc<Service>| {
+            Some(&other.id) != own.as_ref()
+                && slot_of(&other.spec.name).is_some_and(|(service, slot)| service == spec.name && slot <= replicas)
+        };
+        if let Some(other) = state.services().find(clashes) {
+            let why = format!("one of its containers would be called like service {:?}", other.spec.name);
+            return Err(validate::Invalid::new(FIELD, why).into());
+        }
+        Ok(())
     }
 
     /// Whether the ports that a service is to publish, and did not before, are anybody's already: Warren's own, or a process's of a
@@ -128,6 +172,7 @@ impl Services {
         // A client that repeats a request after a lost answer is answered with what it made.
         let known = self.0.store.read().await?;
         if !known.has_done(&request.request_id) {
+            self.check_names(&spec, None)?;
             self.check_ports(&spec, None)?;
         }
         let now = self.0.environment.now();
@@ -154,6 +199,7 @@ impl Services {
             return self.shown(&spec.name).or_else(|_| self.shown(&request.service));
         }
         let known = lookup::service(&state, &request.service)?;
+        self.check_names(&spec, Some(&known.spec))?;
         self.check_ports(&spec, Some(&known.spec))?;
         let spec = self.pinned(spec, Some(&known.spec)).await?;
         let service = Service {

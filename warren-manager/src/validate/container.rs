@@ -90,6 +90,16 @@ fn image(image: &str) -> Result<(), Invalid> {
 
 /// Command, arguments and environment: what the kernel passes to the process.
 fn words(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
+    // What a process is given is copied string by string (MAX_ARG_STRLEN in the kernel's binfmts.h), each with a NUL behind it.
+    const LONGEST: usize = (128 << 10) - 1;
+    if let Some((name, _)) = spec.env.iter().find(|(name, value)| name.len() + 1 + value.len() > LONGEST) {
+        return invalid("spec.container.env", format!("{name:?} is longer than {LONGEST} bytes with its name"));
+    }
+    for (field, words) in [("spec.container.command", &spec.command), ("spec.container.args", &spec.args)] {
+        if let Some(i) = words.iter().position(|word| word.len() > LONGEST) {
+            return invalid(format!("{field}[{i}]"), format!("is longer than {LONGEST} bytes"));
+        }
+    }
     for key in spec.env.keys() {
         if key.is_empty() || key.contains(['=', '\0']) {
             return invalid("spec.container.env", format!("{key:?} is not a variable's name"));
@@ -351,6 +361,8 @@ mod tests {
             assert_eq!(refused(|spec| spec.image = image.to_owned()), "spec.container.image", "{image}");
         }
         assert_eq!(refused(|spec| spec.env = pair("A=B", String::new())), "spec.container.env");
+        assert_eq!(refused(|spec| spec.env = pair("A", "x".repeat(131_070))), "spec.container.env");
+        assert_eq!(refused(|spec| spec.args = vec!["x".repeat(131_072)]), "spec.container.args[0]");
         assert_eq!(refused(|spec| spec.args = vec!["a\0".to_owned()]), "spec.container");
         assert_eq!(refused(|spec| spec.stop_signal = "NOPE".to_owned()), "spec.container.stop_signal");
         for directory in ["relative", "/a/../b"] {
