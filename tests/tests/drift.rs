@@ -6,7 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use warren_tests::{Inside, Output, Outside, Process, World, image_name, run, two_nodes, until, until_within};
+use warren_tests::{
+    Inside, Output, Outside, Process, WELL_BEHAVED, World, image_name, run, two_nodes, until, until_within,
+};
 
 fn web(world: &World, name: &str, options: &[&str]) {
     world.create(name, 1, options, "hostname > /tmp/index.html; exec httpd -f -p 80 -h /tmp");
@@ -53,9 +55,16 @@ fn what_others_take_away_is_back_in_seconds() {
         until_within(Duration::from_secs(5), &format!("{what}: it answers"), || answers().then_some(()));
         assert!(chain() && resolves(), "{what}");
     }
+    // A container's link comes back too, with all that is inside.
+    let link = run("ip", &["route", "show", &address]).stdout.split(' ').nth(2).expect("a link").to_owned();
+    ip(&format!("link del {link}"));
+    until_within(Duration::from_secs(8), "the container is reached again", || answers().then_some(()));
+    assert!(resolves());
     let log = world.agent.as_ref().expect("it runs").log();
     assert!(log.contains("network state was changed by another program; restoring"), "{log}");
-    // An agent that finds everything as it should be touches nothing.
+    // A container of the node's own network has no link, and needs none. An agent that finds everything as it should be touches nothing.
+    world.create("host", 1, &["--network", "host"], WELL_BEHAVED);
+    until("the rules know of it", || table().stdout.contains("dnat ip to 192.0.2.1").then_some(()));
     let handle = || run("nft", &["-a", "list", "table", "inet", "warren"]).stdout.lines().next().map(str::to_owned);
     let before = handle();
     let mut world = world;

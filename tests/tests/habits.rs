@@ -129,6 +129,31 @@ fn manifests_in_one_line_are_documents_too() {
     fs::write(&file, config("a") + &config("b")).expect("writable");
     let applied = world.warren(&["apply", "-f", &file.display().to_string()]).succeeded();
     assert_eq!(applied, "config a created\nconfig b created\n");
+    // A name that another's id begins with is a name all the same.
+    let listed = world.warren(&["config", "ls", "--format", "json"]);
+    let configs: serde_json::Value = serde_json::from_str(&listed.succeeded()).expect("JSON");
+    let id = configs[0]["id"].as_str().expect("an id").to_owned();
+    fs::write(&file, config(&id[..6])).expect("writable");
+    let applied = world.warren(&["apply", "-f", &file.display().to_string()]).succeeded();
+    assert_eq!(applied, format!("config {} created\n", &id[..6]));
+}
+
+#[test]
+fn a_name_is_one_containers() {
+    let mut world = World::empty("names");
+    world.start_manager();
+    let create = |name: &str, replicas: &str| {
+        world.warren(&["service", "create", name, "--image", image_name(), "--replicas", replicas])
+    };
+    let _ = create("web", "2").succeeded();
+    let refused = create("web-2", "1").failed(2);
+    assert!(refused.contains("spec.name: \"web-2\" is a container of service \"web\""), "{refused}");
+    let _ = create("web-3", "1").succeeded();
+    let refused = world.warren(&["service", "scale", "web", "3"]).failed(2);
+    assert!(refused.contains("would be called like service \"web-3\""), "{refused}");
+    let _ = create(&"x".repeat(61), "9").succeeded();
+    let refused = create(&"y".repeat(61), "10").failed(2);
+    assert!(refused.contains("spec.name: is too long: its containers are called "), "{refused}");
 }
 
 #[test]

@@ -90,7 +90,8 @@ fn containers_are_checked_by_connecting_and_by_commands() {
     let listen = "touch /tmp/ok; nc -lk -p 5432 -e true & trap 'exit 0' TERM; while :; do sleep 0.05; done";
     let listen = listen.replace("nc -lk", "nc -ll");
     create(&world, "tcp", &["--health", "tcp://:5432"], &listen);
-    create(&world, "exec", &["--health", "exec:test -f /tmp/ok"], &listen);
+    // Commands may say something.
+    create(&world, "exec", &["--health", "exec:echo out && echo err >&2 && test -f /tmp/ok"], &listen);
     create(&world, "slow", &["--health", "exec:[ -f /tmp/ok ] || sleep 6007", "--health-timeout", "300ms"], &listen);
     let firsts = ["tcp", "exec", "slow"].map(|name| Inside::only(&world, name));
     for first in &firsts {

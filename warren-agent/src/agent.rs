@@ -23,7 +23,7 @@ use warren_telemetry::{
 };
 
 use crate::{
-    conditions::{Conditions, Finding, watch_containerd, watch_disks},
+    conditions::{Conditions, Finding, SETTLED, look_at_disks, watch_containerd, watch_disks},
     dns::{self, Resolver},
     exec::Execs,
     health,
@@ -287,6 +287,8 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     tasks.spawn(watch_containerd(daemon.clone(), containerd.clone(), shutdown.clone()));
     let mut directories = vec![options.data_dir.clone()];
     directories.extend(containerd.directories().await);
+    // Before anybody is told that the node is ready.
+    look_at_disks(&disk, &directories).await;
     tasks.spawn(watch_disks(disk.clone(), directories, shutdown.clone()));
     let endpoint = Endpoint {
         meters,
@@ -389,20 +391,20 @@ fn conditions(
 ) -> Conditions {
     let mut conditions = Conditions::default();
     let finding = containerd.clone();
-    conditions.add("containerd_unavailable", true, move || finding.check());
+    conditions.add("containerd_unavailable", true, Duration::ZERO, move || finding.check());
     let finding = disk.clone();
-    conditions.add("disk_full", true, move || finding.check());
+    conditions.add("disk_full", true, Duration::ZERO, move || finding.check());
     let ports = network.clone();
-    conditions.add("port_conflict", false, move || ports.check_ports());
+    conditions.add("port_conflict", false, Duration::ZERO, move || ports.check_ports());
     let network = network.clone();
-    conditions.add("network_failed", true, move || network.check());
+    conditions.add("network_failed", true, SETTLED, move || network.check());
     let resolver = resolver.clone();
-    conditions.add("dns_failed", false, move || resolver.check());
+    conditions.add("dns_failed", false, SETTLED, move || resolver.check());
     if let Probing::Absent(why) = probing
         && why != SWITCHED_OFF
     {
         let why = why.clone();
-        conditions.add("probes_absent", false, move || Err(why.clone()));
+        conditions.add("probes_absent", false, Duration::ZERO, move || Err(why.clone()));
     }
     conditions
 }

@@ -20,12 +20,14 @@ struct Condition {
     kind: &'static str,
     blocks_scheduling: bool,
     check: Check,
+    /// What fails for less than this is not told.
+    settles: Duration,
     /// Since when the check fails.
     fails_since: Arc<Mutex<Option<Instant>>>,
 }
 
-/// What fails for less than this is not told: an agent that has just started has not made everything yet.
-const SETTLED: Duration = Duration::from_secs(2);
+/// An agent that has just started has not made everything yet.
+pub(crate) const SETTLED: Duration = Duration::from_secs(2);
 
 /// What may be wrong with the node. Cheap to clone.
 #[derive(Clone, Default)]
@@ -38,14 +40,16 @@ impl std::fmt::Debug for Conditions {
 }
 
 impl Conditions {
-    /// Adds one. While `blocks_scheduling` it keeps containers away.
+    /// Adds one. While `blocks_scheduling` it keeps containers away; what fails for less than `settles` is not told.
     pub(crate) fn add(
         &mut self,
         kind: &'static str,
         blocks_scheduling: bool,
+        settles: Duration,
         check: impl Fn() -> Result<(), String> + Send + Sync + 'static,
     ) {
-        self.0.push(Condition { kind, blocks_scheduling, check: Arc::new(check), fails_since: Arc::default() });
+        let check = Arc::new(check);
+        self.0.push(Condition { kind, blocks_scheduling, check, settles, fails_since: Arc::default() });
     }
 
     /// Those that hold `now`, as the manager is told.
@@ -58,7 +62,7 @@ impl Conditions {
                 return None;
             };
             let since = *fails_since.get_or_insert(now);
-            (now - since >= SETTLED).then(|| v1::NodeCondition {
+            (now - since >= condition.settles).then(|| v1::NodeCondition {
                 r#type: condition.kind.to_owned(),
                 message,
                 since: None,
@@ -88,6 +92,15 @@ impl Finding {
 const LOOK: Duration = Duration::from_secs(2);
 /// A daemon or file system that takes longer does not work.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Looks at these directories once, for as long as that may take.
+pub(crate) async fn look_at_disks(finding: &Finding, directories: &[PathBuf]) {
+    let looked_at = directories.to_vec();
+    let look = tokio::task::spawn_blocking(move || looked_at.iter().find_map(|directory| trouble(directory)));
+    if let Ok(Ok(found)) = tokio::time::timeout(PATIENCE, look).await {
+        finding.set(found);
+    }
+}
 
 /// Finds out whether containerd answers, until `shutdown`.
 pub(crate) async fn watch_containerd(finding: Finding, containerd: Containerd, shutdown: CancellationToken) {
@@ -152,7 +165,7 @@ mod tests {
         let finding = Finding::default();
         let mut conditions = Conditions::default();
         let found = finding.clone();
-        conditions.add("disk_full", true, move || found.check());
+        conditions.add("disk_full", true, SETTLED, move || found.check());
         let now = Instant::now();
         assert!(conditions.holding(now).is_empty());
         finding.set(Some("1 MB left".to_owned()));

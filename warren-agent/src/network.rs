@@ -35,6 +35,7 @@ use ipnet::IpNet;
 use rtnetlink::packet_route::address::AddressScope;
 use tokio::{
     sync::{Notify, watch},
+    task::JoinHandle,
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -348,6 +349,7 @@ impl Network {
         let watching = tokio::spawn(drift::watch(Arc::clone(&drifted), shutdown.clone()));
         let mut made = Made::default();
         let mut stored = None;
+        let mut storing: Option<JoinHandle<()>> = None;
         // Whether the kernel is looked at, or only the tables have changed.
         let mut look = true;
         loop {
@@ -361,11 +363,14 @@ impl Network {
                     pause = RETRY;
                 }
                 self.changing().problem = problem;
-                if stored.as_ref() != Some(&current) {
+                // A disk that hangs holds up nothing else. One copy after the other: the last is the one that stays.
+                if stored.as_ref() != Some(&current) && storing.as_ref().is_none_or(JoinHandle::is_finished) {
                     let (path, kept) = (self.0.options.data_dir.join("tables.json"), current.clone());
-                    // A disk that hangs holds up nothing else.
-                    tokio::task::spawn_blocking(move || kept.store(&path));
-                    stored = Some(current);
+                    storing = Some(tokio::task::spawn_blocking(move || kept.store(&path)));
+                    stored = Some(current.clone());
+                }
+                if stored.as_ref() != Some(&current) {
+                    pause = pause.min(SETTLE);
                 }
             }
             let woken = async {
@@ -498,11 +503,17 @@ impl Network {
             self.set_own_addresses(place, &own).await?;
         }
         for (container, addresses) in &owners {
-            // One that is being made or removed is whole again, or gone, the next time.
-            let Some(link) = links.get(&link_name(container)) else { continue };
+            let Some(link) = links.get(&link_name(container)) else {
+                // Of a container with a network of its own; others have none.
+                if !addresses.is_empty() && host::exists(&self.namespace(container)) && self.is_connected(container) {
+                    self.drifted(&format!("the link of container {container}"));
+                    self.wire(container, &self.namespace(container), addresses).await?;
+                }
+                continue;
+            };
             for address in addresses {
                 let way = IpNet::new_assert(*address, netlink::full_prefix(*address));
-                if !routes.contains(&(way, *link)) && self.changing().connected.contains(container) {
+                if !routes.contains(&(way, *link)) && self.is_connected(container) {
                     self.drifted(&format!("the way to {address}"));
                     netlink.set_up(&link_name(container)).await?;
                     netlink.add_neighbour(*link, *address, container_mac(addresses)).await?;
@@ -523,6 +534,10 @@ impl Network {
             }
         }
         Ok(())
+    }
+
+    fn is_connected(&self, container: &str) -> bool {
+        self.changing().connected.contains(container)
     }
 
     /// Something that was made is not there any more.
@@ -645,20 +660,18 @@ impl Network {
     ///
     /// When there is no address, or the kernel refuses; nothing is left then.
     pub async fn attach(&self, container: &str) -> Result<Attachment, Error> {
-        let (addresses, mtu) = {
+        let addresses = {
             let mut changing = self.changing();
-            let usual = DEFAULT_MTU - self.0.options.overlay.overhead();
-            let mtu = if changing.mtu == 0 { usual } else { changing.mtu };
             let pool = changing.pool.as_mut().ok_or(Error::NoSubnet)?;
             let addresses = pool.take(container).ok_or(Error::Exhausted)?;
             changing.owners.insert(container.to_owned(), addresses.clone());
-            (addresses, mtu)
+            addresses
         };
         let namespace = self.namespace(container);
         if host::exists(&namespace) {
             self.disconnect(container).await?;
         }
-        let made = self.connect(container, &namespace, &addresses, mtu).await;
+        let made = self.connect(container, &namespace, &addresses).await;
         if let Err(error) = made {
             self.detach(container).await?;
             return Err(error);
@@ -667,9 +680,18 @@ impl Network {
         Ok(Attachment { namespace, addresses })
     }
 
-    async fn connect(&self, container: &str, path: &Path, addresses: &[IpAddr], mtu: u32) -> Result<(), Error> {
+    async fn connect(&self, container: &str, path: &Path, addresses: &[IpAddr]) -> Result<(), Error> {
         let made = namespace::create(path);
-        let namespace = made.map_err(|source| Error::Io { action: format!("making {}", path.display()), source })?;
+        drop(made.map_err(|source| Error::Io { action: format!("making {}", path.display()), source })?);
+        self.wire(container, path, addresses).await
+    }
+
+    /// Makes a container's link, and what leads over it, in a namespace that is there.
+    async fn wire(&self, container: &str, path: &Path, addresses: &[IpAddr]) -> Result<(), Error> {
+        let opened = fs::File::open(path);
+        let namespace = opened.map_err(|source| Error::Io { action: format!("opening {}", path.display()), source })?;
+        let usual = DEFAULT_MTU - self.0.options.overlay.overhead();
+        let mtu = Some(self.changing().mtu).filter(|mtu| *mtu != 0).unwrap_or(usual);
         let name = link_name(container);
         let container_mac = container_mac(addresses);
         let netlink = &self.0.netlink;

@@ -169,6 +169,9 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
             objects.push(object.map_err(|why| Error::Usage(format!("{}: {why}", path.display())))?);
         }
     }
+    if objects.is_empty() {
+        return Err(Error::Usage("nothing to apply: there is no document in what -f names".to_owned()));
+    }
     // What services need comes before them.
     let order = |object: &Object| match object {
         Object::Secret(_) => 0,
@@ -205,12 +208,13 @@ async fn apply_secret(client: &ClientArguments, request: v1::CreateSecretRequest
     let (kind, name) = (request.kind, request.name.clone());
     let word = kind_word(kind);
     let known = api.get_secret_by_name(v1::GetSecretByNameRequest { kind, secret: name.clone() }).await;
-    let known = known.map(|known| known.into_inner().secret);
-    if is_there(known.as_ref().map(drop).map_err(Clone::clone))? {
-        let known = known.ok().flatten();
-        let update =
-            v1::UpdateSecretRequest { kind, secret: name.clone(), data: request.data, request_id: request_id() };
-        let before = known.map(|known| known.sequence).unwrap_or_default();
+    let known = known.map(|known| known.into_inner().secret.unwrap_or_default());
+    // What is found may be another whose id begins like this name.
+    let is_it = known.as_ref().is_ok_and(|known| known.name == name);
+    if is_there(known.as_ref().map(drop).map_err(Clone::clone))? && is_it {
+        let known = known.unwrap_or_default();
+        let update = v1::UpdateSecretRequest { kind, secret: known.id, data: request.data, request_id: request_id() };
+        let before = known.sequence;
         let after = api.update_secret(update).await?.into_inner().secret.unwrap_or_default().sequence;
         say!("{word} {name} {}", if after == before { "unchanged" } else { "updated" });
     } else {
@@ -225,8 +229,17 @@ async fn apply_volume(client: &ClientArguments, request: v1::CreateVolumeRequest
     let name = request.name.clone();
     let known = api.get_volume_by_name(v1::GetVolumeByNameRequest { volume: name.clone() }).await;
     match known.map(|known| known.into_inner().volume.unwrap_or_default()) {
-        Ok(known) if known.driver_options == request.driver_options && known.exclusive == request.exclusive => {
+        Ok(known)
+            if known.name == name
+                && known.driver_options == request.driver_options
+                && known.exclusive == request.exclusive =>
+        {
             say!("volume {name} unchanged");
+        }
+        Ok(known) if known.name != name => {
+            // Another, whose id begins like this name.
+            api.create_volume(request).await?;
+            say!("volume {name} created");
         }
         Ok(_) => {
             return Err(Error::Usage(format!("volume {name}: is there with other options, which cannot be changed")));
@@ -244,7 +257,8 @@ async fn apply_service(client: &ClientArguments, spec: v1::ServiceSpec) -> Resul
     let name = spec.name.clone();
     let mut api = client.services().await?;
     let known = match service::get(client, &name).await {
-        Ok(known) => Some(known),
+        // Another one's id may begin like this name.
+        Ok(known) => Some(known).filter(|known| known.spec.as_ref().is_some_and(|spec| spec.name == name)),
         Err(Error::Refused(status)) if status.code() == Code::NotFound => None,
         Err(error) => return Err(error),
     };

@@ -50,8 +50,13 @@ pub(super) fn has_ipv6() -> bool {
 
 /// Lets what the node sends to its own loopback be led to containers on this link: a published port on 127.0.0.1. What
 /// comes from the link to loopback addresses, the rules drop.
+/// A link that is not there needs nothing.
 pub(super) fn lead_loopback_to(link: &str) -> Result<(), Error> {
-    write(&format!("/proc/sys/net/ipv4/conf/{link}/route_localnet"), "1")
+    let path = format!("/proc/sys/net/ipv4/conf/{link}/route_localnet");
+    match write(&path, "1") {
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 /// Whether a link is a container's.

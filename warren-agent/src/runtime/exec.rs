@@ -16,8 +16,8 @@ const SIGKILL: u32 = 9;
 /// How long a killed process may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Named pipes of a process. Without any, what it writes is lost; with one output it must have the other, or the shim crashes
-/// and the container with it. A terminal needs no stderr.
+/// Named pipes of a process, or URIs that the shim knows. Without any, nothing can be written; with one output it must have the other, or
+/// the shim crashes and the container with it. A terminal needs no stderr.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Streams {
     pub(crate) stdin: Option<PathBuf>,
@@ -194,7 +194,10 @@ impl Containerd {
     pub async fn run_in(&self, id: &str, command: &[String], limit: Duration) -> Result<Option<i32>, Error> {
         let start = v1::ExecStart { container: id.to_owned(), command: command.to_vec(), ..Default::default() };
         let exec_id = format!("check-{:016x}", rand::random::<u64>());
-        let execution = self.add_process(&exec_id, &start, &Streams::default()).await?;
+        // Without any, what it writes to is open for reading alone, and what writes fails.
+        let lost = || Some(PathBuf::from("file:///dev/null"));
+        let streams = Streams { stdin: None, stdout: lost(), stderr: lost() };
+        let execution = self.add_process(&exec_id, &start, &streams).await?;
         let began = std::time::Instant::now();
         let ran = match execution.start().await {
             Ok(()) => {

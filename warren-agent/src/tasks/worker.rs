@@ -307,9 +307,12 @@ impl Worker {
             (_, None) => (ContainerState::Running, String::new()),
         };
         self.note(|status| {
+            // What an agent finds as it was has not changed.
+            if status.state() != state || status.changed_at.is_none() {
+                status.changed_at = Some(now());
+            }
             status.state = state.into();
             status.message = message;
-            status.changed_at = Some(now());
             if state == ContainerState::Running && status.started_at.is_none() {
                 status.started_at = Some(now());
             }

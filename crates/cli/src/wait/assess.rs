@@ -85,7 +85,8 @@ pub(super) fn assess<'a>(service: &v1::Service, containers: impl IntoIterator<It
             }
             continue;
         }
-        let before = older.last().filter(|before| before.revision == newest.revision && newest.failures > 0);
+        let is_current = newest.revision == service.revision;
+        let before = older.last().filter(|it| is_current && it.revision == newest.revision && newest.failures > 0);
         match look(service, policy, newest) {
             Look::Ready => assessment.ready += 1,
             Look::Unproven => {
