@@ -159,7 +159,6 @@ fn a_name_is_one_containers() {
 #[test]
 fn the_machines_own_resolvers_are_followed() {
     let world = World::with_warren("resolv");
-    // Of this test alone: a mount of its own over the machine's file cannot be, so a container of the host's namespaces is used.
     let servers = [("127.0.0.2", "192.0.2.2"), ("127.0.0.3", "192.0.2.3")].map(|(address, answer)| {
         let mut command = std::process::Command::new(warren_tests::find("dnsmasq"));
         command.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--user=root"]);

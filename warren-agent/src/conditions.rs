@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use warren_proto::v1;
 
@@ -93,11 +94,9 @@ const LOOK: Duration = Duration::from_secs(2);
 /// A daemon or file system that takes longer does not work.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Looks at these directories once, for as long as that may take.
+/// Checks these directories once, within [`PATIENCE`].
 pub(crate) async fn look_at_disks(finding: &Finding, directories: &[PathBuf]) {
-    let looked_at = directories.to_vec();
-    let look = tokio::task::spawn_blocking(move || looked_at.iter().find_map(|directory| trouble(directory)));
-    if let Ok(Ok(found)) = tokio::time::timeout(PATIENCE, look).await {
+    if let Ok(Ok(found)) = tokio::time::timeout(PATIENCE, begin_look(directories.to_vec())).await {
         finding.set(found);
     }
 }
@@ -120,9 +119,7 @@ pub(crate) async fn watch_disks(finding: Finding, directories: Vec<PathBuf>, shu
     let mut tick = tokio::time::interval(LOOK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
-        let looked_at = directories.clone();
-        // A file system that hangs holds up its thread and nothing else.
-        let mut look = tokio::task::spawn_blocking(move || looked_at.iter().find_map(|directory| trouble(directory)));
+        let mut look = begin_look(directories.clone());
         match tokio::time::timeout(PATIENCE, &mut look).await {
             Ok(found) => finding.set(found.unwrap_or_default()),
             Err(_) => {
@@ -133,6 +130,11 @@ pub(crate) async fn watch_disks(finding: Finding, directories: Vec<PathBuf>, shu
             }
         }
     }
+}
+
+/// Looks on a thread of its own: a file system that hangs holds up that thread and nothing else.
+fn begin_look(directories: Vec<PathBuf>) -> JoinHandle<Option<String>> {
+    tokio::task::spawn_blocking(move || directories.iter().find_map(|directory| trouble(directory)))
 }
 
 /// A twentieth of a file system, or this, whichever is less, must be free: below it, images and logs have no room.

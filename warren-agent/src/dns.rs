@@ -94,9 +94,11 @@ impl Resolver {
     /// Answers until `shutdown`, by the tables as they are at the time.
     pub async fn run(self, tables: watch::Receiver<Tables>, shutdown: CancellationToken) {
         let follow = self.clone().follow(tables);
-        let answer = self.answer(shutdown.clone());
-        let both = async { tokio::join!(follow, answer) };
-        shutdown.run_until_cancelled(both).await;
+        let forwarder = Arc::new(Forwarder::new(&self.upstreams()));
+        let upstreams = self.clone().follow_upstreams(Arc::clone(&forwarder));
+        let answer = self.answer(forwarder, shutdown.clone());
+        let all = async { tokio::join!(follow, upstreams, answer) };
+        shutdown.run_until_cancelled(all).await;
     }
 
     async fn follow(self, mut tables: watch::Receiver<Tables>) {
@@ -140,10 +142,8 @@ impl Resolver {
         }
     }
 
-    async fn answer(&self, shutdown: CancellationToken) {
+    async fn answer(&self, forwarder: Arc<Forwarder>, shutdown: CancellationToken) {
         let address = SocketAddr::new(RESOLVER.into(), PORT);
-        let forwarder = Arc::new(Forwarder::new(&self.upstreams()));
-        let _follows = AbortOnDrop(tokio::spawn(self.clone().follow_upstreams(Arc::clone(&forwarder))));
         let rate = self.options.rate;
         let limits = Limits { rate, burst: rate.saturating_mul(BURST) };
         while !shutdown.is_cancelled() {
@@ -164,15 +164,6 @@ impl Resolver {
             self.set_problem(Some(problem));
             tokio::time::sleep(RETRY).await;
         }
-    }
-}
-
-/// Ends a task with whoever began it.
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
     }
 }
 

@@ -47,7 +47,7 @@ fn invalid<T>(field: impl Into<Cow<'static, str>>, why: impl Into<String>) -> Re
 pub struct Policy {
     /// Containers that may do to their node what they like.
     pub privileged: bool,
-    /// Ports of this manager, for its API and its metrics; 0 where there is none.
+    /// The manager's own ports: API, then metrics; 0 is unused.
     pub own_ports: [u16; 2],
 }
 

@@ -121,7 +121,7 @@ impl Netlink {
         Ok(listed.into_iter().map(entry).collect())
     }
 
-    /// A link by name; `None` when there is none.
+    /// Finds a link by name.
     pub(super) async fn link(&self, name: &str) -> Result<Option<Link>, Error> {
         let found = self.handle.link().get().match_name(name.to_owned()).execute().try_next().await;
         let message = match found {

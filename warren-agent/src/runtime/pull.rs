@@ -73,14 +73,14 @@ impl Part<'_> {
 #[derive(Debug, Default)]
 pub(super) struct Transfer {
     arrived: AtomicU64,
-    /// The registries that those who wait would ask.
+    /// The registries that the waiting pulls would use.
     waiting: Mutex<Vec<String>>,
     /// Registries that were too slow for those that wait.
     slow: Mutex<BTreeSet<String>>,
 }
 
 impl Transfer {
-    /// Whether somebody waits who would ask another registry.
+    /// Whether a waiting pull would use another registry.
     fn is_awaited_elsewhere(&self, host: &str) -> bool {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|other| other != host)
     }
