@@ -153,6 +153,15 @@ fn query(id: u16, name: &str, qtype: u16) -> Vec<u8> {
     message
 }
 
+/// A query as it is over TCP, behind its length.
+#[must_use]
+pub fn framed_query(id: u16, name: &str, qtype: u16) -> Vec<u8> {
+    let message = query(id, name, qtype);
+    let mut framed = (message.len() as u16).to_be_bytes().to_vec();
+    framed.extend(message);
+    framed
+}
+
 /// How long a client waits for an answer.
 const PATIENCE: Duration = Duration::from_millis(400);
 
@@ -180,9 +189,7 @@ pub fn ask(transport: Transport, port: u16, id: u16, name: &str, qtype: u16, tri
             };
             let mut stream = TcpStream::connect(address).expect("connects");
             stream.set_read_timeout(Some(PATIENCE)).expect("a socket option");
-            let mut framed = (message.len() as u16).to_be_bytes().to_vec();
-            framed.extend(message);
-            stream.write_all(&framed).expect("sends");
+            stream.write_all(&framed_query(id, name, qtype)).expect("sends");
             if let Ok(len) = stream.read(&mut buffer)
                 && len > 5
             {

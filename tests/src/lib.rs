@@ -16,7 +16,7 @@ mod tokens;
 mod watch;
 mod world;
 
-pub use dns::{Answer, DnsServer, Transport, ask, ask_silently, script_that_asks};
+pub use dns::{Answer, DnsServer, Transport, ask, ask_silently, framed_query, script_that_asks};
 pub use front::{Front, Trouble};
 pub use hosts::Hosts;
 pub use inside::Inside;

@@ -1,11 +1,18 @@
 //! DNS queries, timed in the kernel.
 
-use std::{process::Command, thread, time::Duration};
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    process::Command,
+    thread,
+    time::Duration,
+};
 
 use rustix::process::Signal;
 
 use warren_tests::{
-    Answer, DnsServer, Metrics, Process, Transport, World, ask, ask_silently, find, script_that_asks, until,
+    Answer, DnsServer, Metrics, Process, Transport, World, ask, ask_silently, find, framed_query, script_that_asks,
+    until,
 };
 
 /// Terms of the law `sent - retransmits = answered or timed out + pending + evicted + superseded`, of the whole node.
@@ -256,4 +263,58 @@ fn queries_of_containers_are_their_services() {
 fn ask_host(port: u16) -> Answer {
     let _server = DnsServer::start(port);
     ask(Transport::Udp4, port, 1, "ok.test", 1, 1)
+}
+
+/// Sends pieces over one TCP connection, each in a segment of its own, and reads so many answers.
+fn send_pieces(port: u16, pieces: &[&[u8]], answers: usize) {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connects");
+    stream.set_nodelay(true).expect("a socket option");
+    stream.set_read_timeout(Some(Duration::from_secs(5))).expect("a socket option");
+    for piece in pieces {
+        stream.write_all(piece).expect("sends");
+        thread::sleep(Duration::from_millis(50));
+    }
+    for _ in 0..answers {
+        let mut length = [0; 2];
+        stream.read_exact(&mut length).expect("an answer");
+        let mut message = vec![0; usize::from(u16::from_be_bytes(length))];
+        stream.read_exact(&mut message).expect("an answer");
+    }
+}
+
+#[test]
+fn messages_are_counted_however_tcp_cuts_them() {
+    let mut world = World::empty("dns-cut");
+    let _dnsmasq = dnsmasq(&world);
+    world.start_observer(&[]);
+    let port = world.dns_port;
+    let query = |id: u16| framed_query(id, "ok.test", 1);
+    let joined = |ids: std::ops::Range<u16>| ids.flat_map(query).collect::<Vec<_>>();
+    let one = query(9);
+    // Pieces; how many queries; how many of those are counted, and how many losses.
+    let cases: [(&[&[u8]], usize, f64, f64); 6] = [
+        (&[&joined(1..3)], 2, 2.0, 0.0),
+        (&[&joined(1..5)], 4, 4.0, 0.0),
+        (&[&one[..2], &one[2..]], 1, 1.0, 0.0),
+        (&[&one, &one], 2, 2.0, 0.0),
+        (&[&one[..1], &one[1..]], 1, 0.0, 1.0),
+        (&[&joined(1..7)], 6, 4.0, 1.0),
+    ];
+    for (i, (pieces, queries, counted, lost)) in cases.into_iter().enumerate() {
+        let now = || {
+            let metrics = world.agent_metrics();
+            let partial = ["probe=\"dns\"", "reason=\"tcp_partial\""];
+            (
+                finished(&metrics, &["transport=\"tcp\""]),
+                metrics.sum("warren_dns_sent_total", &[]),
+                metrics.sum("warren_probe_events_lost_total", &partial),
+                metrics.sum("warren_dns_unmatched_responses_total", &[]),
+            )
+        };
+        let before = now();
+        send_pieces(port, pieces, queries);
+        let after = now();
+        let by = (after.0 - before.0, after.1 - before.1, after.2 - before.2, after.3 - before.3);
+        assert_eq!(by, (counted, counted, lost, 0.0), "case {i}");
+    }
 }

@@ -302,3 +302,26 @@ fn one_agent_at_a_time_uses_the_pins() {
     let refused = World::run(&mut second).failed(1);
     assert!(refused.contains("another agent uses the pins"), "{refused}");
 }
+
+#[test]
+fn a_program_that_is_called_like_a_runtime_is_none() {
+    let mut world = World::empty("forged");
+    world.start_observer(&[]);
+    let runc = Runc::new(&world);
+    let failures = || world.agent_metrics().sum("warren_container_start_failures_total", &[]);
+    let ([create, start, stop], failed) = (counts(&world), failures());
+    // Root of an ordinary container, with a program of its own; then the same with what a runtime needs.
+    let script = "cp /bin/busybox /tmp/runc; ln -s runc /tmp/youki; cd /tmp; ./runc false create x; ./youki create y; \
+        ./runc sh -c true start z; echo; trap 'exit 0' TERM; while :; do sleep 0.05; done";
+    runc.configure_with("host", &["/bin/sh", "-c", script], |config| {
+        config["mounts"].as_array_mut().expect("mounts").push(json!({
+            "destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev"],
+        }));
+    });
+    assert_eq!(runc.run(&["create", "host"]).code, 0);
+    assert_eq!(runc.run(&["start", "host"]).code, 0);
+    until_counts(&world, [create + 1.0, start + 1.0, stop]);
+    assert_eq!(runc.run(&["kill", "host", "TERM"]).code, 0);
+    until_counts(&world, [create + 1.0, start + 1.0, stop + 1.0]);
+    assert_eq!(failures() - failed, 0.0);
+}

@@ -169,6 +169,18 @@ fn what_ends_a_container_is_told_apart() {
         state(c) == "CONTAINER_STATE_FAILED" && c["status"]["oomKilled"] == Value::Bool(true)
     });
     assert_eq!(killed["status"]["exitCode"], 137);
+    // A child's end that its parent survives is not the container's.
+    let script = "trap '' TERM; sh -c 'x=a; while :; do x=$x$x; done'; echo survived; while :; do sleep 0.05; done";
+    let mut arguments =
+        vec!["service", "create", "survivor", "--image", warren_tests::image_name(), "--stop-timeout", "1"];
+    arguments.extend(["--limit-memory", "16M", "--", "sh", "-c", script]);
+    let _ = world.warren(&arguments).succeeded();
+    until("its child was killed", || {
+        world.warren(&["service", "logs", "survivor"]).stdout.contains("survived").then_some(())
+    });
+    let survivor = world.container_when("survivor", "it runs", |c| state(c) == "CONTAINER_STATE_RUNNING");
+    assert!(survivor["status"]["oomKilled"] != Value::Bool(true), "{survivor}");
+    let _ = world.warren(&["service", "rm", "survivor", "--wait"]).succeeded();
 
     // A program that is not there.
     let mut arguments = vec!["service", "create", "lost", "--image", warren_tests::image_name()];
@@ -190,18 +202,18 @@ fn what_ends_a_container_is_told_apart() {
 
     let metrics = until("the agent's counts have arrived", || {
         let metrics = world.manager_metrics();
-        (metrics.sum("warren_container_exits_total", &[]) == 3.0).then_some(metrics)
+        (metrics.sum("warren_container_exits_total", &[]) == 4.0).then_some(metrics)
     });
     for (metric, labels, count) in [
-        ("warren_container_exits_total", "reason=\"killed\"", 1.0),
+        ("warren_container_exits_total", "reason=\"killed\"", 2.0),
         ("warren_container_exits_total", "reason=\"oom\"", 1.0),
         ("warren_container_exits_total", "reason=\"completed\"", 1.0),
         ("warren_container_start_failures_total", "reason=\"create\"", 1.0),
         ("warren_container_start_failures_total", "reason=\"start\"", 0.0),
-        ("warren_container_sigterm_ignored_total", "node=\"node-1\"", 1.0),
-        ("warren_container_stop_escalations_total", "node=\"node-1\"", 1.0),
-        ("warren_container_create_duration_seconds_count", "source=\"kernel\"", 3.0),
-        ("warren_container_start_duration_seconds_count", "source=\"kernel\"", 3.0),
+        ("warren_container_sigterm_ignored_total", "node=\"node-1\"", 2.0),
+        ("warren_container_stop_escalations_total", "node=\"node-1\"", 2.0),
+        ("warren_container_create_duration_seconds_count", "source=\"kernel\"", 4.0),
+        ("warren_container_start_duration_seconds_count", "source=\"kernel\"", 4.0),
     ] {
         assert_eq!(metrics.sum(metric, &[labels]), count, "{metric}{{{labels}}}");
     }

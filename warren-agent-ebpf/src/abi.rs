@@ -47,6 +47,10 @@ pub struct Offsets {
     pub task_cgroups: u32,
     /// `task_struct.thread_pid`
     pub task_thread_pid: u32,
+    /// `task_struct.cred`
+    pub task_cred: u32,
+    /// `cred.cap_effective`: 64 bits, whether as two words (before 6.3) or one.
+    pub cred_cap_effective: u32,
     /// `pid.level`: depth of the PID namespace.
     pub pid_level: u32,
     /// `signal_struct.live`: threads of the group still alive.

@@ -16,6 +16,8 @@ static OFFSETS: Offsets = Offsets {
     task_mm: 0,
     task_cgroups: 0,
     task_thread_pid: 0,
+    task_cred: 0,
+    cred_cap_effective: 0,
     pid_level: 0,
     signal_live: 0,
     mm_arg_start: 0,
@@ -114,6 +116,15 @@ impl Task {
     pub(crate) fn pid_namespace_level(self) -> Option<u32> {
         let pid = read::<Address>(self.0, offset!(task_thread_pid))?;
         read(pid, offset!(pid_level))
+    }
+
+    /// Whether it may administer the system, as a runtime must to make a container.
+    #[inline(always)]
+    pub(crate) fn may_make_containers(self) -> bool {
+        const CAP_SYS_ADMIN: u32 = 21;
+        let Some(cred) = read::<Address>(self.0, offset!(task_cred)) else { return false };
+        let effective = read::<u64>(cred, offset!(cred_cap_effective)).unwrap_or(0);
+        (effective >> CAP_SYS_ADMIN) & 1 == 1
     }
 
     /// Start and end of its command line in its own memory.

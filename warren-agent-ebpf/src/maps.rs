@@ -58,6 +58,9 @@ static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(counter::COUNT
 /// Queries without an answer yet. LRU, so that queries nobody answers cannot shut out live ones.
 #[map]
 pub(crate) static DNS_PENDING: LruHashMap<dns::PendingKey, dns::Pending> = LruHashMap::with_max_entries(16_384, 0);
+/// Cookies of TCP connections of which some message could not be followed. Not pinned: it is about connections, not counts.
+#[map]
+pub(crate) static DNS_LOSSY: LruHashMap<u64, u32> = LruHashMap::with_max_entries(1024, 0);
 /// Not preallocated: 4096 histograms would pin 8 MB that most nodes never use.
 #[map]
 pub(crate) static DNS_DURATIONS: HashMap<dns::HistogramKey, Histogram> =

@@ -34,7 +34,8 @@ pub mod flag {
     pub const SIGNAL_IGNORED: u32 = 1 << 0;
     /// SIGKILL came from outside.
     pub const KILLED: u32 = 1 << 1;
-    /// The OOM killer took one of its processes.
+    /// It ended for want of memory: the OOM killer took its first process, or another one, of which the first process made its
+    /// own end (exit code 137, as shells do), unasked.
     pub const OOM: u32 = 1 << 2;
     /// The runtime failed to create it.
     pub const CREATE_FAILED: u32 = 1 << 3;
@@ -44,6 +45,10 @@ pub mod flag {
     pub const EXIT_SEEN: u32 = 1 << 5;
     /// It ran before the probes did; the agent entered it.
     pub const SEEDED: u32 = 1 << 6;
+    /// The OOM killer chose its first process.
+    pub const OOM_FIRST: u32 = 1 << 7;
+    /// The OOM killer chose another of its processes, which it may well survive.
+    pub const OOM_OTHER: u32 = 1 << 8;
 }
 
 /// Kinds of [`Event`].

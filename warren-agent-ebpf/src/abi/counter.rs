@@ -30,7 +30,7 @@ counters! {
     EXITS_COMPLETED,
     /// Containers that failed by themselves.
     EXITS_ERROR,
-    /// Containers whose first process the OOM killer took.
+    /// Containers that ended for want of memory.
     EXITS_OOM,
     /// Containers that a signal from outside ended.
     EXITS_KILLED,
@@ -48,7 +48,7 @@ counters! {
     DNS_TRUNCATED,
     /// Packets on a DNS port that are no DNS message.
     DNS_MALFORMED,
-    /// TCP segments that hold no message head.
+    /// TCP segments that hold something besides whole messages, or begin none.
     DNS_TCP_PARTIAL,
     /// Queries that did not fit in the map of pending ones.
     DNS_PENDING_FULL,

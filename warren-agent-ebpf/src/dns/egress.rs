@@ -25,35 +25,34 @@ use crate::maps::{DNS_PENDING, GROUPS, count};
 pub(super) fn handle(packet: Packet) {
     let Some(segment) = packet.segment() else { return };
     if is_dns_port(segment.destination) {
-        with_scratch(|scratch| sent(packet, &segment, scratch));
+        // SAFETY: the program's own context.
+        let cookie = unsafe { bpf_get_socket_cookie(packet.0.cast()) };
+        with_scratch(|scratch| {
+            message::for_each(packet, &segment, cookie, false, |start| sent(packet, &segment, start, cookie, scratch));
+        });
     }
 }
 
 #[inline(always)]
-fn sent(packet: Packet, segment: &Segment, scratch: *mut Scratch) {
-    let Some(loaded) = message::load(packet, segment, scratch) else { return };
+fn sent(packet: Packet, segment: &Segment, start: u32, cookie: u64, scratch: *mut Scratch) {
+    let Some(loaded) = message::load(packet, segment, start, cookie, scratch) else { return };
     // SAFETY: the scratch is a map value; the helpers take the program's own context.
     unsafe {
         let flags = u16::from_be((*scratch).header[1]);
         let questions = u16::from_be((*scratch).header[2]);
         // Servers refuse anything but one question.
         if flags & (FLAG_RESPONSE | OPCODE) != 0 || questions != 1 {
-            message::reject(segment);
+            message::reject(segment, cookie);
             return;
         }
-        let Some(qtype) = message::question_type(packet, segment, scratch, loaded) else {
+        let Some(qtype) = message::question_type(packet, start, scratch, loaded) else {
             count(counter::DNS_MALFORMED);
             return;
         };
         count(counter::DNS_QUERIES);
 
         let cgroup = bpf_skb_cgroup_id(packet.0);
-        let key = PendingKey {
-            cookie: bpf_get_socket_cookie(packet.0.cast()),
-            id: (*scratch).header[0],
-            tcp: segment.is_tcp.into(),
-            _reserved: 0,
-        };
+        let key = PendingKey { cookie, id: (*scratch).header[0], tcp: segment.is_tcp.into(), _reserved: 0 };
         let query = Pending {
             sent_ns: bpf_ktime_get_ns(),
             cgroup,

@@ -21,7 +21,13 @@ use crate::{
 pub(super) fn handle(packet: Packet) {
     let Some(segment) = packet.segment() else { return };
     if is_dns_port(segment.source) {
-        with_scratch(|scratch| received(packet, &segment, scratch));
+        // SAFETY: the program's own context.
+        let cookie = unsafe { bpf_get_socket_cookie(packet.0.cast()) };
+        with_scratch(|scratch| {
+            message::for_each(packet, &segment, cookie, true, |start| {
+                received(packet, &segment, start, cookie, scratch)
+            });
+        });
     }
 }
 
@@ -36,23 +42,21 @@ fn rcode_class(code: u16) -> u8 {
 }
 
 #[inline(always)]
-fn received(packet: Packet, segment: &Segment, scratch: *mut Scratch) {
-    let Some(loaded) = message::load(packet, segment, scratch) else { return };
+fn received(packet: Packet, segment: &Segment, start: u32, cookie: u64, scratch: *mut Scratch) {
+    let Some(loaded) = message::load(packet, segment, start, cookie, scratch) else { return };
     // SAFETY: the scratch is a map value; the helpers take the program's own context.
     unsafe {
         let flags = u16::from_be((*scratch).header[1]);
         if flags & (FLAG_RESPONSE | OPCODE) != FLAG_RESPONSE {
-            message::reject(segment);
+            message::reject(segment, cookie);
             return;
         }
-        let key = PendingKey {
-            cookie: bpf_get_socket_cookie(packet.0.cast()),
-            id: (*scratch).header[0],
-            tcp: segment.is_tcp.into(),
-            _reserved: 0,
-        };
+        let key = PendingKey { cookie, id: (*scratch).header[0], tcp: segment.is_tcp.into(), _reserved: 0 };
         let Some(query) = DNS_PENDING.get_ptr(key) else {
-            count(counter::DNS_UNMATCHED);
+            // Its query was counted as lost where it was sent.
+            if !message::is_lossy(segment, cookie) {
+                count(counter::DNS_UNMATCHED);
+            }
             return;
         };
         let query = *query;

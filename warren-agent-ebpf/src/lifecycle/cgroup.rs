@@ -10,7 +10,7 @@ use warren_agent_ebpf::abi::{
     counter,
 };
 
-use super::{clear, container_of, current_tgid, emit};
+use super::{clear, container_of, current_tgid, emit, exit::STATUS_SIGNAL};
 use crate::{
     kernel::{Cgroup, Task, int_argument, pointer_argument},
     maps::{ALIASES, CONTAINERS, GROUPS, IDS, OPERATIONS, count, observe_duration},
@@ -106,9 +106,6 @@ fn inherit(cgroup: Cgroup) {
     }
 }
 
-/// Low seven bits of a wait status: the signal that ended the process.
-const STATUS_SIGNAL: u32 = 0x7f;
-
 #[btf_tracepoint(function = "cgroup_notify_populated")]
 pub(crate) fn on_cgroup_populated(ctx: BtfTracePointContext) -> i32 {
     if int_argument(&ctx, 2) != 0 {
@@ -144,7 +141,7 @@ unsafe fn emptied(id: u64, container: *mut Container) {
             count(counter::START_FAILURES);
         } else {
             let status = (*container).exit_status;
-            if (*container).flags & flag::OOM != 0 && status & STATUS_SIGNAL == 9 {
+            if (*container).flags & flag::OOM != 0 {
                 count(counter::EXITS_OOM);
             } else if status == 0 {
                 count(counter::EXITS_COMPLETED);

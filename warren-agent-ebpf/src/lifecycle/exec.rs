@@ -71,8 +71,8 @@ fn is_runtime() -> bool {
 pub(crate) fn on_exec(ctx: BtfTracePointContext) -> i32 {
     let task = Task(pointer_argument(&ctx, 0));
     if is_runtime() {
-        // Any user may name a program `runc`; only root's makes containers on this host.
-        if bpf_get_current_uid_gid() as u32 == 0 {
+        // Anybody may name a program `runc`, root of an ordinary container too.
+        if bpf_get_current_uid_gid() as u32 == 0 && task.may_make_containers() {
             runtime_executed(task);
         }
     } else {

@@ -22,6 +22,15 @@ use crate::{
 #[map]
 static FAILED_SCRATCH: PerCpuArray<Container> = PerCpuArray::with_max_entries(1, 0);
 
+/// Low seven bits of a wait status: the signal that ended the process.
+pub(super) const STATUS_SIGNAL: u32 = 0x7f;
+const SIGKILL: u32 = 9;
+/// The wait status of a process that exits with 137: what a shell does whose command SIGKILL ended.
+const EXIT_LIKE_SIGKILL: u32 = 137 << 8;
+
+/// How soon after another process of its the first one ends because of it.
+const SOON_NS: u64 = 10_000_000_000;
+
 #[btf_tracepoint(function = "sched_process_exit")]
 pub(crate) fn on_exit(ctx: BtfTracePointContext) -> i32 {
     let task = Task(pointer_argument(&ctx, 0));
@@ -50,6 +59,15 @@ pub(crate) fn on_exit(ctx: BtfTracePointContext) -> i32 {
         (*container).exit_status = task.exit_status();
         (*container).flags |= flag::EXIT_SEEN;
         let stopping = (*container).stop_began_ns;
+        let status = (*container).exit_status;
+        let taken = (*container).flags & flag::OOM_FIRST != 0 && status & STATUS_SIGNAL == SIGKILL;
+        let followed = (*container).flags & flag::OOM_OTHER != 0
+            && status == EXIT_LIKE_SIGKILL
+            && stopping == 0
+            && now - (*container).oom_ns < SOON_NS;
+        if taken || followed {
+            (*container).flags |= flag::OOM;
+        }
         emit(event::EXITED, now, cgroup, if stopping != 0 { now - stopping } else { 0 }, container);
     }
     0

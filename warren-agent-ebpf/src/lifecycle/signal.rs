@@ -23,10 +23,10 @@ const SIGURG: i32 = 23;
 /// `TRACE_SIGNAL_IGNORED`: the target has no handler for it, or is pid 1 of its namespace and has none.
 const IGNORED: i32 = 1;
 
-/// Whom the OOM killer is about to name: `[pid, cgroup]`. On 5.10 the OOM tracepoint carries only a pid, but the victim's
+/// Whom the OOM killer is about to name: `[pid, tgid, cgroup]`. On 5.10 the OOM tracepoint carries only a pid, but the victim's
 /// SIGKILL was generated just before, on this CPU and under a spin lock.
 #[map]
-static OOM_VICTIM: PerCpuArray<[u64; 2]> = PerCpuArray::with_max_entries(1, 0);
+static OOM_VICTIM: PerCpuArray<[u64; 3]> = PerCpuArray::with_max_entries(1, 0);
 
 #[btf_tracepoint(function = "signal_generate")]
 pub(crate) fn on_signal(ctx: BtfTracePointContext) -> i32 {
@@ -42,7 +42,7 @@ pub(crate) fn on_signal(ctx: BtfTracePointContext) -> i32 {
         && let Some(victim) = OOM_VICTIM.get_ptr_mut(0)
     {
         // SAFETY: this CPU's map value.
-        unsafe { *victim = [task.pid().into(), target] };
+        unsafe { *victim = [task.pid().into(), task.tgid().into(), target] };
     }
     let Some((cgroup, container)) = container_of(target) else { return 0 };
     // SAFETY: a map value.
@@ -94,21 +94,22 @@ unsafe fn signalled(signal: i32, result: i32, task: Task, cgroup: u64, container
 
 #[btf_tracepoint(function = "mark_victim")]
 pub(crate) fn on_oom(ctx: BtfTracePointContext) -> i32 {
-    let target = if constant(&CONFIG.oom_argument_is_pid) != 0 {
+    let (tgid, target) = if constant(&CONFIG.oom_argument_is_pid) != 0 {
         let Some(victim) = OOM_VICTIM.get_ptr(0) else { return 0 };
         // SAFETY: this CPU's map value.
-        let [pid, cgroup] = unsafe { *victim };
+        let [pid, tgid, cgroup] = unsafe { *victim };
         if pid != int_argument(&ctx, 0) as u64 {
             return 0;
         }
-        cgroup
+        (tgid as u32, cgroup)
     } else {
-        Task(pointer_argument(&ctx, 0)).cgroup_id()
+        let victim = Task(pointer_argument(&ctx, 0));
+        (victim.tgid(), victim.cgroup_id())
     };
     if let Some((_, container)) = container_of(target) {
         // SAFETY: a map value; the helper has no requirements.
         unsafe {
-            (*container).flags |= flag::OOM;
+            (*container).flags |= if tgid == (*container).init_tgid { flag::OOM_FIRST } else { flag::OOM_OTHER };
             (*container).oom_ns = bpf_ktime_get_ns();
         }
     }

@@ -34,6 +34,8 @@ impl Kernel {
             task_mm: btf.offset("task_struct", "mm")?,
             task_cgroups: btf.offset("task_struct", "cgroups")?,
             task_thread_pid: btf.offset("task_struct", "thread_pid")?,
+            task_cred: btf.offset("task_struct", "cred")?,
+            cred_cap_effective: btf.offset("cred", "cap_effective")?,
             pid_level: btf.offset("pid", "level")?,
             signal_live: btf.offset("signal_struct", "live")?,
             mm_arg_start: btf.offset("mm_struct", "arg_start")?,
