@@ -125,19 +125,56 @@ fn mistakes_are_named_and_nothing_is_done() {
     for (text, words) in [
         (
             "kind: Service\nmetadata: {name: x}\nspec: {image: y, replicsa: 3}",
-            "Service x: line 9 column 18: unknown field `replicsa`",
+            "manifest.yaml:9: service x: spec.replicsa: unknown field `replicsa`; allowed are image, replicas, ",
         ),
-        ("kind: Service\nmetadata: {name: x}\nspec: {image: y, ports: [{containerPort: eighty}]}", "Service x: line 9"),
+        (
+            "kind: Service\nmetadata: {name: x}\nspec: {image: y, ports: [{containerPort: eighty}]}",
+            "manifest.yaml:9: service x: spec.ports[0].containerPort: is to be a whole number; for example: ports: [",
+        ),
         ("kind: Service\nmetadata: {name: x}\nspec: {image: y, env: [{nam: A}]}", "unknown field `nam`"),
         (
             "kind: Service\nmetadata: {name: x}\nspec: {image: y, healthCheck: {type: tcp, endpoint: web}}",
-            "healthCheck.endpoint",
+            "manifest.yaml:9: service x: spec.healthCheck.endpoint: \"web\" has no port; for example: healthCheck: {",
         ),
-        ("kind: Service\nmetadata: {name: x}\nspec: {image: y, stopTimeout: soon}", "\"soon\" is not a duration"),
+        (
+            "kind: Service\nmetadata: {name: x}\nspec: {image: y, stopTimeout: soon}",
+            "spec.stopTimeout: \"soon\" is not a duration",
+        ),
         ("kind: Service\nmetadata: {nam: x}\nspec: {image: y}", "unknown field `nam`"),
-        ("kind: Deployment\nmetadata: {name: x}\nspec: {}", "Deployment x: the kind is not known"),
-        ("kind: Secret\nmetadata: {name: x}\nspec: {data: '*'}", "Secret x: spec.data: is not base64"),
-        ("kind: [", "manifest.yaml: "),
+        (
+            "kind: Deployment\nmetadata: {name: x}\nspec: {}",
+            "manifest.yaml:7: deployment x: kind: \"Deployment\" is not known",
+        ),
+        ("kind: Secret\nmetadata: {name: x}\nspec: {data: '*'}", "secret x: spec.data: is not base64"),
+        (
+            "kind: Service\nmetadata: {name: x}\nspec:\n  image: y\n  restartPolicy: 5",
+            "manifest.yaml:11: service x: spec.restartPolicy: \"5\" is not any, on-failure, on-failure:ATTEMPTS or never; for \
+             example: restartPolicy: on-failure, or {condition: on-failure",
+        ),
+        (
+            "kind: Service\nmetadata: {name: x}\nspec: {image: y, command: sh}",
+            "spec.command: is to be a list; for example: command: [",
+        ),
+        (
+            "kind: Volume\nmetadata: {name: data}\nspec: {}",
+            "manifest.yaml:8: volume data: metadata.name: is given twice",
+        ),
+        // What the manager alone knows, in the manifest's own words.
+        (
+            "kind: Service\nmetadata: {name: x}\nspec:\n  image: localhost/x\n  healthCheck: {type: exec}",
+            "manifest.yaml:11: service x: spec.healthCheck.command: is missing, or has NUL bytes; for example: healthCheck: {",
+        ),
+        (
+            "kind: Service\nmetadata: {name: x}\nspec:\n  image: localhost/x\n  volumes: [\"data:/data\"]\n  tmpfs: [/a, b]",
+            "manifest.yaml:12: service x: spec.tmpfs[1].target: \"b\" is not an absolute path",
+        ),
+        (
+            "kind: Service\nmetadata: {name: x}\nspec:\n  image: localhost/x\n  secrets: [none]",
+            "manifest.yaml:11: service x: spec.secrets: there is no secret \"none\"",
+        ),
+        ("kind: Service\nmetadata: {name: x}\nspec: {image: UPPER}", "manifest.yaml:9: service x: spec.image: "),
+        ("kind: Service\nmetadata: {name: -x}\nspec: {image: y}", "manifest.yaml:8: service -x: metadata.name: "),
+        ("kind: [", "manifest.yaml:7: "),
     ] {
         let error = apply(&world, &format!("{good}apiVersion: warren.io/v1\n{text}\n")).failed(2);
         assert!(error.contains(words), "{error} does not say {words}");
@@ -146,4 +183,79 @@ fn mistakes_are_named_and_nothing_is_done() {
     assert!(old.contains("apiVersion: \"apps/v1\" is not warren.io/v1"), "{old}");
     assert_eq!(world.warren(&["volume", "ls", "--format", "json"]).succeeded().trim(), "[]", "the good one neither");
     let _ = world.warren(&["apply", "-f", "/none/such.yaml"]).failed(1);
+    // All of them at once, whichever document they are in, and what the others of the file make counts.
+    let service = |name: &str, more: &str| {
+        format!(
+            "---\napiVersion: warren.io/v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{image: localhost/y, {more}}}\n"
+        )
+    };
+    let several = [
+        good.to_owned(),
+        service("uses", "volumes: [\"data:/data\"], ports: [\"8081:80\"]"),
+        service("clashes", "ports: [\"8081:80\"]"),
+        service("lacks", "configs: [none]"),
+    ];
+    let error = apply(&world, &several.concat()).failed(2);
+    for words in [
+        "2 mistakes, and nothing was changed:",
+        "manifest.yaml:15: service clashes: spec.ports: port 8081/tcp is published by service \"uses\"",
+        "manifest.yaml:19: service lacks: spec.configs: there is no config \"none\"",
+    ] {
+        assert!(error.contains(words), "{error} does not say {words}");
+    }
+    assert_eq!(world.warren(&["volume", "ls", "--format", "json"]).succeeded().trim(), "[]");
+    assert_eq!(world.warren(&["service", "ls", "--format", "json"]).succeeded().trim(), "[]");
+}
+
+#[test]
+fn the_command_lines_words_are_a_manifests_too() {
+    let world = World::with_warren("words");
+    let text = format!(
+        r#"
+apiVersion: warren.io/v1
+kind: Service
+metadata: {{name: web}}
+spec:
+  image: {image}
+  command: [sh, -c, "trap 'exit 0' TERM; touch /tmp/ok; httpd -p 80 -h /tmp; while :; do sleep 0.05; done"]
+  ports: ["8080:80", "published=5353,target=53,protocol=udp,mode=host"]
+  volumes: ["data:/data:ro", "source=data,target=/again", "/etc:/in"]
+  tmpfs: [/tmp, "/scratch:size=1M,mode=0700"]
+  healthCheck: http://:80/ok
+  restartPolicy: on-failure:3
+  stopTimeout: ~
+  user:
+  env:
+  ports: ~
+"#,
+        image = image_name()
+    );
+    let twice = apply(&world, &text).failed(2);
+    assert!(twice.contains("duplicate mapping key `ports`"), "{twice}");
+    let volume = "---\napiVersion: warren.io/v1\nkind: Volume\nmetadata: {name: data}\nspec: {}\n";
+    let _ = apply(&world, &(text.replace("  ports: ~\n", "") + volume)).succeeded();
+    let spec = service(&world, "web")["spec"].clone();
+    let protocol = |name: &str| format!("PROTOCOL_{name}");
+    for (path, expected) in [
+        ("/ports/0", json!({"containerPort": 80, "hostPort": 8080, "protocol": protocol("TCP")})),
+        (
+            "/ports/1",
+            json!({"containerPort": 53, "hostPort": 5353, "protocol": protocol("UDP"), "publishMode": "PUBLISH_MODE_HOST"}),
+        ),
+        (
+            "/container/mounts/0",
+            json!({"type": "MOUNT_TYPE_VOLUME", "source": "data", "target": "/data", "readOnly": true}),
+        ),
+        ("/container/mounts/1", json!({"type": "MOUNT_TYPE_VOLUME", "source": "data", "target": "/again"})),
+        ("/container/mounts/2", json!({"type": "MOUNT_TYPE_BIND", "source": "/etc", "target": "/in"})),
+        (
+            "/container/mounts/4",
+            json!({"type": "MOUNT_TYPE_TMPFS", "target": "/scratch", "sizeBytes": "1048576", "mode": 448}),
+        ),
+        ("/container/healthCheck", json!({"http": {"port": 80, "path": "/ok"}})),
+        ("/restart", json!({"condition": "RESTART_CONDITION_ON_FAILURE", "delay": "1s", "maxAttempts": 3})),
+    ] {
+        assert_eq!(spec.pointer(path), Some(&expected), "{path} of {spec}");
+    }
+    assert_eq!(spec.pointer("/container/stopTimeout"), None);
 }

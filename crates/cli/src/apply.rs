@@ -2,17 +2,17 @@
 //! never left out in silence.
 
 mod manifest;
+mod mistakes;
+mod places;
 
 use std::{
+    collections::BTreeSet,
     io::Read as _,
     path::{Path, PathBuf},
 };
 
 use clap::Args;
-use serde::{
-    Deserialize,
-    de::{DeserializeOwned, IgnoredAny},
-};
+use serde::{Deserialize, de::IgnoredAny};
 use tonic::Code;
 use warren_proto::v1::{self, SecretKind};
 
@@ -24,6 +24,7 @@ use crate::{
     wait::{self, WaitArguments},
 };
 use manifest::{SecretSpec, ServiceSpec, VolumeSpec};
+use mistakes::{Mistake, Source, parse, path_in_manifest};
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
@@ -128,59 +129,110 @@ fn documents(text: &str) -> Vec<String> {
     documents
 }
 
-/// Reads a document. The kinds' own types are read from the text itself: what looks like a number or a truth and is meant as
-/// text stays as it was written.
-fn parse<T: DeserializeOwned>(text: &str) -> Result<Document<T>, String> {
-    // What follows the first line shows the text around a mistake, a secret's perhaps.
-    serde_saphyr::from_str(text).map_err(|error| {
-        let text = error.to_string();
-        text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned()
-    })
-}
-
-fn object(text: &str) -> Result<Object, String> {
-    let Document { api_version, kind, metadata, .. } = parse::<IgnoredAny>(text)?;
-    let which = format!("{kind} {}", metadata.name);
+/// What a document is about, and what is to be made so.
+fn object(text: &str) -> (String, Result<Object, Mistake>) {
+    let document = match parse::<Document<IgnoredAny>>(text) {
+        Ok(document) => document,
+        Err(mistake) => return (String::new(), Err(mistake)),
+    };
+    let Document { api_version, kind, metadata, .. } = document;
+    let which = format!("{} {}", kind.to_lowercase(), metadata.name);
     if !matches!(api_version.as_str(), "warren.io/v1" | "v1") {
-        return Err(format!("{which}: apiVersion: {api_version:?} is not warren.io/v1"));
+        let why = format!("{api_version:?} is not warren.io/v1");
+        return (which, Err(Mistake::new("apiVersion", why)));
     }
     let (name, labels) = (metadata.name, metadata.labels);
     let object = match kind.as_str() {
-        "Service" => parse::<ServiceSpec>(text)
+        "Service" => parse::<Document<ServiceSpec>>(text)
             .and_then(|document| Ok(Object::Service(Box::new(document.spec.into_proto(name, labels)?)))),
-        "Secret" | "Config" => parse::<SecretSpec>(text).and_then(|document| {
+        "Secret" | "Config" => parse::<Document<SecretSpec>>(text).and_then(|document| {
             let kind = if kind == "Secret" { SecretKind::Secret } else { SecretKind::Config };
             let (data, request_id) = (document.spec.value()?, request_id());
             Ok(Object::Secret(v1::CreateSecretRequest { kind: kind.into(), name, labels, data, request_id }))
         }),
-        "Volume" => parse::<VolumeSpec>(text).map(|document| Object::Volume(document.spec.into_proto(name, labels))),
-        _ => Err("the kind is not known: Service, Secret, Config or Volume".to_owned()),
+        "Volume" => {
+            parse::<Document<VolumeSpec>>(text).map(|document| Object::Volume(document.spec.into_proto(name, labels)))
+        }
+        _ => Err(Mistake::new("kind", format!("{kind:?} is not known: Service, Secret, Config or Volume"))),
     };
-    object.map_err(|why| format!("{which}: {why}"))
+    (which, object)
+}
+
+/// Mistakes as one error: all of them at once.
+fn refuse(mistakes: &[String]) -> Result<(), Error> {
+    match mistakes {
+        [] => Ok(()),
+        [one] => Err(Error::Usage(one.clone())),
+        several => Err(Error::Usage(format!(
+            "{} mistakes, and nothing was changed:\n  {}",
+            several.len(),
+            several.join("\n  ")
+        ))),
+    }
+}
+
+/// Asks the manager what it would refuse, before anything is made.
+async fn validate(client: &ClientArguments, objects: &[(Source, Object)]) -> Result<(), Error> {
+    let requests = objects.iter().map(|(_, object)| v1::ValidateObjectsRequest {
+        object: Some(match object {
+            Object::Service(spec) => v1::validate_objects_request::Object::Service(v1::ServiceSpec::clone(spec)),
+            Object::Secret(request) => v1::validate_objects_request::Object::Secret(request.clone()),
+            Object::Volume(request) => v1::validate_objects_request::Object::Volume(request.clone()),
+        }),
+    });
+    let requests: Vec<_> = requests.collect();
+    let answer = client.services().await?.validate_objects(tokio_stream::iter(requests)).await;
+    let mut invalid = match answer {
+        Ok(answer) => answer.into_inner().invalid,
+        // A manager of an earlier version refuses them one by one.
+        Err(status) if status.code() == Code::Unimplemented => return Ok(()),
+        Err(status) => return Err(status.into()),
+    };
+    for (index, (_, object)) in (0..).zip(objects) {
+        if let Object::Volume(request) = object
+            && let Some(known) = volume_named(client, &request.name).await?
+            && !is_same_volume(&known, request)
+        {
+            let why = "is there with other options, which cannot be changed".to_owned();
+            invalid.push(v1::InvalidObject { index, field: "driver_options".to_owned(), why });
+        }
+    }
+    let shown = invalid.into_iter().filter_map(|invalid| {
+        let (source, object) = objects.get(invalid.index as usize)?;
+        let path = path_in_manifest(&invalid.field, object);
+        Some(Mistake::new(path, invalid.why).shown(source, &object.name()))
+    });
+    refuse(&shown.collect::<Vec<_>>())
 }
 
 pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Result<(), Error> {
-    let mut objects = Vec::new();
+    let (mut objects, mut mistakes) = (Vec::new(), Vec::new());
+    let mut names = BTreeSet::new();
     // All is read before anything is done: a mistake in the last document leaves the cluster as it was.
     for path in files(&arguments.file)? {
-        let text = read(&path)?;
-        for document in documents(&text) {
-            let object = object(&document);
-            objects.push(object.map_err(|why| Error::Usage(format!("{}: {why}", path.display())))?);
+        for text in documents(&read(&path)?) {
+            let source = Source { file: path.clone(), text };
+            match object(&source.text) {
+                (_, Ok(object)) if names.insert(object.name()) => objects.push((source, object)),
+                (which, Ok(_)) => mistakes.push(Mistake::new("metadata.name", "is given twice").shown(&source, &which)),
+                (which, Err(mistake)) => mistakes.push(mistake.shown(&source, &which)),
+            }
         }
     }
+    refuse(&mistakes)?;
     if objects.is_empty() {
         return Err(Error::Usage("nothing to apply: there is no document in what -f names".to_owned()));
     }
     // What services need comes before them.
-    let order = |object: &Object| match object {
+    let order = |(_, object): &(Source, Object)| match object {
         Object::Secret(_) => 0,
         Object::Volume(_) => 1,
         Object::Service(_) => 2,
     };
     objects.sort_by_key(order);
+    validate(client, &objects).await?;
     let mut services = Vec::new();
-    for object in objects {
+    for (_, object) in objects {
         let which = object.name();
         let applied = match object {
             Object::Secret(request) => apply_secret(client, request).await,
@@ -224,31 +276,33 @@ async fn apply_secret(client: &ClientArguments, request: v1::CreateSecretRequest
     Ok(())
 }
 
+/// A volume of exactly this name.
+async fn volume_named(client: &ClientArguments, name: &str) -> Result<Option<v1::Volume>, Error> {
+    let known =
+        client.volumes().await?.get_volume_by_name(v1::GetVolumeByNameRequest { volume: name.to_owned() }).await;
+    match known {
+        // What is found may be another whose id begins like this name.
+        Ok(known) => Ok(known.into_inner().volume.filter(|known| known.name == name)),
+        Err(status) if status.code() == Code::NotFound => Ok(None),
+        Err(status) => Err(status.into()),
+    }
+}
+
+fn is_same_volume(known: &v1::Volume, request: &v1::CreateVolumeRequest) -> bool {
+    known.driver_options == request.driver_options && known.exclusive == request.exclusive
+}
+
 async fn apply_volume(client: &ClientArguments, request: v1::CreateVolumeRequest) -> Result<(), Error> {
-    let mut api = client.volumes().await?;
     let name = request.name.clone();
-    let known = api.get_volume_by_name(v1::GetVolumeByNameRequest { volume: name.clone() }).await;
-    match known.map(|known| known.into_inner().volume.unwrap_or_default()) {
-        Ok(known)
-            if known.name == name
-                && known.driver_options == request.driver_options
-                && known.exclusive == request.exclusive =>
-        {
-            say!("volume {name} unchanged");
-        }
-        Ok(known) if known.name != name => {
-            // Another, whose id begins like this name.
-            api.create_volume(request).await?;
-            say!("volume {name} created");
-        }
-        Ok(_) => {
+    match volume_named(client, &name).await? {
+        Some(known) if is_same_volume(&known, &request) => say!("volume {name} unchanged"),
+        Some(_) => {
             return Err(Error::Usage(format!("volume {name}: is there with other options, which cannot be changed")));
         }
-        Err(status) if status.code() == Code::NotFound => {
-            api.create_volume(request).await?;
+        None => {
+            client.volumes().await?.create_volume(request).await?;
             say!("volume {name} created");
         }
-        Err(status) => return Err(status.into()),
     }
     Ok(())
 }

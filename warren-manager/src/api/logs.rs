@@ -1,6 +1,6 @@
 use std::{collections::HashSet, pin::Pin, sync::Arc};
 
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::JoinSet};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 use warren_proto::v1::{self, logs_server};
@@ -9,7 +9,7 @@ use super::{Context, Error, lookup};
 use crate::{
     dispatcher::Relay,
     ids::{ContainerId, NodeId},
-    state::{Container, ContainerState, State},
+    state::{Container, ContainerState, Service, State},
     validate::Invalid,
 };
 
@@ -38,70 +38,130 @@ impl Logs {
     }
 
     /// Passes one container's lines on until they end.
-    async fn pass(self, container: Arc<Container>, node: NodeId, request: v1::StreamLogsRequest, to: Sender) {
-        let hostname =
-            self.0.store.view().node(&node).map(|node| node.description.hostname.clone()).unwrap_or_default();
+    async fn pass(
+        self,
+        container: Arc<Container>,
+        node: NodeId,
+        request: v1::StreamLogsRequest,
+        to: Sender,
+    ) -> Result<(), Status> {
         let wanted = v1::LogRequest {
-            id: format!("{:032x}", self.0.environment.random()),
             container_id: container.id.to_string(),
             follow: request.follow,
             tail: request.tail,
             since: request.since,
+            ..Default::default()
         };
-        let Some(mut lines) = self.1.logs(&node, wanted).await else {
-            let message = format!("node {hostname} has no session: what {} wrote is not to be had", container.id);
-            let _ = to.send(Err(Status::unavailable(message))).await;
-            return;
+        let about = v1::StreamLogsResponse {
+            container_id: container.id.to_string(),
+            service_name: container.service_name.clone(),
+            slot: container.slot,
+            ..Default::default()
         };
+        self.pass_lines(&node, wanted, about, &to).await.unwrap_or_else(|| {
+            let node = self.hostname(&node);
+            let why = format!("node {node} has no session: the logs of container {} are there", container.id);
+            Err(Status::unavailable(why))
+        })
+    }
+
+    /// Passes on what a node keeps of a service's containers that the cluster does not know any more. A node without a session
+    /// has nothing to say.
+    async fn pass_kept(
+        self,
+        service: Arc<Service>,
+        node: NodeId,
+        request: v1::StreamLogsRequest,
+        to: Sender,
+    ) -> Result<(), Status> {
+        let known = self.0.store.view();
+        let wanted = v1::LogRequest {
+            service_id: service.id.to_string(),
+            except: known.containers_of(&service.id).map(|container| container.id.to_string()).collect(),
+            tail: request.tail,
+            since: request.since,
+            ..Default::default()
+        };
+        let about = v1::StreamLogsResponse { service_name: service.spec.name.clone(), ..Default::default() };
+        self.pass_lines(&node, wanted, about, &to).await.unwrap_or(Ok(()))
+    }
+
+    fn hostname(&self, node: &NodeId) -> String {
+        self.0.store.view().node(node).map(|node| node.description.hostname.clone()).unwrap_or_default()
+    }
+
+    /// Passes lines on until they end, with what is known about them; `None` when the node has no session.
+    async fn pass_lines(
+        &self,
+        node: &NodeId,
+        wanted: v1::LogRequest,
+        about: v1::StreamLogsResponse,
+        to: &Sender,
+    ) -> Option<Result<(), Status>> {
+        let wanted = v1::LogRequest { id: format!("{:032x}", self.0.environment.random()), ..wanted };
+        let hostname = self.hostname(node);
+        let mut lines = self.1.logs(node, wanted).await?;
         loop {
             let line = tokio::select! {
                 line = lines.recv() => match line {
                     Some(Ok(line)) => line,
-                    Some(Err(status)) => {
-                        let _ = to.send(Err(status)).await;
-                        return;
-                    }
-                    None => return,
+                    Some(Err(status)) => return Some(Err(status)),
+                    None => return Some(Ok(())),
                 },
-                () = to.closed() => return,
+                () = to.closed() => return Some(Ok(())),
             };
-            let response = v1::StreamLogsResponse {
-                container_id: container.id.to_string(),
-                service_name: container.service_name.clone(),
-                slot: container.slot,
-                hostname: hostname.clone(),
-                line: Some(line),
-            };
+            let mut response = v1::StreamLogsResponse { hostname: hostname.clone(), line: line.line, ..about.clone() };
+            if response.container_id.is_empty() {
+                (response.container_id, response.slot) = (line.container_id, line.slot);
+            }
             if to.send(Ok(response)).await.is_err() {
-                return;
+                return Some(Ok(()));
             }
         }
     }
 
-    /// Passes on what all of them write. Followers hear of containers that come later, too.
-    async fn run(self, whose: Whose, request: v1::StreamLogsRequest, to: Sender) {
+    /// Passes on what all of them write. Followers hear of containers that come later, too. What cannot be had of one is said at
+    /// the end: it takes nothing from the others.
+    async fn run(self, whose: Whose, mut request: v1::StreamLogsRequest, to: Sender) {
         let mut views = self.0.store.watch();
         let mut begun = HashSet::new();
+        let mut passing = JoinSet::new();
+        if let Whose::Service(id) = &whose {
+            let state = views.borrow().clone();
+            for (node, service) in state.nodes().filter_map(|node| Some((node, state.service(id)?))) {
+                let (service, node) = (Arc::clone(service), node.id.clone());
+                passing.spawn(self.clone().pass_kept(service, node, request.clone(), to.clone()));
+            }
+        }
         loop {
             let state = views.borrow_and_update().clone();
             for container in Self::containers(&whose, &state) {
                 let Some(node) = container.node.clone().filter(|_| begun.insert(container.id.clone())) else {
                     continue;
                 };
-                // Of one that comes later, everything.
-                tokio::spawn(self.clone().pass(container, node, request.clone(), to.clone()));
+                passing.spawn(self.clone().pass(container, node, request.clone(), to.clone()));
             }
+            // Of one that comes later, everything.
+            request.tail = None;
             let over = match &whose {
                 Whose::Container(_) => !begun.is_empty(),
                 Whose::Service(id) => state.service(id).is_none(),
             };
             if !request.follow || over {
-                return;
+                break;
             }
             tokio::select! {
-                changed = views.changed() => if changed.is_err() { return },
+                changed = views.changed() => if changed.is_err() { break },
                 () = to.closed() => return,
             }
+        }
+        let mut failed = None;
+        while let Some(passed) = passing.join_next().await {
+            failed = failed.or(passed.ok().and_then(Result::err));
+        }
+        if let Some(status) = failed {
+            // Whoever asked has gone, or hears it.
+            let _ = to.send(Err(status)).await;
         }
     }
 }

@@ -149,9 +149,7 @@ impl nodes_server::Nodes for Nodes {
         &self,
         request: Request<v1::RegisterNodeRequest>,
     ) -> Result<Response<v1::RegisterNodeResponse>, Status> {
-        if let Some(caller) = request.extensions().get::<Caller>() {
-            caller.check_node(&NodeId::from(request.get_ref().node_id.as_str()))?;
-        }
+        Caller::of(&request)?.check_node(&NodeId::from(request.get_ref().node_id.as_str()))?;
         let node = self.register(request.into_inner()).await?;
         let state = self.0.store.view();
         let networks = state.cluster().map(|cluster| cluster.network.prefixes()).unwrap_or_default();

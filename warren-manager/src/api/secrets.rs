@@ -58,35 +58,39 @@ impl Secrets {
         self.shown(state.secret(id).ok_or_else(missing)?, false)
     }
 
-    async fn create(&self, request: v1::CreateSecretRequest) -> Result<v1::Secret, Error> {
+    /// A new secret, checked.
+    pub(super) fn first(&self, request: v1::CreateSecretRequest) -> Result<Secret, Error> {
         let kind = kind_of(request.kind)?;
         object_name(&request.name)?;
         if request.labels.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>() > MAX_LABELS {
             return Err(Invalid::new("labels", format!("are longer than {MAX_LABELS} bytes together")).into());
         }
         checked(&request.data)?;
-        self.0.store.read().await?;
         let (id, now) = (SecretId::generate(&*self.0.environment), self.0.environment.now());
         let sealed = self.0.vault.seal(&id, 1, &request.data)?;
-        let secret = Secret {
+        Ok(Secret {
             id,
             version: 0,
             kind,
-            name: request.name.clone(),
+            name: request.name,
             labels: request.labels,
             created_at: now,
             updated_at: now,
             sequence: 1,
             size: request.data.len() as u64,
             sealed,
-        };
+        })
+    }
+
+    async fn create(&self, mut request: v1::CreateSecretRequest) -> Result<v1::Secret, Error> {
+        self.0.store.read().await?;
+        let request_id = std::mem::take(&mut request.request_id);
+        let secret = self.first(request)?;
+        let (kind, name) = (secret.kind, secret.name.clone());
         let change = Change::PutSecret { secret: Box::new(secret), expected: Expected::Absent };
-        self.0
-            .store
-            .transact(&Transaction { request_id: request.request_id, changes: vec![change], ..Transaction::default() })
-            .await?;
+        self.0.store.transact(&Transaction { request_id, changes: vec![change], ..Transaction::default() }).await?;
         let state = self.0.store.view();
-        self.shown(&*lookup::secret(&state, kind, &request.name)?, false)
+        self.shown(&*lookup::secret(&state, kind, &name)?, false)
     }
 
     async fn update(&self, request: v1::UpdateSecretRequest) -> Result<v1::Secret, Error> {

@@ -1,11 +1,12 @@
 use std::{collections::BTreeSet, sync::Arc, time::Instant};
 
-use tonic::{Request, Response, Status};
+use tokio::task::JoinSet;
+use tonic::{Request, Response, Status, Streaming};
 use warren_proto::v1::{self, services_server};
 use warren_registry::Credentials;
 use warren_spec::{ImageName, InvalidImageName};
 
-use super::{Context, Error, lookup, pages::page};
+use super::{Context, Error, lookup, pages::page, secrets::Secrets, volumes::Volumes};
 use crate::{
     convert,
     ids::{NodeId, ServiceId},
@@ -63,7 +64,7 @@ impl Services {
     }
 
     /// Whether containers would have names that are too long, or another's: `web-1` is the first container of `web`.
-    fn check_names(&self, spec: &ServiceSpec, before: Option<&ServiceSpec>) -> Result<(), Error> {
+    fn check_names(state: &State, spec: &ServiceSpec, before: Option<&ServiceSpec>) -> Result<(), Error> {
         const FIELD: &str = "spec.name";
         /// Of a DNS label.
         const MAX_LABEL: usize = 63;
@@ -80,7 +81,6 @@ impl Services {
             );
             return Err(validate::Invalid::new(FIELD, why).into());
         }
-        let state = self.0.store.view();
         let own = before.and_then(|before| state.service_named(&before.name)).map(|own| own.id.clone());
         // The service that has a container of this name, if there is one.
         let slot_of = |name: &str| {
@@ -108,7 +108,7 @@ impl Services {
 
     /// Whether the ports that a service is to publish, and did not before, are anybody's already: Warren's own, or a process's of a
     /// node. Other services' are the state's to check.
-    fn check_ports(&self, spec: &ServiceSpec, before: Option<&ServiceSpec>) -> Result<(), Error> {
+    fn check_ports(&self, state: &State, spec: &ServiceSpec, before: Option<&ServiceSpec>) -> Result<(), Error> {
         /// Agents' metrics, VXLAN and WireGuard, wherever they are not set otherwise.
         const OWN: [(u32, v1::Protocol, &str); 3] = [
             (9465, v1::Protocol::Tcp, "the agents' metrics"),
@@ -118,7 +118,6 @@ impl Services {
         let [api, metrics] = self.0.policy.own_ports.map(u32::from);
         let managers =
             [(api, v1::Protocol::Tcp, "the managers' API"), (metrics, v1::Protocol::Tcp, "the managers' metrics")];
-        let state = self.0.store.view();
         let nodes: Vec<_> = state.nodes().filter(|node| self.0.liveness.health(&node.id).is_reachable()).collect();
         for (i, port) in spec.ports.iter().enumerate().filter(|(_, port)| port.host_port != 0) {
             let (number, protocol) = (port.host_port, port.protocol());
@@ -147,7 +146,7 @@ impl Services {
             let own = before.and_then(|before| state.service_named(&before.name));
             let shares = |other: &&Arc<Service>| {
                 let theirs = other.spec.node_ports().any(|theirs| is_alike(&theirs));
-                theirs && own.is_some_and(|own| own.id != other.id && share_a_node(&state, own, other))
+                theirs && own.is_some_and(|own| own.id != other.id && share_a_node(state, own, other))
             };
             if let Some(other) = state.services().find(shares) {
                 let service = other.spec.name.clone();
@@ -172,21 +171,11 @@ impl Services {
         // A client that repeats a request after a lost answer is answered with what it made.
         let known = self.0.store.read().await?;
         if !known.has_done(&request.request_id) {
-            self.check_names(&spec, None)?;
-            self.check_ports(&spec, None)?;
+            Self::check_names(&known, &spec, None)?;
+            self.check_ports(&known, &spec, None)?;
         }
-        let now = self.0.environment.now();
-        let service = Service {
-            id: ServiceId::generate(&*self.0.environment),
-            version: 0,
-            created_at: now,
-            updated_at: now,
-            generation: 1,
-            virtual_index: 0,
-            spec,
-        };
-        let name = service.spec.name.clone();
-        let change = Change::PutService { service: Box::new(service), expected: Expected::Absent };
+        let name = spec.name.clone();
+        let change = self.first(spec);
         self.write(request.request_id, change).await?;
         self.shown(&name)
     }
@@ -199,20 +188,110 @@ impl Services {
             return self.shown(&spec.name).or_else(|_| self.shown(&request.service));
         }
         let known = lookup::service(&state, &request.service)?;
-        self.check_names(&spec, Some(&known.spec))?;
-        self.check_ports(&spec, Some(&known.spec))?;
+        Self::check_names(&state, &spec, Some(&known.spec))?;
+        self.check_ports(&state, &spec, Some(&known.spec))?;
         let spec = self.pinned(spec, Some(&known.spec)).await?;
+        let change = self.next(&known, spec, request.version);
+        self.write(request.request_id, change).await?;
+        self.shown(known.id.as_str())
+    }
+
+    /// What creates a service.
+    fn first(&self, spec: ServiceSpec) -> Change {
+        let now = self.0.environment.now();
+        let service = Service {
+            id: ServiceId::generate(&*self.0.environment),
+            version: 0,
+            created_at: now,
+            updated_at: now,
+            generation: 1,
+            virtual_index: 0,
+            spec,
+        };
+        Change::PutService { service: Box::new(service), expected: Expected::Absent }
+    }
+
+    /// What gives a service another spec.
+    fn next(&self, known: &Service, spec: ServiceSpec, version: u64) -> Change {
         let service = Service {
             updated_at: self.0.environment.now(),
             generation: known.generation + u64::from(runs_something_else(&known.spec, &spec)),
             spec,
-            ..Service::clone(&known)
+            ..Service::clone(known)
         };
         // Without a version of the caller's, what this read saw still must not be overwritten unseen.
-        let expected = if request.version == 0 { known.version } else { request.version };
-        let change = Change::PutService { service: Box::new(service), expected: Expected::Version(expected) };
-        self.write(request.request_id, change).await?;
-        self.shown(known.id.as_str())
+        let expected = if version == 0 { known.version } else { version };
+        Change::PutService { service: Box::new(service), expected: Expected::Version(expected) }
+    }
+
+    /// What would make an object, in a state that is not there yet. `None` where it is as it is.
+    fn planned(&self, state: &State, object: v1::validate_objects_request::Object) -> Result<Option<Change>, Error> {
+        use v1::validate_objects_request::Object;
+
+        match object {
+            Object::Service(spec) => {
+                let spec = validate::service_spec(Some(spec), self.0.policy)?;
+                let known = state.service_named(&spec.name).cloned();
+                Self::check_names(state, &spec, known.as_ref().map(|known| &known.spec))?;
+                self.check_ports(state, &spec, known.as_ref().map(|known| &known.spec))?;
+                Ok(Some(match known {
+                    Some(known) => self.next(&known, spec, 0),
+                    None => self.first(spec),
+                }))
+            }
+            Object::Secret(request) => {
+                let (secret, known) = (Secrets(self.0.clone()).first(request)?, state);
+                let is_there = known.secret_named(secret.kind, &secret.name).is_some();
+                let change = Change::PutSecret { secret: Box::new(secret), expected: Expected::Absent };
+                Ok((!is_there).then_some(change))
+            }
+            Object::Volume(request) => {
+                let volume = Volumes(self.0.clone()).first(state, request)?;
+                let is_there = state.volume_named(&volume.name).is_some();
+                Ok((!is_there).then(|| Change::CreateVolume(Box::new(volume))))
+            }
+        }
+    }
+
+    /// What would be refused of objects that are made one after the other. Registries are asked of all images at once: slow ones do not
+    /// add up.
+    async fn refused(
+        &self,
+        objects: Vec<v1::validate_objects_request::Object>,
+    ) -> Result<Vec<v1::InvalidObject>, Error> {
+        let now = self.0.store.read().await?;
+        let mut state = now.clone();
+        let mut invalid = Vec::new();
+        let mut images = JoinSet::new();
+        for (index, object) in (0..).zip(objects) {
+            let planned = self.planned(&state, object).and_then(|change| {
+                let Some(change) = change else { return Ok(()) };
+                if let Change::PutService { service, .. } = &change {
+                    let before = now.service_named(&service.spec.name).map(|known| known.spec.clone());
+                    let (services, spec) = (self.clone(), service.spec.clone());
+                    // With whose credentials, is not known before there are any.
+                    let secret = &spec.container.registry_secret;
+                    if secret.is_empty() || now.secret_named(v1::SecretKind::Secret, secret).is_some() {
+                        images.spawn(async move { (index, services.pinned(spec, before.as_ref()).await.map(drop)) });
+                    }
+                }
+                let next = state.revision() + 1;
+                let transaction = Transaction { changes: vec![change], ..Transaction::default() };
+                state.apply(next, &transaction).map(drop).map_err(|rejected| store::Error::Rejected(rejected).into())
+            });
+            if let Err(error) = planned {
+                invalid.push(refusal(index, &error));
+            }
+        }
+        while let Some(asked) = images.join_next().await {
+            if let Ok((index, Err(error))) = asked
+                && invalid.iter().all(|known: &v1::InvalidObject| known.index != index)
+            {
+                invalid.push(refusal(index, &error));
+            }
+        }
+        invalid.sort_by_key(|object| object.index);
+        Ok(invalid)
     }
 
     async fn delete(&self, request: v1::DeleteServiceRequest) -> Result<(), Error> {
@@ -224,6 +303,21 @@ impl Services {
         let change = Change::DeleteService { id: known.id.clone(), expected: Expected::Any, ports_stay: true };
         self.write(request.request_id, change).await
     }
+}
+
+/// What is wrong with an object, and where.
+fn refusal(index: u32, error: &Error) -> v1::InvalidObject {
+    let (field, why) = match error {
+        Error::Invalid(invalid) => (invalid.field.to_string(), invalid.why.clone()),
+        Error::Store(store::Error::Rejected(Rejection::Unknown { field, what })) => {
+            (field.clone(), format!("there is no {what}"))
+        }
+        Error::Store(store::Error::Rejected(Rejection::PortTaken { .. })) => {
+            ("spec.ports".to_owned(), error.to_string())
+        }
+        other => (String::new(), other.to_string()),
+    };
+    v1::InvalidObject { index, field, why }
 }
 
 /// Whether a node has containers of both services.
@@ -261,6 +355,24 @@ impl services_server::Services for Services {
         let service = self.update(request.into_inner()).await;
         self.0.metrics.service_update.record(began.elapsed().as_secs_f64());
         Ok(Response::new(v1::UpdateServiceResponse { service: Some(service?) }))
+    }
+
+    async fn validate_objects(
+        &self,
+        request: Request<Streaming<v1::ValidateObjectsRequest>>,
+    ) -> Result<Response<v1::ValidateObjectsResponse>, Status> {
+        /// A file of manifests with more is a mistake.
+        const MOST: usize = 10_000;
+        let mut from = request.into_inner();
+        let mut objects = Vec::new();
+        while let Some(message) = from.message().await? {
+            objects.extend(message.object);
+            if objects.len() > MOST {
+                return Err(Error::from(validate::Invalid::new("object", format!("are more than {MOST}"))).into());
+            }
+        }
+        let invalid = self.refused(objects).await?;
+        Ok(Response::new(v1::ValidateObjectsResponse { invalid }))
     }
 
     async fn delete_service(

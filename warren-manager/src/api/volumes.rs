@@ -64,30 +64,34 @@ fn shown(volume: &Volume, state: &State) -> v1::Volume {
 }
 
 impl Volumes {
-    async fn create(&self, request: v1::CreateVolumeRequest) -> Result<v1::Volume, Error> {
+    /// A new volume, checked.
+    pub(super) fn first(&self, state: &State, request: v1::CreateVolumeRequest) -> Result<Volume, Error> {
         checked(&request)?;
-        let state = self.0.store.read().await?;
         let node = match request.node.as_str() {
             "" => None,
-            name => Some(lookup::node(&state, name)?.id.clone()),
+            name => Some(lookup::node(state, name)?.id.clone()),
         };
-        let volume = Volume {
+        Ok(Volume {
             id: VolumeId::generate(&*self.0.environment),
             version: 0,
-            name: request.name.clone(),
+            name: request.name,
             options: request.driver_options,
             labels: request.labels,
             created_at: self.0.environment.now(),
             node,
             exclusive: request.exclusive,
-        };
+        })
+    }
+
+    async fn create(&self, mut request: v1::CreateVolumeRequest) -> Result<v1::Volume, Error> {
+        let state = self.0.store.read().await?;
+        let request_id = std::mem::take(&mut request.request_id);
+        let volume = self.first(&state, request)?;
+        let name = volume.name.clone();
         let changes = vec![Change::CreateVolume(Box::new(volume))];
-        self.0
-            .store
-            .transact(&Transaction { request_id: request.request_id, changes, ..Transaction::default() })
-            .await?;
+        self.0.store.transact(&Transaction { request_id, changes, ..Transaction::default() }).await?;
         let state = self.0.store.view();
-        Ok(shown(&*lookup::volume(&state, &request.name)?, &state))
+        Ok(shown(&*lookup::volume(&state, &name)?, &state))
     }
 
     async fn delete(&self, request: v1::DeleteVolumeRequest) -> Result<(), Error> {

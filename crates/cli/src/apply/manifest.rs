@@ -9,6 +9,7 @@ use serde::{
 };
 use warren_proto::v1::{self, health_check::Check, service_spec::Mode};
 
+use super::mistakes::Mistake;
 use crate::parse;
 
 /// Cores in the unit of `cpuShares`.
@@ -20,37 +21,67 @@ pub(super) struct ServiceSpec {
     image: String,
     replicas: Option<i64>,
     mode: Option<ServiceMode>,
+    #[serde(deserialize_with = "or_default")]
     command: Vec<String>,
+    #[serde(deserialize_with = "or_default")]
     args: Vec<String>,
+    #[serde(deserialize_with = "or_default")]
     env: Env,
+    #[serde(deserialize_with = "or_default")]
     labels: BTreeMap<String, String>,
+    #[serde(deserialize_with = "or_default")]
     working_dir: String,
+    #[serde(deserialize_with = "or_default")]
     user: String,
+    #[serde(deserialize_with = "or_default")]
     hostname: String,
+    #[serde(deserialize_with = "or_default")]
     read_only: bool,
+    #[serde(deserialize_with = "or_default")]
     init: bool,
+    #[serde(deserialize_with = "or_default")]
     cap_add: Vec<String>,
+    #[serde(deserialize_with = "or_default")]
     cap_drop: Vec<String>,
+    #[serde(deserialize_with = "or_default")]
     ulimits: BTreeMap<String, Ulimit>,
+    #[serde(deserialize_with = "or_default")]
     sysctls: BTreeMap<String, Text>,
+    #[serde(deserialize_with = "or_default")]
     devices: Vec<String>,
+    #[serde(deserialize_with = "or_default")]
     privileged: bool,
+    no_new_privileges: Option<bool>,
+    #[serde(deserialize_with = "or_default")]
     stop_signal: String,
     stop_timeout: Option<Duration>,
-    ports: Vec<Port>,
+    #[serde(deserialize_with = "or_default")]
+    ports: Vec<OrWords<AnyPort>>,
     endpoint_mode: Option<EndpointMode>,
     network: Option<Network>,
+    #[serde(deserialize_with = "or_default")]
     secrets: Vec<Secret>,
+    #[serde(deserialize_with = "or_default")]
     configs: Vec<Secret>,
+    #[serde(deserialize_with = "or_default")]
     registry_secret: String,
     pull_policy: Option<PullPolicy>,
-    volumes: Vec<Volume>,
-    tmpfs: Vec<Tmpfs>,
-    health_check: Option<HealthCheck>,
+    #[serde(deserialize_with = "or_default")]
+    volumes: Vec<OrWords<Volume>>,
+    #[serde(deserialize_with = "or_default")]
+    tmpfs: Vec<OrWords<Tmpfs>>,
+    health_check: Option<OrWords<AnyCheck>>,
+    #[serde(deserialize_with = "or_default")]
     resources: Resources,
-    restart_policy: Option<RestartPolicy>,
+    restart_policy: Option<OrWords<RestartPolicy>>,
+    #[serde(deserialize_with = "or_default")]
     constraints: Vec<String>,
     lost_after: Option<Duration>,
+}
+
+/// A key without a value is a key that is not there.
+fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -173,8 +204,11 @@ enum Ulimit {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Port {
+    #[serde(deserialize_with = "or_default")]
     name: String,
+    #[serde(deserialize_with = "or_default")]
     container_port: u32,
+    #[serde(deserialize_with = "or_default")]
     host_port: u32,
     protocol: Option<Protocol>,
     publish_mode: Option<PublishMode>,
@@ -238,10 +272,11 @@ struct SecretMount {
     target: String,
     /// Octal, as text or as YAML has it.
     mode: Option<Text>,
-    #[serde(default)]
-    uid: u32,
-    #[serde(default)]
-    gid: u32,
+    /// Names or numbers.
+    #[serde(default, alias = "user")]
+    uid: Text,
+    #[serde(default, alias = "group")]
+    gid: Text,
     on_update: Option<OnUpdate>,
     #[serde(default)]
     signal: String,
@@ -300,8 +335,11 @@ enum CheckType {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Resources {
+    #[serde(deserialize_with = "or_default")]
     limits: Amounts,
+    #[serde(deserialize_with = "or_default")]
     reservations: Amounts,
+    #[serde(deserialize_with = "or_default")]
     pids: i64,
 }
 
@@ -309,6 +347,7 @@ struct Resources {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Amounts {
     /// 1024 are a core.
+    #[serde(deserialize_with = "or_default")]
     cpu_shares: i64,
     /// Cores.
     cpus: Option<Text>,
@@ -342,10 +381,170 @@ fn octal(text: &Text) -> Result<u32, String> {
     u32::from_str_radix(digits, 8).map_err(|_| format!("{:?} is not an octal number; quote it", text.0))
 }
 
+/// Says where something is wrong.
+fn at(path: impl Into<String>) -> impl FnOnce(String) -> Mistake {
+    let path = path.into();
+    move |why| Mistake::new(path, why)
+}
+
+/// What may be written in the words of the command line instead of a map: `8080:80`, `on-failure`.
+trait FromWords: Sized {
+    /// Both forms, for whoever wrote a third.
+    const EXPECTED: &'static str;
+
+    fn from_words(words: &str) -> Result<Self, String>;
+}
+
+/// In words, or as a map.
+#[derive(Clone, Debug)]
+struct OrWords<T>(T);
+
+impl<'de, T: Deserialize<'de> + FromWords> Deserialize<'de> for OrWords<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either<T>(std::marker::PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de> + FromWords> Visitor<'de> for Either<T> {
+            type Value = OrWords<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(T::EXPECTED)
+            }
+
+            fn visit_str<E: de::Error>(self, words: &str) -> Result<OrWords<T>, E> {
+                T::from_words(words).map(OrWords).map_err(E::custom)
+            }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<OrWords<T>, E> {
+                self.visit_str(&number.to_string())
+            }
+
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<OrWords<T>, E> {
+                self.visit_str(&number.to_string())
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<OrWords<T>, A::Error> {
+                T::deserialize(de::value::MapAccessDeserializer::new(map)).map(OrWords)
+            }
+        }
+
+        deserializer.deserialize_any(Either(std::marker::PhantomData))
+    }
+}
+
+/// `data:/data:ro`, `/srv/files:/files`, or as `--mount` has it.
+impl FromWords for Volume {
+    const EXPECTED: &'static str = "a map with source, target and readOnly, or SOURCE:TARGET[:ro]";
+
+    fn from_words(words: &str) -> Result<Self, String> {
+        if words.contains('=') {
+            let mount = parse::mount(words)?;
+            return match mount.r#type() {
+                v1::MountType::Tmpfs => Err("in memory: say it under tmpfs".to_owned()),
+                _ => Ok(Self { source: mount.source, target: mount.target, read_only: mount.read_only }),
+            };
+        }
+        let mut parts = words.split(':');
+        let (source, target) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+        let read_only = match parts.next() {
+            None | Some("rw") => false,
+            Some("ro") => true,
+            Some(_) => return Err(format!("{words:?} is not SOURCE:TARGET[:ro]")),
+        };
+        if source.is_empty() || target.is_empty() || parts.next().is_some() {
+            return Err(format!("{words:?} is not SOURCE:TARGET[:ro]"));
+        }
+        Ok(Self { source: source.to_owned(), target: target.to_owned(), read_only })
+    }
+}
+
+/// `/tmp`, or `/tmp:size=64M,mode=1777`.
+impl FromWords for Tmpfs {
+    const EXPECTED: &'static str = "a map with target, size and mode, or TARGET[:size=64M,mode=1777]";
+
+    fn from_words(words: &str) -> Result<Self, String> {
+        let (target, options) = words.split_once(':').unwrap_or((words, ""));
+        let mut tmpfs = Self { target: target.to_owned(), size: None, mode: None };
+        for option in options.split(',').filter(|option| !option.is_empty()) {
+            match option.split_once('=') {
+                Some(("size", size)) => tmpfs.size = Some(Bytes(parse::memory(size)?)),
+                Some(("mode", mode)) => tmpfs.mode = Some(Text(mode.to_owned())),
+                _ => return Err(format!("{option:?} is no option of a tmpfs: size or mode")),
+            }
+        }
+        Ok(tmpfs)
+    }
+}
+
+/// A port as `--publish` has it.
+#[derive(Clone, Debug)]
+struct AnyPort(v1::Port);
+
+impl<'de> Deserialize<'de> for AnyPort {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Port::deserialize(deserializer).map(|port| Self(port.into_proto()))
+    }
+}
+
+impl FromWords for AnyPort {
+    const EXPECTED: &'static str =
+        "a map with containerPort, hostPort, protocol, publishMode and name, or PUBLISHED:TARGET[/PROTOCOL]";
+
+    fn from_words(words: &str) -> Result<Self, String> {
+        parse::port(words).map(Self)
+    }
+}
+
+/// A check as `--health` has it.
+#[derive(Clone, Debug)]
+enum AnyCheck {
+    Map(HealthCheck),
+    Words(Check),
+}
+
+impl<'de> Deserialize<'de> for AnyCheck {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        HealthCheck::deserialize(deserializer).map(Self::Map)
+    }
+}
+
+impl FromWords for AnyCheck {
+    const EXPECTED: &'static str = "a map with type, endpoint or command, interval, timeout, retries and startPeriod, or http://:8080/path and the like";
+
+    fn from_words(words: &str) -> Result<Self, String> {
+        parse::health(words).map(Self::Words)
+    }
+}
+
+impl AnyCheck {
+    fn into_proto(self) -> Result<v1::HealthCheck, Mistake> {
+        match self {
+            Self::Map(check) => check.into_proto(),
+            Self::Words(check) => Ok(v1::HealthCheck { check: Some(check), ..Default::default() }),
+        }
+    }
+}
+
+/// `any`, `on-failure`, `on-failure:3`, `never`; Docker's `always`, `unless-stopped` and `no` are the same as the first and the last.
+impl FromWords for RestartPolicy {
+    const EXPECTED: &'static str = "any, on-failure or never, or a map with condition, delay and maxAttempts";
+
+    fn from_words(words: &str) -> Result<Self, String> {
+        let (condition, attempts) = words.split_once(':').unwrap_or((words, "0"));
+        let wrong = || format!("{words:?} is not any, on-failure, on-failure:ATTEMPTS or never");
+        let condition = match condition {
+            "any" | "always" | "unless-stopped" => Condition::Any,
+            "on-failure" => Condition::OnFailure,
+            "never" | "none" | "no" => Condition::Never,
+            _ => return Err(wrong()),
+        };
+        Ok(Self { condition, max_attempts: attempts.parse().map_err(|_| wrong())?, delay: None })
+    }
+}
+
 impl Amounts {
-    fn into_proto(self) -> Result<v1::ResourceAmounts, String> {
+    fn into_proto(self, path: &str) -> Result<v1::ResourceAmounts, Mistake> {
         let cpu_millis = match self.cpus {
-            Some(cores) => parse::millis(&cores.0)?,
+            Some(cores) => parse::millis(&cores.0).map_err(at(format!("{path}.cpus")))?,
             None => self.cpu_shares.saturating_mul(1000) / SHARES_PER_CORE,
         };
         let memory_bytes = self.memory_bytes.or(self.memory).map_or(0, |bytes| bytes.0);
@@ -354,30 +553,35 @@ impl Amounts {
 }
 
 impl Secret {
-    fn into_proto(self) -> Result<v1::SecretMount, String> {
+    fn into_proto(self, path: &str) -> Result<v1::SecretMount, Mistake> {
         let mount = match self {
-            Self::Name(source) => return Ok(v1::SecretMount { source, ..Default::default() }),
+            Self::Name(source) => {
+                let on_update = v1::OnUpdate::Restart.into();
+                return Ok(v1::SecretMount { source, on_update, ..Default::default() });
+            }
             Self::Mount(mount) => mount,
         };
         let on_update = match mount.on_update {
             Some(OnUpdate::Signal) => v1::OnUpdate::Signal,
-            Some(OnUpdate::Restart) => v1::OnUpdate::Restart,
-            Some(OnUpdate::None) | None => v1::OnUpdate::None,
+            Some(OnUpdate::None) => v1::OnUpdate::None,
+            Some(OnUpdate::Restart) | None => v1::OnUpdate::Restart,
         };
         Ok(v1::SecretMount {
             source: mount.source,
             target: mount.target,
-            mode: mount.mode.as_ref().map(octal).transpose()?.unwrap_or(0),
-            uid: mount.uid,
-            gid: mount.gid,
+            mode: mount.mode.as_ref().map(octal).transpose().map_err(at(format!("{path}.mode")))?.unwrap_or(0),
             on_update: on_update.into(),
             signal: mount.signal,
+            user: mount.uid.0,
+            group: mount.gid.0,
+            ..Default::default()
         })
     }
 }
 
 impl HealthCheck {
-    fn into_proto(self) -> Result<v1::HealthCheck, String> {
+    fn into_proto(self) -> Result<v1::HealthCheck, Mistake> {
+        let endpoint = |why: String| at("spec.healthCheck.endpoint")(why);
         let check = match self.r#type {
             CheckType::Exec => Check::Exec(v1::ExecCheck { command: self.command }),
             kind => {
@@ -390,8 +594,8 @@ impl HealthCheck {
                 // The container itself is asked: which host the endpoint names is no matter.
                 let rest = self.endpoint.split_once("://").map_or(self.endpoint.as_str(), |(_, rest)| rest);
                 let port = rest.find(':').map(|at| &rest[at + 1..]);
-                let port = port.ok_or_else(|| format!("healthCheck.endpoint: {:?} has no port", self.endpoint))?;
-                parse::health(&format!("{scheme}://:{port}")).map_err(|why| format!("healthCheck.endpoint: {why}"))?
+                let port = port.ok_or_else(|| endpoint(format!("{:?} has no port", self.endpoint)))?;
+                parse::health(&format!("{scheme}://:{port}")).map_err(endpoint)?
             }
         };
         Ok(v1::HealthCheck {
@@ -425,14 +629,16 @@ impl Port {
 }
 
 impl ServiceSpec {
-    pub(super) fn into_proto(self, name: String, labels: BTreeMap<String, String>) -> Result<v1::ServiceSpec, String> {
+    pub(super) fn into_proto(self, name: String, labels: BTreeMap<String, String>) -> Result<v1::ServiceSpec, Mistake> {
         let mode = match (self.mode, self.replicas) {
-            (Some(ServiceMode::Global), Some(_)) => return Err("replicas: a global service has none".to_owned()),
+            (Some(ServiceMode::Global), Some(_)) => {
+                return Err(Mistake::new("spec.replicas", "a global service has none"));
+            }
             (Some(ServiceMode::Global), None) => Mode::Global(v1::Global {}),
             (_, replicas) => Mode::Replicated(v1::Replicated { replicas: replicas.unwrap_or(1) }),
         };
         let mut mounts = Vec::new();
-        for volume in self.volumes {
+        for OrWords(volume) in self.volumes {
             let kind = if volume.source.starts_with('/') { v1::MountType::Bind } else { v1::MountType::Volume };
             mounts.push(v1::Mount {
                 r#type: kind.into(),
@@ -442,12 +648,13 @@ impl ServiceSpec {
                 ..Default::default()
             });
         }
-        for tmpfs in self.tmpfs {
+        for (i, OrWords(tmpfs)) in self.tmpfs.into_iter().enumerate() {
+            let mode = tmpfs.mode.as_ref().map(octal).transpose().map_err(at(format!("spec.tmpfs[{i}].mode")))?;
             mounts.push(v1::Mount {
                 r#type: v1::MountType::Tmpfs.into(),
                 target: tmpfs.target,
                 size_bytes: tmpfs.size.map_or(0, |size| size.0),
-                mode: tmpfs.mode.as_ref().map(octal).transpose()?.unwrap_or(0),
+                mode: mode.unwrap_or(0),
                 ..Default::default()
             });
         }
@@ -456,7 +663,10 @@ impl ServiceSpec {
             Ulimit::Each { soft, hard } => v1::Ulimit { soft, hard },
         };
         let devices: Result<Vec<_>, _> = self.devices.iter().map(|device| parse::device(device)).collect();
-        let mounted = |list: Vec<Secret>| list.into_iter().map(Secret::into_proto).collect::<Result<Vec<_>, _>>();
+        let mounted = |list: Vec<Secret>, key: &str| {
+            let each = list.into_iter().enumerate();
+            each.map(|(i, secret)| secret.into_proto(&format!("spec.{key}[{i}]"))).collect::<Result<Vec<_>, _>>()
+        };
         let container = v1::ContainerSpec {
             image: self.image,
             command: self.command,
@@ -474,8 +684,9 @@ impl ServiceSpec {
             capabilities_drop: self.cap_drop,
             ulimits: self.ulimits.into_iter().map(|(name, limit)| (name, ulimit(limit))).collect(),
             sysctls: self.sysctls.into_iter().map(|(name, value)| (name, value.0)).collect(),
-            devices: devices.map_err(|why| format!("devices: {why}"))?,
+            devices: devices.map_err(at("spec.devices"))?,
             privileged: self.privileged,
+            no_new_privileges: self.no_new_privileges,
             pids_limit: self.resources.pids,
             mounts,
             network: match self.network {
@@ -491,12 +702,12 @@ impl ServiceSpec {
             }
             .into(),
             image_digest: String::new(),
-            health_check: self.health_check.map(HealthCheck::into_proto).transpose()?,
-            secrets: mounted(self.secrets).map_err(|why| format!("secrets: {why}"))?,
-            configs: mounted(self.configs).map_err(|why| format!("configs: {why}"))?,
+            health_check: self.health_check.map(|check| check.0.into_proto()).transpose()?,
+            secrets: mounted(self.secrets, "secrets")?,
+            configs: mounted(self.configs, "configs")?,
             registry_secret: self.registry_secret,
         };
-        let restart = self.restart_policy.map(|policy| v1::RestartPolicy {
+        let restart = self.restart_policy.map(|OrWords(policy)| v1::RestartPolicy {
             condition: match policy.condition {
                 Condition::Any => v1::RestartCondition::Any,
                 Condition::OnFailure => v1::RestartCondition::OnFailure,
@@ -506,18 +717,17 @@ impl ServiceSpec {
             delay: policy.delay.map(|delay| delay.0),
             max_attempts: policy.max_attempts,
         });
-        let in_resources = |why: String| format!("resources: {why}");
         Ok(v1::ServiceSpec {
             name,
             labels,
             mode: Some(mode),
             container: Some(container),
             resources: Some(v1::Resources {
-                reservations: Some(self.resources.reservations.into_proto().map_err(in_resources)?),
-                limits: Some(self.resources.limits.into_proto().map_err(in_resources)?),
+                reservations: Some(self.resources.reservations.into_proto("spec.resources.reservations")?),
+                limits: Some(self.resources.limits.into_proto("spec.resources.limits")?),
             }),
             restart,
-            ports: self.ports.into_iter().map(Port::into_proto).collect(),
+            ports: self.ports.into_iter().map(|OrWords(AnyPort(port))| port).collect(),
             endpoint_mode: match self.endpoint_mode {
                 Some(EndpointMode::Vip) => v1::EndpointMode::Vip,
                 Some(EndpointMode::Dnsrr) | None => v1::EndpointMode::Dnsrr,
@@ -541,12 +751,12 @@ pub(super) struct SecretSpec {
 }
 
 impl SecretSpec {
-    pub(super) fn value(self) -> Result<Vec<u8>, String> {
+    pub(super) fn value(self) -> Result<Vec<u8>, Mistake> {
         match (self.data, self.string_data) {
             // What is wrong with it would quote it.
-            (Some(data), None) => STANDARD.decode(data.trim()).map_err(|_| "spec.data: is not base64".to_owned()),
+            (Some(data), None) => STANDARD.decode(data.trim()).map_err(|_| Mistake::new("spec.data", "is not base64")),
             (None, Some(text)) => Ok(text.into_bytes()),
-            _ => Err("spec: either data, in base64, or stringData".to_owned()),
+            _ => Err(Mistake::new("spec", "is to have either data, in base64, or stringData")),
         }
     }
 }
