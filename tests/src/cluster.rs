@@ -176,11 +176,14 @@ impl Manager {
         info["appliedIndex"].as_str()?.parse().ok()
     }
 
-    /// Ids and process ids of a service's running containers.
+    /// Ids and process ids of a service's running containers. While another leader is elected, it is asked again.
     #[must_use]
     pub fn running(&self, service: &str) -> Vec<(String, u64)> {
-        let shown = self.warren(&["service", "ps", service, "--format", "json"]);
-        let containers: Value = serde_json::from_str(&shown.stdout).unwrap_or_default();
+        let shown = until("a manager answers", || {
+            let shown = self.warren(&["service", "ps", service, "--format", "json"]);
+            (shown.code != 4).then_some(shown)
+        });
+        let containers: Value = serde_json::from_str(&shown.succeeded()).expect("JSON");
         let is_running = |container: &&Value| container["status"]["state"] == "CONTAINER_STATE_RUNNING";
         let containers = containers.as_array().cloned().unwrap_or_default();
         let about =

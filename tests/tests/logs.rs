@@ -144,7 +144,8 @@ fn a_container_that_writes_much_is_not_held_up_and_fills_no_disk() {
         std::path::Path::new(&format!("/proc/{}/root/tmp/through", inside.pid)).exists().then_some(())
     });
     let directory = world.path("agent/logs").join(&inside.id);
-    let files: Vec<_> = fs::read_dir(&directory).expect("a directory").flatten().collect();
+    let entries = fs::read_dir(&directory).expect("a directory").flatten();
+    let files: Vec<_> = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("log")).collect();
     assert_eq!(files.len(), 3, "{files:?}");
     for file in files {
         assert!(file.metadata().expect("a file").len() <= 100_000, "{file:?}");
@@ -153,4 +154,44 @@ fn a_container_that_writes_much_is_not_held_up_and_fills_no_disk() {
     assert!(last.starts_with("xxxx"), "{last}");
     let _ = world.warren(&["service", "rm", "flood", "--wait"]).succeeded();
     until("its log is gone after a while", || (!directory.exists()).then_some(()));
+}
+
+#[test]
+fn one_line_is_one_line_however_long() {
+    let world = World::with_warren("long-lines");
+    let script = "head -c 40000 /dev/zero | tr '\\0' x; echo END; echo a; echo b; trap 'exit 0' TERM; while :; do sleep 0.05; done";
+    world.create("long", 1, &[], script);
+    let id = Inside::only(&world, "long").id;
+    let whole = format!("{}END\na\nb\n", "x".repeat(40_000));
+    until("all is written", || logs(&world, &["container", "logs", &id]).0.ends_with("a\nb\n").then_some(()));
+    assert_eq!(logs(&world, &["container", "logs", &id]).0, whole);
+    assert_eq!(logs(&world, &["container", "logs", &id, "-n", "3"]).0, whole);
+    assert_eq!(logs(&world, &["container", "logs", &id, "-n", "2"]).0, "a\nb\n");
+    // A time and a prefix stand before a line, and nowhere else.
+    for arguments in [&["service", "logs", "long"][..], &["service", "logs", "long", "-t", "-n", "3"]] {
+        let (stdout, _) = logs(&world, arguments);
+        let lengths: Vec<_> = stdout.lines().map(|line| line.rsplit(" | ").next().unwrap_or_default().len()).collect();
+        assert_eq!(lengths, [40_003, 1, 1]);
+    }
+    let follower = Follower::start(&world, &["container", "logs", &id, "--follow"]);
+    assert_eq!(follower.until("the last line", |line| line == "b").len(), 3);
+}
+
+#[test]
+fn what_a_service_wrote_can_be_read_when_it_has_no_containers() {
+    let world = World::with_warren("kept-logs");
+    let script = "echo from $(hostname); trap 'exit 0' TERM; while :; do sleep 0.05; done";
+    world.create("l", 2, &[], script);
+    until("both have written", || (logs(&world, &["service", "logs", "l"]).0.lines().count() == 2).then_some(()));
+    let before = logs(&world, &["service", "logs", "l", "-t"]).0;
+    let _ = world.warren(&["service", "scale", "l", "0", "--wait"]).succeeded();
+    until("no container is left", || world.containers("l").is_empty().then_some(()));
+    let mut kept: Vec<_> = logs(&world, &["service", "logs", "l", "-t"]).0.lines().map(str::to_owned).collect();
+    kept.sort();
+    let mut expected: Vec<_> = before.lines().map(str::to_owned).collect();
+    expected.sort();
+    assert_eq!(kept, expected, "with times, slots, node and container as they were");
+    // New ones come besides, each once.
+    let _ = world.warren(&["service", "scale", "l", "1", "--wait"]).succeeded();
+    until("the new one has written", || (logs(&world, &["service", "logs", "l"]).0.lines().count() == 3).then_some(()));
 }

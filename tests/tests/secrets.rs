@@ -57,7 +57,9 @@ fn a_secret_is_a_file_in_memory_and_nowhere_else() {
         "--secret",
         "password",
         "--secret",
-        "source=password,target=/etc/own,mode=0440,uid=1000,gid=100",
+        "source=password,target=/etc/own,mode=0440,uid=root,gid=users",
+        "--secret",
+        "source=password,target=numbers,uid=33,gid=33",
         "--config",
         "settings",
         "--user",
@@ -65,7 +67,11 @@ fn a_secret_is_a_file_in_memory_and_nowhere_else() {
     ];
     let inside = Inside::of(&world, "web", &options);
     let root = format!("/proc/{}/root", inside.pid);
-    for (path, mode, uid, gid) in [("/run/secrets/password", 0o400, 0, 0), ("/etc/own", 0o440, 1000, 100)] {
+    for (path, mode, uid, gid) in [
+        ("/run/secrets/password", 0o400, 1000, 1000),
+        ("/etc/own", 0o440, 0, 100),
+        ("/run/secrets/numbers", 0o400, 33, 33),
+    ] {
         let file = format!("{root}{path}");
         assert_eq!(fs::read_to_string(&file).expect("a file"), VALUE, "{path}");
         let metadata = fs::metadata(&file).expect("a file");
@@ -73,8 +79,16 @@ fn a_secret_is_a_file_in_memory_and_nowhere_else() {
     }
     assert!(inside.mount("/run/secrets").contains("tmpfs"), "{}", inside.mount("/run/secrets"));
     assert!(inside.mount("/run/secrets").contains(" ro,"), "{}", inside.mount("/run/secrets"));
-    let (_, read) = inside.shell(&world, "cat /run/configs/settings /etc/own; cat /run/secrets/password");
-    assert!(read.starts_with(&format!("colour = red\n{VALUE}")) && read.contains("denied"), "{read}");
+    // Its user can read what is its own, and by group what is its group's.
+    let (_, read) =
+        inside.shell(&world, "cat /run/configs/settings /etc/own /run/secrets/password; cat /run/secrets/numbers");
+    assert!(read.starts_with(&format!("colour = red\n{VALUE}{VALUE}")) && read.contains("denied"), "{read}");
+    let stranger = ["service", "create", "stranger", "--image", image_name(), "--restart", "never"];
+    let _ = world.warren(&[&stranger[..], &["--secret", "source=password,uid=nobody"]].concat()).succeeded();
+    let refused = world.container_when("stranger", "it failed", |c| c["status"]["state"] == "CONTAINER_STATE_FAILED");
+    let why = refused["status"]["message"].as_str().unwrap_or_default();
+    assert!(why.contains("secret \"password\"") && why.contains("no user \"nobody\""), "{why}");
+    let _ = world.warren(&["service", "rm", "stranger", "--wait"]).succeeded();
 
     // Every way there is to look.
     for arguments in [
@@ -112,7 +126,7 @@ fn a_secret_is_a_file_in_memory_and_nowhere_else() {
     in_memory.extend(found.iter().filter(|path| path.starts_with(&secrets)).cloned());
     found.retain(|path| !path.starts_with(&secrets) && !path.contains("/rootfs/"));
     assert_eq!(found, Vec::<String>::new());
-    assert_eq!(in_memory.len(), 2, "the search finds what there is: {in_memory:?}");
+    assert_eq!(in_memory.len(), 3, "the search finds what there is: {in_memory:?}");
     for process in fs::read_dir("/proc").expect("a directory").flatten() {
         for file in ["cmdline", "environ"] {
             let bytes = fs::read(process.path().join(file)).unwrap_or_default();
@@ -134,10 +148,11 @@ fn another_value_reaches_containers_as_their_services_want() {
     let mut world = World::with_warren("update");
     let _ = secret(&world, "secret", "create", "key", "one").succeeded();
     let create = |name: &str, option: &str| world.create(name, 1, &["--secret", option], COUNTS);
-    create("none", "key");
+    create("none", "source=key,on-update=none");
     create("signal", "source=key,on-update=signal,signal=HUP");
     create("own", "source=key,target=/etc/key,on-update=signal");
-    create("restart", "source=key,on-update=restart");
+    // What is done unless it is said otherwise.
+    create("restart", "key");
     let before = ["none", "signal", "own", "restart"].map(|name| Inside::only(&world, name));
     let read = |container: &Inside, file: &str| {
         fs::read_to_string(format!("/proc/{}/root{file}", container.pid)).unwrap_or_default()

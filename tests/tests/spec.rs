@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use warren_tests::{Inside, World, image_name, until};
+use warren_tests::{Inside, Process, World, image_name, until};
 
 #[test]
 fn the_process_is_as_the_service_says() {
@@ -85,6 +85,31 @@ fn capabilities_devices_and_privilege_are_given_and_taken() {
     assert_eq!((effective(&added) & CHOWN, effective(&added) & NET_ADMIN), (0, NET_ADMIN));
     let only = Inside::of(&world, "only", &["--cap-add", "net_admin", "--cap-drop", "ALL"]);
     assert_eq!(effective(&only), NET_ADMIN);
+    // Another user than root has what is added by name, and so do its programs; setuid ones change nothing unless they may.
+    let user = Inside::of(&world, "user", &["--user", "demo", "--cap-add", "NET_ADMIN"]);
+    assert_eq!((effective(&user), user.status("CapAmb")), (NET_ADMIN, format!("{NET_ADMIN:016x}")));
+    let (_, said) = user.shell(&world, "sh -c 'grep CapEff /proc/self/status'");
+    assert!(said.contains(&format!("{NET_ADMIN:016x}")), "{said}");
+    // A program of root's with the setuid bit: what runs it is root, or not.
+    let setuid = "cp /run/warren/init /tmp/setuid && chmod 4755 /tmp/setuid";
+    for (name, switch, line, uids) in [
+        ("stays", "--no-new-privileges=true", "/tmp/setuid\0--\0sleep\x007771\0", "1000 1000 1000 1000"),
+        ("changes", "--no-new-privileges=false", "/tmp/setuid\0--\0sleep\x007772\0", "1000 0 0 0"),
+    ] {
+        let inside = Inside::of(&world, name, &[switch, "--init"]);
+        assert_eq!(inside.shell(&world, setuid).0, 0);
+        let mut exec = World::binary("warren");
+        exec.args(["--manager", &world.manager_address(), "container", "exec", "--user", "demo", &inside.id, "--"]);
+        let exec = Process::start("exec", exec.args(line.trim_end_matches('\0').split('\0')), world.directory.path());
+        let pid = until("it runs", || {
+            let processes = fs::read_dir("/proc").expect("a directory").flatten();
+            let is_it =
+                |entry: &fs::DirEntry| fs::read_to_string(entry.path().join("cmdline")).is_ok_and(|l| l == line);
+            processes.into_iter().find(is_it).and_then(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        });
+        assert_eq!(Inside { pid, ..inside }.status("Uid"), uids, "{name}");
+        drop(exec);
+    }
     // A capability is of no use without the system calls for it.
     let admin = Inside::of(&world, "admin", &["--cap-add", "SYS_ADMIN"]);
     assert_eq!(admin.shell(&world, "mount -t tmpfs none /tmp").0, 0);

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf, process::Command};
 
 use serde_json::Value;
-use warren_tests::{Inside, Process, WELL_BEHAVED, World, find, image_name, run, until};
+use warren_tests::{Inside, Process, Registry, RegistryOptions, WELL_BEHAVED, World, find, image_name, run, until};
 
 fn create(world: &World, arguments: &[&str]) {
     let _ = world.warren(&[&["volume", "create"][..], arguments].concat()).succeeded();
@@ -243,7 +243,8 @@ fn containers_go_where_their_volume_is() {
     assert_eq!(inspect(&world, "far")["nodeId"].as_str(), nodes("far").first().map(String::as_str));
     // Its node is away: its containers wait for it, whoever else has room.
     let _ = world.warren(&["service", "rm", "far", "near", "--wait"]).succeeded();
-    drop(second);
+    // Asked, not killed: it may still be deleting tasks.
+    let _ = second.terminate();
     until("the node is down", || world.warren(&["node", "ls"]).succeeded().contains("down").then_some(()));
     let again = ["service", "create", "far", "--image", image_name(), "--mount", "type=volume,source=far,target=/data"];
     let _ = world.warren(&again).succeeded();
@@ -251,4 +252,70 @@ fn containers_go_where_their_volume_is() {
     let message = waiting["status"]["message"].as_str().unwrap_or_default();
     assert!(message.contains("1 a volume is on another node") && message.contains("1 not heard of"), "{message}");
     let _ = run("ip", &["netns", "del", &network]);
+}
+
+/// A layer with a directory of the demo user's, and files in it.
+fn layer_with_data() -> Vec<u8> {
+    let mut layer = tar::Builder::new(Vec::new());
+    let mut add = |path: &str, kind: tar::EntryType, mode: u32, owner: u64, content: &str| {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(mode);
+        header.set_uid(owner);
+        header.set_gid(owner);
+        header.set_mtime(1_000_000_000);
+        if kind == tar::EntryType::Symlink {
+            header.set_size(0);
+            layer.append_link(&mut header, path, content).expect("appended");
+        } else {
+            header.set_size(content.len() as u64);
+            layer.append_data(&mut header, path, content.as_bytes()).expect("appended");
+        }
+    };
+    add("data", tar::EntryType::Directory, 0o2750, 1000, "");
+    add("data/seed", tar::EntryType::Regular, 0o600, 1000, "from the image\n");
+    add("data/sub", tar::EntryType::Directory, 0o700, 33, "");
+    add("data/sub/passwd", tar::EntryType::Symlink, 0o777, 0, "/etc/shadow");
+    add("by-link", tar::EntryType::Symlink, 0o777, 0, "/data");
+    layer.into_inner().expect("written")
+}
+
+#[test]
+fn a_new_volume_is_as_the_image_has_it_there() {
+    let world = World::with_warren("seeded");
+    let registry = Registry::start(&world, "registry", RegistryOptions::default());
+    let _ = registry.push_with(&world.path("demo.tar"), "seeded", "v1", &[layer_with_data()], |_| {});
+    let image = format!("{}/seeded:v1", registry.host);
+    for name in ["one", "two", "bare"] {
+        create(&world, &[name]);
+    }
+    let service = |name: &str, image: &str, volume: &str, target: &str| {
+        let mount = format!("source={volume},target={target}");
+        let arguments = ["service", "create", name, "--image", image, "--user", "demo", "--mount", &mount, "--wait"];
+        let _ = world.warren(&[&arguments[..], &["--", "sh", "-c", WELL_BEHAVED]].concat()).succeeded();
+        Inside::only(&world, name)
+    };
+    let one = service("one", &image, "one", "/data");
+    let (code, said) =
+        one.shell(&world, "cat /data/seed; stat -c '%a %u:%g %Y' /data /data/seed; touch /data/new && echo written");
+    assert_eq!(
+        (code, said.as_str()),
+        (0, "from the image\n2750 1000:1000 1000000000\n600 1000:1000 1000000000\nwritten\n")
+    );
+    let directory =
+        |name: &str| world.path("agent/volumes/data").join(inspect(&world, name)["id"].as_str().expect("an id"));
+    let link = fs::read_link(directory("one").join("sub/passwd")).expect("a link");
+    assert_eq!(link, PathBuf::from("/etc/shadow"), "what is linked to was not followed");
+    // By way of a link in the image; what is there already is left as it is.
+    let two = service("two", &image, "two", "/by-link");
+    assert_eq!(two.shell(&world, "cat /by-link/seed").1, "from the image\n");
+    let again = service("again", &image, "one", "/data");
+    assert_eq!(again.shell(&world, "rm /data/seed; ls /data").1, "new\nsub\n");
+    let _ = world.warren(&["service", "rm", "again", "one", "--wait"]).succeeded();
+    let third = service("third", &image, "one", "/data");
+    assert_eq!(third.shell(&world, "ls /data").1, "new\nsub\n");
+    // Where the image has nothing, it is the user's.
+    let bare = service("bare", image_name(), "bare", "/no/such/place");
+    let (code, said) = bare.shell(&world, "touch /no/such/place/x && stat -c '%a %u:%g' /no/such/place");
+    assert_eq!((code, said.as_str()), (0, "755 1000:1000\n"));
 }

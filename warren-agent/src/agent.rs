@@ -271,6 +271,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     meters.add_source(resolver.source());
     meters.add_source(checks.source());
     meters.add_source(volumes.source());
+    meters.add_source(logs.source());
     meters.add_source(Arc::new(ProcessSource));
     meters.add_source(Arc::new(BuildInfo));
     for source in &sources {

@@ -4,13 +4,15 @@
 use std::{
     collections::BTreeMap,
     fmt, fs, io,
-    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, chown},
+    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use rustix::mount::{MountFlags, mount};
 use warren_proto::v1::{self, OnUpdate, SecretKind, SecretValue};
+
+use crate::{runtime, volumes::is_mount_point};
 
 /// Where a container finds its files unless its service says otherwise.
 const SECRETS: &str = "/run/secrets";
@@ -26,6 +28,16 @@ pub enum Error {
         kind: &'static str,
         /// Its name.
         name: String,
+    },
+    /// It is to belong to somebody whom the image does not know.
+    #[error("{kind} {name:?}: {why}")]
+    Owner {
+        /// Secret or config.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+        /// Who is missing.
+        why: String,
     },
     /// A file.
     #[error("{action}: {source}")]
@@ -78,8 +90,12 @@ impl Secrets {
         fs::create_dir_all(directory).map_err(io(action()))?;
         if !is_mount_point(directory).map_err(io(action()))? {
             let flags = MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOSUID;
-            mount("warren-secrets", directory, "tmpfs", flags, c"mode=0700")
-                .map_err(|error| io(action())(error.into()))?;
+            // Memory that is not swapped out either, where the kernel knows how (6.4).
+            let mounted = [c"mode=0700,noswap", c"mode=0700"]
+                .into_iter()
+                .map(|options| mount("warren-secrets", directory, "tmpfs", flags, options))
+                .find(|mounted| !matches!(mounted, Err(rustix::io::Errno::INVAL)));
+            mounted.unwrap_or(Err(rustix::io::Errno::INVAL)).map_err(|error| io(action())(error.into()))?;
         }
         let secrets = Self { directory: directory.to_owned(), values: Arc::default() };
         for entry in fs::read_dir(directory).map_err(io(action()))?.flatten() {
@@ -145,12 +161,22 @@ impl Secrets {
         secrets.chain(spec.configs.iter().enumerate().map(|(i, mount)| (SecretKind::Config, i, mount)))
     }
 
-    /// Writes a container's files and says where it is to have them.
-    pub(crate) fn write(&self, container: &str, spec: &v1::ContainerSpec) -> Result<Vec<Mounted>, Error> {
+    /// Writes a container's files and says where it is to have them. `owner` says whose each is.
+    pub(crate) fn write(
+        &self,
+        container: &str,
+        spec: &v1::ContainerSpec,
+        owner: impl Fn(&v1::SecretMount) -> Result<(u32, u32), runtime::Error>,
+    ) -> Result<Vec<Mounted>, Error> {
         let mut mounted: Vec<Mounted> = Vec::new();
         for (kind, i, mount) in Self::mounts(spec) {
             let place = self.place(container, kind, i, mount);
-            self.write_file(&place.file, kind, mount)?;
+            let owner = owner(mount).map_err(|error| Error::Owner {
+                kind: kind_name(kind),
+                name: mount.source.clone(),
+                why: error.to_string(),
+            })?;
+            self.write_file(&place.file, kind, mount, owner)?;
             if !mounted.contains(&place.mounted) {
                 mounted.push(place.mounted);
             }
@@ -158,7 +184,13 @@ impl Secrets {
         Ok(mounted)
     }
 
-    fn write_file(&self, file: &Path, kind: SecretKind, mounted: &v1::SecretMount) -> Result<(), Error> {
+    fn write_file(
+        &self,
+        file: &Path,
+        kind: SecretKind,
+        mounted: &v1::SecretMount,
+        (uid, gid): (u32, u32),
+    ) -> Result<(), Error> {
         let value = self.value(kind, &mounted.source)?;
         let action = || format!("writing {} {:?}", kind_name(kind), mounted.source);
         let write = || {
@@ -170,9 +202,11 @@ impl Secrets {
             // Whole and with its owner before it is there; what is mounted by itself stays the same file.
             let in_place = file.exists() && mounted.target.starts_with('/');
             let new = if in_place { file.to_owned() } else { file.with_file_name(".new") };
-            let mut opened = fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-            io::Write::write_all(&mut opened, &value)?;
-            chown(&new, Some(mounted.uid), Some(mounted.gid))?;
+            let opened = fs::File::options().write(true).create(true).truncate(false).mode(0o600).open(&new)?;
+            // Never empty in between, for whoever reads the file that stays the same.
+            opened.write_all_at(&value, 0)?;
+            opened.set_len(value.len() as u64)?;
+            chown(&new, Some(uid), Some(gid))?;
             fs::set_permissions(&new, fs::Permissions::from_mode(mode))?;
             if in_place { Ok(()) } else { fs::rename(&new, file) }
         };
@@ -186,9 +220,9 @@ impl Secrets {
         container: &str,
         spec: &v1::ContainerSpec,
         changed: &[(SecretKind, String)],
-    ) -> Result<Option<u32>, Error> {
+    ) -> (Option<u32>, Vec<Error>) {
         const SIGHUP: u32 = 1;
-        let mut signal = None;
+        let (mut signal, mut errors) = (None, Vec::new());
         for (kind, i, mount) in Self::mounts(spec) {
             let is_news = changed.iter().any(|(of, name)| *of == kind && *name == mount.source);
             if is_news && mount.on_update() == OnUpdate::Signal {
@@ -198,23 +232,20 @@ impl Secrets {
                 {
                     continue;
                 }
-                self.write_file(&file, kind, mount)?;
-                signal = Some(warren_spec::signal(&mount.signal).unwrap_or(SIGHUP));
+                // Whose it was when the container was made.
+                let owner = fs::metadata(&file).map(|found| (found.uid(), found.gid()));
+                let owner = owner.map_err(io(format!("looking at {} {:?}", kind_name(kind), mount.source)));
+                match owner.and_then(|owner| self.write_file(&file, kind, mount, owner)) {
+                    Ok(()) => signal = Some(warren_spec::signal(&mount.signal).unwrap_or(SIGHUP)),
+                    Err(error) => errors.push(error),
+                }
             }
         }
-        Ok(signal)
+        (signal, errors)
     }
 
     /// Removes a container's files; it may have none.
     pub(crate) fn remove(&self, container: &str) {
         let _ = fs::remove_dir_all(self.directory.join(container));
     }
-}
-
-/// Whether something is mounted there: then it is another file system than its parent.
-fn is_mount_point(directory: &Path) -> io::Result<bool> {
-    use std::os::unix::fs::MetadataExt as _;
-
-    let parent = directory.parent().unwrap_or(directory);
-    Ok(fs::metadata(directory)?.dev() != fs::metadata(parent)?.dev())
 }

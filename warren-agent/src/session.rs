@@ -273,10 +273,11 @@ impl Session<'_> {
                 }
                 () = sleep_until(next_snapshot) => {
                     next_snapshot = Instant::now() + self.options.telemetry_interval.max(period);
-                    let snapshot = told.next(self.collect().await, takes_increments);
-                    let (epoch, taken_at) = (self.options.epoch.clone(), Some(tasks::now()));
-                    let snapshot = v1::TelemetrySnapshot { epoch, taken_at, ..snapshot };
-                    send(&sender, agent_message::Message::Telemetry(snapshot)).await?;
+                    for part in told.next(self.collect().await, takes_increments) {
+                        let (epoch, taken_at) = (self.options.epoch.clone(), Some(tasks::now()));
+                        let snapshot = v1::TelemetrySnapshot { epoch, taken_at, ..part };
+                        send(&sender, agent_message::Message::Telemetry(snapshot)).await?;
+                    }
                     said.notify_one();
                 }
                 _ = reap.tick() => {

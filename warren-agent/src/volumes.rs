@@ -6,6 +6,7 @@ use std::{
     ffi::CString,
     fs, io,
     net::{IpAddr, ToSocketAddrs as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -16,7 +17,10 @@ use warren_agent_ebpf::histogram::Histogram;
 use warren_proto::v1;
 use warren_telemetry::{Measurement, Series, Source};
 
-use crate::probes::exponential;
+use crate::{
+    probes::exponential,
+    runtime::{VolumePath, unfinished},
+};
 
 /// Why a volume is not to be had.
 #[derive(Debug, thiserror::Error)]
@@ -28,8 +32,8 @@ pub struct Error {
 
 /// Makes volumes paths.
 trait Driver: Send + Sync {
-    /// Makes the volume available and returns where; it may be already.
-    fn mount(&self, volume: &v1::Volume) -> io::Result<PathBuf>;
+    /// Makes the volume available and returns where; it may be already, and a directory may be still to be made.
+    fn mount(&self, volume: &v1::Volume) -> io::Result<VolumePath>;
     /// No container uses it any more; returns whether there was something to unmount.
     fn unmount(&self, id: &str) -> io::Result<bool>;
     /// It does not exist any more: what there is of it goes.
@@ -42,10 +46,11 @@ struct Directories {
 }
 
 impl Driver for Directories {
-    fn mount(&self, volume: &v1::Volume) -> io::Result<PathBuf> {
+    fn mount(&self, volume: &v1::Volume) -> io::Result<VolumePath> {
         let path = self.directory.join(&volume.id);
-        fs::create_dir_all(&path)?;
-        Ok(path)
+        fs::create_dir_all(&self.directory)?;
+        let is_new = !path.try_exists()?;
+        Ok(VolumePath { path, is_new })
     }
 
     fn unmount(&self, _: &str) -> io::Result<bool> {
@@ -53,10 +58,14 @@ impl Driver for Directories {
     }
 
     fn remove(&self, id: &str) -> io::Result<()> {
-        match fs::remove_dir_all(self.directory.join(id)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+        let path = self.directory.join(id);
+        for path in [unfinished(&path), path] {
+            match fs::remove_dir_all(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
+        Ok(())
     }
 }
 
@@ -64,9 +73,9 @@ impl Driver for Directories {
 struct Binds;
 
 impl Driver for Binds {
-    fn mount(&self, volume: &v1::Volume) -> io::Result<PathBuf> {
+    fn mount(&self, volume: &v1::Volume) -> io::Result<VolumePath> {
         let device = volume.driver_options.get("device").map(PathBuf::from).unwrap_or_default();
-        fs::metadata(&device).map(|_| device)
+        fs::metadata(&device).map(|_| VolumePath { path: device, is_new: false })
     }
 
     fn unmount(&self, _: &str) -> io::Result<bool> {
@@ -128,11 +137,11 @@ impl Mounts {
 }
 
 impl Driver for Mounts {
-    fn mount(&self, volume: &v1::Volume) -> io::Result<PathBuf> {
+    fn mount(&self, volume: &v1::Volume) -> io::Result<VolumePath> {
         let path = self.path(&volume.id);
         fs::create_dir_all(&path)?;
         if is_mount_point(&path)? {
-            return Ok(path);
+            return Ok(VolumePath { path, is_new: false });
         }
         let option = |name: &str| volume.driver_options.get(name).map(String::as_str).unwrap_or_default();
         let (flags, mut data) = parse(option("o"));
@@ -143,7 +152,7 @@ impl Driver for Mounts {
         let device = if option("device").is_empty() { kind } else { option("device") };
         let data = CString::new(data.join(","))?;
         mount(device, &path, kind, flags, data.as_c_str())?;
-        Ok(path)
+        Ok(VolumePath { path, is_new: false })
     }
 
     fn unmount(&self, id: &str) -> io::Result<bool> {
@@ -164,12 +173,9 @@ impl Driver for Mounts {
     }
 }
 
-/// Whether something is mounted there: then it is another file system than its parent.
-fn is_mount_point(path: &Path) -> io::Result<bool> {
-    use std::os::unix::fs::MetadataExt as _;
-
-    let parent = path.parent().unwrap_or(path);
-    Ok(fs::metadata(path)?.dev() != fs::metadata(parent)?.dev())
+/// Whether something is mounted on a directory: then it is another file system than its parent.
+pub(crate) fn is_mount_point(directory: &Path) -> io::Result<bool> {
+    Ok(fs::metadata(directory)?.dev() != fs::metadata(directory.join(".."))?.dev())
 }
 
 #[derive(Debug, Default)]
@@ -185,15 +191,15 @@ struct Known {
 pub struct Volumes {
     directory: PathBuf,
     known: Arc<Mutex<Known>>,
-    /// Held while something is mounted, unmounted or removed: whoever comes meanwhile waits.
-    turn: Arc<Mutex<()>>,
+    /// One for each volume, held while it is mounted, unmounted or removed: a file server that hangs holds up only what is on it.
+    turns: Arc<Mutex<BTreeMap<String, Arc<Mutex<()>>>>>,
 }
 
 impl Volumes {
     /// Keeps volumes below a directory.
     #[must_use]
     pub fn new(directory: PathBuf) -> Self {
-        Self { directory, known: Arc::default(), turn: Arc::default() }
+        Self { directory, known: Arc::default(), turns: Arc::default() }
     }
 
     /// What it counts.
@@ -205,8 +211,14 @@ impl Volumes {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn turn(&self) -> MutexGuard<'_, ()> {
-        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Runs `work` while nobody else does anything with the volume.
+    fn in_turn<T>(&self, id: &str, work: impl FnOnce() -> T) -> T {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        let turn = Arc::clone(turns.entry(id.to_owned()).or_default());
+        drop(turns);
+        let _held = turn.lock().unwrap_or_else(PoisonError::into_inner);
+        work()
     }
 
     fn driver(&self, volume: &v1::Volume) -> Box<dyn Driver> {
@@ -246,12 +258,11 @@ impl Volumes {
     }
 
     /// Makes a container's volumes available, and says where each is, by its name. May take as long as a file server does.
-    pub(crate) fn mount(&self, container: &str, volumes: &[v1::Volume]) -> Result<BTreeMap<String, PathBuf>, Error> {
-        let _turn = self.turn();
+    pub(crate) fn mount(&self, container: &str, volumes: &[v1::Volume]) -> Result<BTreeMap<String, VolumePath>, Error> {
         self.keep(container, volumes);
         let mut paths = BTreeMap::new();
         for volume in volumes {
-            let mounted = self.counted("mount", || self.driver(volume).mount(volume));
+            let mounted = self.in_turn(&volume.id, || self.counted("mount", || self.driver(volume).mount(volume)));
             let path = mounted.map_err(|error| Error { name: volume.name.clone(), why: error.to_string() })?;
             paths.insert(volume.name.clone(), path);
         }
@@ -260,7 +271,6 @@ impl Volumes {
 
     /// A container is gone: what nobody else uses is unmounted. May take as long as a file server does.
     pub(crate) fn release(&self, container: &str) {
-        let _turn = self.turn();
         let unused: Vec<String> = {
             let mut known = self.known();
             let mut unused = Vec::new();
@@ -273,11 +283,16 @@ impl Volumes {
             unused
         };
         for volume in &unused {
-            // Of a directory there is nothing to unmount, which is no operation.
-            let unmounted = match self.mounts().unmount(volume) {
-                Ok(false) => continue,
-                other => self.counted("unmount", || other),
-            };
+            let unmounted = self.in_turn(volume, || {
+                // Another container may have come meanwhile. And of a directory there is nothing to unmount, which is no operation.
+                if self.known().users.contains_key(volume) {
+                    return Ok(false);
+                }
+                match self.mounts().unmount(volume) {
+                    Ok(false) => Ok(false),
+                    other => self.counted("unmount", || other),
+                }
+            });
             if let Err(error) = unmounted {
                 tracing::warn!(volume, %error, "a volume could not be unmounted");
             }
@@ -286,16 +301,18 @@ impl Volumes {
 
     /// Removes what is here of these volumes, apart from those that containers use.
     pub(crate) fn remove(&self, ids: &BTreeSet<String>) {
-        let _turn = self.turn();
         for id in ids {
-            let here = self.directories().directory.join(id).exists();
-            if !here || self.known().users.contains_key(id) {
-                continue;
-            }
-            tracing::info!(volume = id, "removing a volume that was deleted");
-            let removed = self.counted("remove", || {
-                self.mounts().remove(id)?;
-                self.directories().remove(id)
+            let path = self.directories().directory.join(id);
+            let removed = self.in_turn(id, || {
+                let here = path.exists() || unfinished(&path).exists();
+                if !here || self.known().users.contains_key(id) {
+                    return Ok(());
+                }
+                tracing::info!(volume = id, "removing a volume that was deleted");
+                self.counted("remove", || {
+                    self.mounts().remove(id)?;
+                    self.directories().remove(id)
+                })
             });
             if let Err(error) = removed {
                 tracing::warn!(volume = id, %error, "a volume could not be removed");
@@ -335,7 +352,11 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let volumes = Volumes::new(directory.path().to_owned());
         let volume = v1::Volume { id: "v1".to_owned(), name: "data".to_owned(), ..Default::default() };
-        let path = volumes.mount("c1", std::slice::from_ref(&volume)).expect("mounted")["data"].clone();
+        let VolumePath { path, is_new } =
+            volumes.mount("c1", std::slice::from_ref(&volume)).expect("mounted")["data"].clone();
+        assert!(is_new, "whoever has the image makes it");
+        fs::create_dir(&path).expect("made");
+        assert!(!volumes.mount("c1", std::slice::from_ref(&volume)).expect("mounted")["data"].is_new);
         fs::write(path.join("file"), "kept").expect("writable");
         let deleted = BTreeSet::from(["v1".to_owned()]);
         volumes.remove(&deleted);

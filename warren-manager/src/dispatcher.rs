@@ -157,14 +157,15 @@ impl Dispatcher {
         node: &NodeId,
         hostname: &str,
         mut from: Streaming<v1::AgentMessage>,
-    ) {
+    ) -> Option<Status> {
         loop {
             let message = match from.message().await {
                 Ok(Some(message)) => message.message,
-                Ok(None) => break,
+                Ok(None) => return None,
                 Err(status) => {
                     tracing::info!(node = hostname, message = status.message(), "an agent's session broke");
-                    break;
+                    // Where the connection is still there, its agent hears why.
+                    return Some(Status::new(status.code(), format!("a message was refused: {}", status.message())));
                 }
             };
             self.liveness.heard(node);
@@ -204,9 +205,14 @@ impl Dispatcher {
         to: mpsc::Sender<Result<v1::ManagerMessage, Status>>,
         from: Streaming<v1::AgentMessage>,
     ) {
-        tokio::select! {
-            () = self.clone().send(node.clone(), to) => {}
-            () = self.clone().receive(session, &node, &hostname, from) => {}
+        let why = tokio::select! {
+            () = self.clone().send(node.clone(), to.clone()) => None,
+            why = self.clone().receive(session, &node, &hostname, from) => why,
+        };
+        self.relay.closed(&node, &to);
+        if let Some(why) = why {
+            // A queue that is full belongs to an agent that does not read.
+            let _ = to.try_send(Err(why));
         }
         self.collected.closed(&node);
         tracing::info!(node = hostname, "an agent's session ended");
@@ -256,16 +262,14 @@ impl dispatcher_server::Dispatcher for Dispatcher {
         &self,
         request: Request<Streaming<v1::AgentMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
-        let caller = request.extensions().get::<Caller>().cloned();
+        let caller = Caller::of(&request)?.clone();
         let mut from = request.into_inner();
         let first = from.message().await?.and_then(|message| message.message);
         let Some(agent_message::Message::Hello(hello)) = first else {
             return Err(Status::invalid_argument("a session begins with a hello"));
         };
         let node = NodeId::from(hello.node_id);
-        if let Some(caller) = caller {
-            caller.check_node(&node)?;
-        }
+        caller.check_node(&node)?;
         let state = self.store.read().await.map_err(crate::api::status)?;
         let Some(known) = state.node(&node) else {
             return Err(Status::not_found(format!("node {node} is not registered")));

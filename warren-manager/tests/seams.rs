@@ -12,7 +12,8 @@ use std::{
 
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
+use tonic::{body::Body, service::Routes};
+use tower::util::MapRequest;
 use warren_manager::{
     Policy, Vault,
     clock::{Environment, Timestamp},
@@ -29,6 +30,9 @@ use warren_raft::{
     storage::{Durable, Log, Opened, Positions, Snapshots, Storage},
 };
 use warren_telemetry::{Meters, signals::Identity, table::Emitter};
+
+/// Calls that go straight into a manager's services.
+type Direct = MapRequest<Routes, fn(http::Request<Body>) -> http::Request<Body>>;
 
 /// A clock that stands but for tokio's paused one, and dice that fall as the seed says (splitmix64).
 #[derive(Debug)]
@@ -193,8 +197,12 @@ impl Manager {
     }
 
     /// Calls go straight into the service: there is no socket.
-    fn services(&self) -> ServicesClient<Routes> {
-        ServicesClient::new(self.core.routes().prepare())
+    fn services(&self) -> ServicesClient<Direct> {
+        ServicesClient::new(self.direct())
+    }
+
+    fn direct(&self) -> Direct {
+        MapRequest::new(self.core.routes().prepare(), warren_manager::as_root)
     }
 
     async fn create(&self, name: &str, replicas: i64) -> Result<(), tonic::Status> {
@@ -215,7 +223,7 @@ impl Manager {
 }
 
 /// An agent that runs at once what it is told to, until the manager goes.
-async fn agent(routes: Routes, id: &'static str) {
+async fn agent(routes: Direct, id: &'static str) {
     let description = v1::NodeDescription {
         hostname: id.to_owned(),
         resources: Some(v1::ResourceAmounts { cpu_millis: 8000, memory_bytes: 1 << 34 }),
@@ -263,7 +271,7 @@ async fn history(seed: u64) -> (Vec<String>, Disk) {
     let disk = Disk::default();
     let manager = Manager::start(&disk, seed).await;
     for id in ["nodea", "nodeb"] {
-        tokio::spawn(agent(manager.core.routes().prepare(), id));
+        tokio::spawn(agent(manager.direct(), id));
     }
     until("both nodes are known", || manager.core.state().nodes().count() == 2).await;
     manager.create("web", 4).await.expect("created");

@@ -55,11 +55,12 @@ pub(crate) async fn show(
     };
     let mut lines = client.logs().await?.stream_logs(request).await?.into_inner();
     let mut failed = Ok(());
+    let mut written = Written { of_service, timestamps: arguments.timestamps, unfinished: [None, None] };
     // Without following, lines of several containers are put in the order of time.
     let mut held = Vec::new();
     loop {
         match lines.message().await {
-            Ok(Some(response)) if arguments.follow || !of_service => write(&response, of_service, arguments.timestamps),
+            Ok(Some(response)) if arguments.follow || !of_service => written.write(&response),
             Ok(Some(response)) => held.push(response),
             Ok(None) => break,
             Err(status) => {
@@ -73,32 +74,65 @@ pub(crate) async fn show(
     };
     held.sort_by_key(time);
     for response in &held {
-        write(response, of_service, arguments.timestamps);
+        written.write(response);
     }
+    written.end();
     failed
 }
 
-fn write(response: &v1::StreamLogsResponse, of_service: bool, timestamps: bool) {
-    let line = response.line.clone().unwrap_or_default();
-    let mut text = Vec::new();
-    if timestamps && let Some(time) = &line.time {
-        let time = prost_types::Timestamp { seconds: time.seconds, nanos: time.nanos };
-        text.extend_from_slice(format!("{time} ").as_bytes());
+/// What was written so far, and how.
+struct Written {
+    of_service: bool,
+    timestamps: bool,
+    /// The container whose line on stdout, and on stderr, has no end yet.
+    unfinished: [Option<String>; 2],
+}
+
+impl Written {
+    fn write(&mut self, response: &v1::StreamLogsResponse) {
+        let line = response.line.clone().unwrap_or_default();
+        let to_stderr = line.stream() == LogStream::Stderr;
+        let unfinished = self.unfinished[usize::from(to_stderr)].take();
+        let goes_on = unfinished.as_ref() == Some(&response.container_id);
+        let mut text = Vec::new();
+        if unfinished.is_some() && !goes_on {
+            text.push(b'\n');
+        }
+        if !goes_on {
+            if self.timestamps
+                && let Some(time) = &line.time
+            {
+                let time = prost_types::Timestamp { seconds: time.seconds, nanos: time.nanos };
+                text.extend_from_slice(format!("{time} ").as_bytes());
+            }
+            if self.of_service {
+                let name = &response.service_name;
+                let slot = if response.slot == 0 { String::new() } else { format!("-{}", response.slot) };
+                let prefix = format!("{name}{slot}@{} {} | ", response.hostname, output::short(&response.container_id));
+                text.extend_from_slice(prefix.as_bytes());
+            }
+        }
+        text.extend_from_slice(&line.text);
+        if line.partial {
+            self.unfinished[usize::from(to_stderr)] = Some(response.container_id.clone());
+        } else {
+            text.push(b'\n');
+        }
+        print(to_stderr, &text);
     }
-    if of_service {
-        let name = &response.service_name;
-        let slot = if response.slot == 0 { String::new() } else { format!("-{}", response.slot) };
-        let prefix = format!("{name}{slot}@{} {} | ", response.hostname, output::short(&response.container_id));
-        text.extend_from_slice(prefix.as_bytes());
+
+    /// Ends what has no end. What one container wrote is given as it is.
+    fn end(self) {
+        for (to_stderr, unfinished) in [false, true].into_iter().zip(self.unfinished) {
+            if unfinished.is_some() && self.of_service {
+                print(to_stderr, b"\n");
+            }
+        }
     }
-    text.extend_from_slice(&line.text);
-    if !line.partial || of_service {
-        text.push(b'\n');
-    }
-    let written = match line.stream() {
-        LogStream::Stderr => io::stderr().lock().write_all(&text),
-        LogStream::Stdout | LogStream::Unspecified => io::stdout().lock().write_all(&text),
-    };
+}
+
+fn print(to_stderr: bool, text: &[u8]) {
+    let written = if to_stderr { io::stderr().lock().write_all(text) } else { io::stdout().lock().write_all(text) };
     if written.is_err() {
         // A reader that went away, as `head` does, has seen enough.
         std::process::exit(0);

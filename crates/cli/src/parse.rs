@@ -132,16 +132,15 @@ pub(crate) fn port(text: &str) -> Result<v1::Port, String> {
     Ok(port)
 }
 
-/// `name`, or `source=name,target=file,mode=0400,uid=0,gid=0,on-update=signal,signal=HUP`.
+/// `name`, or `source=name,target=file,mode=0400,uid=www-data,gid=33,on-update=signal,signal=HUP`.
 pub(crate) fn secret(text: &str) -> Result<v1::SecretMount, String> {
-    let mut mount = v1::SecretMount::default();
+    let mut mount = v1::SecretMount { on_update: v1::OnUpdate::Restart.into(), ..Default::default() };
     if !text.contains('=') {
         mount.source = text.to_owned();
         return Ok(mount);
     }
     for option in text.split(',') {
         let (name, value) = option.split_once('=').ok_or_else(|| format!("{option:?} is not name=value"))?;
-        let number = || value.parse::<u32>().map_err(|_| format!("{option:?}: not a number"));
         match name {
             "source" | "src" => mount.source = value.to_owned(),
             "target" => mount.target = value.to_owned(),
@@ -149,8 +148,8 @@ pub(crate) fn secret(text: &str) -> Result<v1::SecretMount, String> {
                 let mode = u32::from_str_radix(value, 8);
                 mount.mode = mode.map_err(|_| format!("{option:?}: a mode is an octal number"))?;
             }
-            "uid" => mount.uid = number()?,
-            "gid" => mount.gid = number()?,
+            "uid" | "user" => mount.user = value.to_owned(),
+            "gid" | "group" => mount.group = value.to_owned(),
             "signal" => mount.signal = value.to_owned(),
             "on-update" => {
                 mount.on_update = match value {

@@ -126,7 +126,8 @@ pub(crate) async fn run(hardware: Hardware, seed: u64, shared: Shared) -> turmoi
     tokio::spawn(hear(id, core.watch(), core.liveness(), shared));
     let serve_raft = network::serve_raft(core.raft().clone());
     let incoming = network::incoming().await?;
-    let serve_api = Server::builder().add_routes(core.routes()).serve_with_incoming(incoming);
+    let as_root = tower::util::MapRequestLayer::new(warren_manager::as_root);
+    let serve_api = Server::builder().layer(as_root).add_routes(core.routes()).serve_with_incoming(incoming);
     tokio::select! {
         ended = serve_raft => ended?,
         ended = serve_api => ended?,

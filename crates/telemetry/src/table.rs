@@ -186,6 +186,8 @@ metrics! {
     // Volumes
     warren_volume_operations_total Counter Node "{operation}" ["operation" "result"] &[]; "Operations on volumes: mount, unmount and remove, and whether they succeeded"
     warren_volume_operation_duration_seconds Histogram Node "s" ["operation"] KERNEL_FAST; "Time of an operation on a volume"
+    // Logs
+    warren_log_lines_lost_total Counter Node "{line}" [] &[]; "Lines of containers that could not be written to their logs, on a full disk for one"
     // Probes
     warren_probe_up Gauge Agent "" ["node" "probe"] &[]; "1 while the probe is attached"
     warren_probe_events_lost_total Counter Agent "{event}" ["node" "probe" "reason"] &[]; "What a probe could not record"

@@ -4,6 +4,7 @@
 use std::{
     fs::{self, File},
     io::{self, BufRead as _, BufReader, Write as _},
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{Mutex, PoisonError},
@@ -11,7 +12,7 @@ use std::{
     time::SystemTime,
 };
 
-use super::FILE;
+use super::{FILE, LOST, lost};
 
 /// The first argument of the program that makes it this process.
 pub const COMMAND: &str = "container-log";
@@ -31,7 +32,7 @@ pub fn write(argument: &str) -> ExitCode {
     // The runtime asks it to end as soon as the container has: what is still in the pipes, a crash's last words perhaps, is
     // written first. It ends with the pipes.
     let _ = ctrlc::set_handler(|| ());
-    let rotating = Mutex::new(Rotating { directory: PathBuf::from(next()), max_bytes, files, file: None, size: 0 });
+    let rotating = Mutex::new(Rotating::new(PathBuf::from(next()), max_bytes, files));
     thread::scope(|scope| {
         for (descriptor, stream) in [(3, "stdout"), (4, "stderr")] {
             let rotating = &rotating;
@@ -65,7 +66,7 @@ fn copy(from: File, stream: &str, to: &Mutex<Rotating>) {
         let mut entry = format!("{time} {stream} {} ", if whole { 'F' } else { 'P' }).into_bytes();
         entry.extend_from_slice(&line);
         entry.push(b'\n');
-        let _ = to.lock().unwrap_or_else(PoisonError::into_inner).append(&entry);
+        to.lock().unwrap_or_else(PoisonError::into_inner).write(&entry);
     }
 }
 
@@ -76,9 +77,51 @@ struct Rotating {
     files: u32,
     file: Option<File>,
     size: u64,
+    /// Where the number of lost entries is kept: opened while there is room for it.
+    count: Option<File>,
+    lost: u64,
+    /// Those that the log itself does not speak of yet.
+    unsaid: u64,
 }
 
 impl Rotating {
+    fn new(directory: PathBuf, max_bytes: u64, files: u32) -> Self {
+        let count = File::options().read(true).write(true).create(true).truncate(false).open(directory.join(LOST));
+        let count = count.ok();
+        if let Some(count) = &count {
+            // For as long as this process writes: readers look whether it still does.
+            let _ = count.lock();
+        }
+        let mut rotating = Self { directory, max_bytes, files, file: None, size: 0, count, lost: 0, unsaid: 0 };
+        rotating.lost = lost(&rotating.directory);
+        rotating.keep_count();
+        rotating
+    }
+
+    /// In place, and always as long: a full disk has room for it.
+    fn keep_count(&self) {
+        if let Some(count) = &self.count {
+            let _ = count.write_all_at(&self.lost.to_le_bytes(), 0);
+        }
+    }
+
+    /// Writes an entry, or counts it as lost. Once there is room again, the log says how many are missing.
+    fn write(&mut self, entry: &[u8]) {
+        if self.unsaid > 0 {
+            let time = prost_types::Timestamp::from(SystemTime::now());
+            let said =
+                format!("{time} stderr F [warren: {} lines were lost: they could not be written]\n", self.unsaid);
+            if self.append(said.as_bytes()).is_ok() {
+                self.unsaid = 0;
+            }
+        }
+        if self.append(entry).is_err() {
+            self.lost += 1;
+            self.unsaid += 1;
+            self.keep_count();
+        }
+    }
+
     fn path(&self, number: u32) -> PathBuf {
         self.directory.join(if number == 0 { FILE.to_owned() } else { format!("{FILE}.{number}") })
     }
@@ -91,8 +134,9 @@ impl Rotating {
                 let _ = fs::rename(self.path(number - 1), self.path(number));
             }
             if self.files <= 1 {
-                fs::remove_file(self.path(0))?;
+                let _ = fs::remove_file(self.path(0));
             }
+            self.size = 0;
         }
         let file = match &mut self.file {
             Some(file) => file,
@@ -102,7 +146,11 @@ impl Rotating {
                 self.file.insert(file)
             }
         };
-        file.write_all(entry)?;
+        if let Err(error) = file.write_all(entry) {
+            // A part of an entry would spoil the next one.
+            let _ = file.set_len(self.size);
+            return Err(error);
+        }
         self.size += entry.len() as u64;
         Ok(())
     }
@@ -115,8 +163,7 @@ mod tests {
     #[test]
     fn files_are_put_aside_when_they_are_full() {
         let directory = tempfile::tempdir().expect("a directory");
-        let mut rotating =
-            Rotating { directory: directory.path().to_owned(), max_bytes: 10, files: 3, file: None, size: 0 };
+        let mut rotating = Rotating::new(directory.path().to_owned(), 10, 3);
         for i in 0..9 {
             rotating.append(format!("{i}234\n").as_bytes()).expect("writable");
         }
@@ -128,5 +175,30 @@ mod tests {
         again.append(b"9234\n").expect("writable");
         again.append(b"a234\n").expect("writable");
         assert_eq!([read("log.1"), read("log")], ["8234\n9234\n", "a234\n"]);
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_counted_and_said() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut rotating = Rotating::new(directory.path().to_owned(), 1 << 20, 2);
+        rotating.write(b"one\n");
+        // As on a full disk: /dev/full takes nothing.
+        rotating.file = File::options().write(true).open("/dev/full").ok();
+        rotating.write(b"two\n");
+        rotating.write(b"three\n");
+        assert_eq!(lost(directory.path()), 2);
+        rotating.file = None;
+        rotating.write(b"four\n");
+        let log = fs::read_to_string(directory.path().join(FILE)).expect("readable");
+        assert!(
+            log.starts_with("one\n")
+                && log.ends_with(" stderr F [warren: 2 lines were lost: they could not be written]\nfour\n"),
+            "{log}"
+        );
+        assert!(super::super::is_written(directory.path()));
+        drop(rotating);
+        assert!(!super::super::is_written(directory.path()));
+        // One that goes on where another left off goes on counting.
+        assert_eq!(Rotating::new(directory.path().to_owned(), 1 << 20, 2).lost, 2);
     }
 }

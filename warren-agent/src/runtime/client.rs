@@ -36,6 +36,8 @@ struct InFlight {
     transfers: Keyed<Transfer>,
     /// By the chain id of the layer's snapshot.
     unpacking: Keyed<()>,
+    /// By the directory of the new volume.
+    filling: Keyed<()>,
 }
 
 impl std::fmt::Debug for Containerd {
@@ -103,6 +105,10 @@ impl Containerd {
 
     pub(super) fn transfers(&self) -> &Keyed<Transfer> {
         &self.in_flight.transfers
+    }
+
+    pub(super) fn filling(&self) -> &Keyed<()> {
+        &self.in_flight.filling
     }
 
     pub(super) fn unpacking(&self) -> &Keyed<()> {

@@ -283,11 +283,13 @@ fn become_user(process: &mut Process, identity: &users::Identity) -> Result<(), 
         .additional_gids(identity.groups.clone())
         .build()
         .map_err(super::spec::cannot_be_built)?;
+    let is_the_same = process.user().uid() == identity.uid;
     process.set_user(user);
-    if let Some(mut capabilities) = process.capabilities().clone() {
+    if !is_the_same && let Some(mut capabilities) = process.capabilities().clone() {
         let bounding = capabilities.bounding().clone().unwrap_or_default();
         let given = if identity.uid == 0 { bounding } else { Capabilities::new() };
         capabilities.set_effective(Some(given.clone())).set_permitted(Some(given));
+        capabilities.set_inheritable(Some(Capabilities::new())).set_ambient(Some(Capabilities::new()));
         process.set_capabilities(Some(capabilities));
     }
     Ok(())

@@ -21,7 +21,7 @@ use oci_spec::{
 };
 use warren_proto::v1;
 
-use super::{Error, users::Identity};
+use super::{Error, VolumePath, users::Identity};
 pub(super) use process::last_of_each_name;
 
 /// Length of a CPU period, in microseconds: the kernel's default.
@@ -53,7 +53,7 @@ pub struct ContainerOptions {
     /// Files and directories with secrets and configs.
     pub secrets: Vec<(PathBuf, String)>,
     /// Where its volumes are, by name.
-    pub volumes: BTreeMap<String, PathBuf>,
+    pub volumes: BTreeMap<String, VolumePath>,
 }
 
 /// Which network namespace a container is in.
@@ -186,7 +186,7 @@ fn mounts(options: &ContainerOptions) -> Result<Vec<Mount>, Error> {
     Ok(kernels)
 }
 
-fn mount(wanted: &v1::Mount, volumes: &BTreeMap<String, PathBuf>) -> Result<Mount, Error> {
+fn mount(wanted: &v1::Mount, volumes: &BTreeMap<String, VolumePath>) -> Result<Mount, Error> {
     match wanted.r#type() {
         v1::MountType::Tmpfs => {
             let mode = if wanted.mode == 0 { 0o1777 } else { wanted.mode };
@@ -215,7 +215,7 @@ fn mount(wanted: &v1::Mount, volumes: &BTreeMap<String, PathBuf>) -> Result<Moun
         }
         v1::MountType::Volume => {
             let missing = || Error::BadSpec(format!("mount {}: there is no volume {:?}", wanted.target, wanted.source));
-            bind(volumes.get(&wanted.source).ok_or_else(missing)?, &wanted.target, wanted.read_only)
+            bind(&volumes.get(&wanted.source).ok_or_else(missing)?.path, &wanted.target, wanted.read_only)
         }
         v1::MountType::Unspecified => Err(Error::BadSpec(format!("mount {}: has no type", wanted.target))),
     }

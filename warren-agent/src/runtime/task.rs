@@ -14,8 +14,12 @@ use containerd_client::{
     },
 };
 use prost_types::Any;
+use warren_proto::v1;
 
-use super::{ContainerOptions, Containerd, Error, LocalImage, client::MAX_MESSAGE, image::SNAPSHOTTER, spec, users};
+use super::{
+    ContainerOptions, Containerd, Error, LocalImage, RootFs, client::MAX_MESSAGE, image::SNAPSHOTTER, spec,
+    users::Identity,
+};
 
 const RUNTIME: &str = "io.containerd.runc.v2";
 /// containerd's name for an OCI runtime spec as JSON.
@@ -64,52 +68,65 @@ fn state(process: &Process) -> TaskState {
 }
 
 impl Containerd {
-    /// Makes a container's snapshot and record. Its task comes next. What was made is undone on failure.
+    /// Makes a container's files. Its record comes next.
     ///
     /// # Errors
     ///
-    /// When the image cannot be unpacked or the spec not be built, or containerd refuses.
+    /// When the image cannot be unpacked, or has no such user, or containerd refuses.
+    pub async fn prepare_container(
+        &self,
+        image: &LocalImage,
+        id: &str,
+        spec: &v1::ContainerSpec,
+    ) -> Result<RootFs, Error> {
+        RootFs::new(self, image, id, spec).await
+    }
+
+    /// Makes a container's record. Its task comes next. What was made is undone on failure, its files too.
+    ///
+    /// # Errors
+    ///
+    /// When the spec cannot be built, or containerd refuses.
     pub async fn create_container(
         &self,
         image: &LocalImage,
+        rootfs: &RootFs,
         options: &ContainerOptions,
         labels: HashMap<String, String>,
     ) -> Result<(), Error> {
-        // The lease keeps the snapshot until the container's record does.
-        let leased = self.with_lease().await?;
-        let created = leased.create_leased(image, options, labels).await;
-        // Nobody waits for its end.
-        tokio::spawn(leased.end_lease());
-        if created.is_err() {
+        let leased = rootfs.leased().unwrap_or(self);
+        let created = leased.create_leased(image, &rootfs.identity, options, labels).await;
+        if created.as_ref().is_err_and(|error| !error.is_transient()) {
             self.remove_container(&options.id).await?;
         }
         created
     }
 
-    async fn create_leased(
-        &self,
-        image: &LocalImage,
-        options: &ContainerOptions,
-        labels: HashMap<String, String>,
-    ) -> Result<(), Error> {
-        let id = &options.id;
-        let parent = self.unpack(image).await?;
+    /// Makes a container's own snapshot of its image's topmost.
+    pub(super) async fn prepare_snapshot(&self, id: &str, parent: String) -> Result<(), Error> {
         let prepare = self.request(snap::PrepareSnapshotRequest {
             snapshotter: SNAPSHOTTER.to_owned(),
-            key: id.clone(),
+            key: id.to_owned(),
             parent,
             ..Default::default()
         });
         match self.client().snapshots().prepare(prepare).await {
-            Ok(_) => {}
+            Ok(_) => Ok(()),
             // Left by an attempt that was cut short.
-            Err(status) if status.code() == Code::AlreadyExists => {}
-            Err(status) => return Err(Error::call("preparing a container's snapshot")(status)),
+            Err(status) if status.code() == Code::AlreadyExists => Ok(()),
+            Err(status) => Err(Error::call("preparing a container's snapshot")(status)),
         }
-        let of_image = image.config.user().as_deref().unwrap_or_default();
-        let user = if options.spec.user.is_empty() { of_image } else { &options.spec.user };
-        let identity = users::resolve(user, self.mounts(id).await?).await?;
-        let spec = spec::build(&image.config, options, &identity)?;
+    }
+
+    async fn create_leased(
+        &self,
+        image: &LocalImage,
+        identity: &Identity,
+        options: &ContainerOptions,
+        labels: HashMap<String, String>,
+    ) -> Result<(), Error> {
+        let id = &options.id;
+        let spec = spec::build(&image.config, options, identity)?;
         let spec = serde_json::to_vec(&spec).map_err(|error| Error::BadSpec(error.to_string()))?;
         let container = api::Container {
             id: id.clone(),
@@ -130,7 +147,7 @@ impl Containerd {
     }
 
     /// How a container's files are mounted.
-    async fn mounts(&self, id: &str) -> Result<Vec<Mount>, Error> {
+    pub(super) async fn mounts(&self, id: &str) -> Result<Vec<Mount>, Error> {
         let request = self.request(snap::MountsRequest { snapshotter: SNAPSHOTTER.to_owned(), key: id.to_owned() });
         let answer = self.client().snapshots().mounts(request).await;
         Ok(answer.map_err(Error::call("mounting a snapshot"))?.into_inner().mounts)

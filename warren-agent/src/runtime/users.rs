@@ -4,18 +4,13 @@ use std::{
     fs::File,
     io::{self, Read as _},
     path::Path,
-    thread,
 };
 
 use containerd_client::types::Mount;
-use rustix::{
-    fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2},
-    mount::{MountFlags, MountPropagationFlags, mount, mount_change},
-    thread::{UnshareFlags, unshare_unsafe},
-};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 use warren_spec::{Principal, User};
 
-use super::Error;
+use super::{Error, rootfs};
 
 /// A user as the kernel knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,29 +32,51 @@ impl Identity {
     }
 }
 
-/// Finds the user of a container whose files these mounts are. Empty is root.
-pub(super) async fn resolve(user: &str, mounts: Vec<Mount>) -> Result<Identity, Error> {
-    find(user, move || read_mounted(mounts)).await
+/// What an image's files say of users and groups.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Users {
+    passwd: String,
+    group: String,
+}
+
+impl Users {
+    /// Reads those of a container whose files these mounts are.
+    pub(super) async fn mounted(mounts: Vec<Mount>) -> Result<Self, Error> {
+        let read = move || rootfs::inside(mounts, read_files);
+        Self::read(read).await
+    }
+
+    /// Reads those of a container that runs, with this process in it.
+    async fn of_process(pid: u32) -> Result<Self, Error> {
+        Self::read(move || read_files(Path::new(&format!("/proc/{pid}/root")))).await
+    }
+
+    async fn read(read: impl FnOnce() -> io::Result<Self> + Send + 'static) -> Result<Self, Error> {
+        tokio::task::spawn_blocking(read)
+            .await
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+            .map_err(|error| Error::BadSpec(format!("the image's users cannot be read: {error}")))
+    }
+
+    /// Who `user` is: "name" or "uid", and either with ":group" or ":gid" behind it. Empty is root.
+    pub(super) fn identity(&self, user: &str) -> Result<Identity, Error> {
+        if is_root(user) {
+            return Ok(Identity::root());
+        }
+        let parsed: User = user.parse().map_err(|error: warren_spec::InvalidUser| Error::BadSpec(error.to_string()))?;
+        identify(&parsed, &self.passwd, &self.group)
+    }
+}
+
+/// Whether that is root, whatever the image's files say.
+pub(super) fn is_root(user: &str) -> bool {
+    matches!(user, "" | "root" | "0" | "0:0")
 }
 
 /// Finds a user of a container that runs, with this process in it. Empty is root.
 pub(super) async fn resolve_inside(user: &str, pid: u32) -> Result<Identity, Error> {
-    find(user, move || read_files(Path::new(&format!("/proc/{pid}/root")))).await
-}
-
-async fn find(
-    user: &str,
-    read: impl FnOnce() -> io::Result<(String, String)> + Send + 'static,
-) -> Result<Identity, Error> {
-    if user.is_empty() || user == "root" || user == "0" || user == "0:0" {
-        return Ok(Identity::root());
-    }
-    let parsed: User = user.parse().map_err(|error: warren_spec::InvalidUser| Error::BadSpec(error.to_string()))?;
-    let (passwd, group) = tokio::task::spawn_blocking(read)
-        .await
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
-        .map_err(|error| Error::BadSpec(format!("the image's users cannot be read: {error}")))?;
-    identify(&parsed, &passwd, &group)
+    let users = if is_root(user) { Users::default() } else { Users::of_process(pid).await? };
+    users.identity(user)
 }
 
 /// The rule is Docker's: a number need not be in the files, a name must. Without a group it is the user's own, else 0; the
@@ -99,26 +116,9 @@ fn identify(user: &User, passwd: &str, group: &str) -> Result<Identity, Error> {
 /// More than any such file has.
 const MAX_FILE: u64 = 1 << 20;
 
-/// Reads a container's files that say who its users are. The mounts are made in a mount namespace of a thread's own: nobody
-/// else sees them, and they end with the thread.
-fn read_mounted(mounts: Vec<Mount>) -> io::Result<(String, String)> {
-    let reader = thread::Builder::new().name("image users".to_owned()).spawn(move || {
-        // SAFETY: the thread is new and ends with this closure: nothing shares its file system state or depends on it.
-        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
-        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
-        // Any directory that every machine has: what is covered there is covered for this thread alone.
-        let root = Path::new("/tmp");
-        for layer in &mounts {
-            mount_layer(layer, root)?;
-        }
-        read_files(root)
-    })?;
-    reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-}
-
 /// Reads `/etc/passwd` and `/etc/group` below a directory; one that is not there is empty. Paths below it cannot lead out of
 /// it.
-fn read_files(root: &Path) -> io::Result<(String, String)> {
+fn read_files(root: &Path) -> io::Result<Users> {
     let root = openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let read = |path: &str| -> io::Result<String> {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -132,23 +132,7 @@ fn read_files(root: &Path) -> io::Result<(String, String)> {
             Err(error) => Err(error.into()),
         }
     };
-    Ok((read("etc/passwd")?, read("etc/group")?))
-}
-
-fn mount_layer(layer: &Mount, target: &Path) -> io::Result<()> {
-    let mut flags = MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID;
-    let mut data = Vec::new();
-    for option in &layer.options {
-        match option.as_str() {
-            "bind" => flags |= MountFlags::BIND,
-            "rbind" => flags |= MountFlags::BIND | MountFlags::REC,
-            "ro" | "rw" => {}
-            other => data.push(other),
-        }
-    }
-    let data = std::ffi::CString::new(data.join(","))?;
-    mount(layer.source.as_str(), target, layer.r#type.as_str(), flags, data.as_c_str())?;
-    Ok(())
+    Ok(Users { passwd: read("etc/passwd")?, group: read("etc/group")? })
 }
 
 #[cfg(test)]

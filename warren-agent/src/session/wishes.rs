@@ -4,7 +4,6 @@
 //! connection that would be the heartbeats as well.
 
 use std::{
-    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -51,8 +50,8 @@ impl Wishes {
     }
 
     pub(super) fn logs(&self, wish: v1::LogRequest) {
-        let (directory, board) = (self.logs.directory(&wish.container_id), self.board.clone());
-        self.call(move |dispatcher| upload_logs(dispatcher, directory, board, wish));
+        let (logs, board) = (self.logs.clone(), self.board.clone());
+        self.call(move |dispatcher| upload_logs(dispatcher, logs, board, wish));
     }
 
     pub(super) fn stats(&self, wish: v1::StatsWish) {
@@ -67,18 +66,9 @@ impl Wishes {
     }
 }
 
-/// Lines that are sent together.
-const LINES: usize = 256;
-
 /// Sends a manager what a container has written, and writes, until nobody reads it any more.
-async fn upload_logs(
-    mut dispatcher: DispatcherClient<Channel>,
-    directory: PathBuf,
-    board: Board,
-    request: v1::LogRequest,
-) {
+async fn upload_logs(mut dispatcher: DispatcherClient<Channel>, logs: Logs, board: Board, request: v1::LogRequest) {
     let (sender, receiver) = mpsc::channel(16);
-    let (lines, mut waiting) = mpsc::channel(LINES);
     let query = logs::Query {
         follow: request.follow,
         tail: request.tail.map(|tail| tail as usize),
@@ -86,23 +76,32 @@ async fn upload_logs(
             SystemTime::try_from(prost_types::Timestamp { seconds: since.seconds, nanos: since.nanos }).ok()
         }),
     };
-    let id = request.container_id;
-    let reading = tokio::task::spawn_blocking(move || {
-        // Nobody reads any more, or the container has ended.
-        let runs =
-            || !lines.is_closed() && board.get(&id).is_some_and(|status| status.state() < v1::ContainerState::Complete);
-        logs::read(&directory, &query, runs, |line| lines.blocking_send(line).is_ok())
-    });
-    let first = v1::UploadLogsRequest { id: request.id, lines: Vec::new() };
+    let mut wanted = vec![(request.container_id.clone(), 0)];
+    if request.container_id.is_empty() {
+        let gone = |container: &String| !request.except.contains(container);
+        wanted = logs.kept_of(&request.service_id).into_iter().filter(|(container, _)| gone(container)).collect();
+    }
+    let first = v1::UploadLogsRequest { id: request.id, ..Default::default() };
     let sending = async {
         if sender.send(first).await.is_err() {
             return;
         }
-        let mut batch = Vec::new();
-        while waiting.recv_many(&mut batch, LINES).await > 0 {
-            let upload = v1::UploadLogsRequest { id: String::new(), lines: std::mem::take(&mut batch) };
-            if sender.send(upload).await.is_err() {
-                return;
+        for (container, slot) in wanted {
+            let runs = || board.get(&container).is_some_and(|status| status.state() < v1::ContainerState::Complete);
+            let (lines, mut waiting) = mpsc::channel(1);
+            let directory = logs.directory(&container);
+            let reading = logs::read(&directory, &query, runs, lines);
+            let passing = async {
+                while let Some(lines) = waiting.recv().await {
+                    let container_id = container.clone();
+                    let upload = v1::UploadLogsRequest { lines, container_id, slot, ..Default::default() };
+                    if sender.send(upload).await.is_err() {
+                        return;
+                    }
+                }
+            };
+            if let (Err(error), ()) = tokio::join!(reading, passing) {
+                tracing::debug!(container, %error, "a container's log could not be read");
             }
         }
         drop(sender);
@@ -112,10 +111,6 @@ async fn upload_logs(
         () = sending => {}
         // It answers when it has everything, or when nobody wants more.
         _ = dispatcher.upload_logs(ReceiverStream::new(receiver)) => {}
-    }
-    drop(waiting);
-    if let Ok(Err(error)) = reading.await {
-        tracing::debug!(%error, "a container's log could not be read");
     }
 }
 

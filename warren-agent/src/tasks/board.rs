@@ -49,10 +49,12 @@ impl Board {
 
     /// Changes a container's status if it has one.
     pub fn amend(&self, id: &str, change: impl FnOnce(&mut v1::ContainerStatus)) {
-        let known = self.entries().statuses.contains_key(id);
-        if known {
-            self.update(id, change);
-        }
+        let mut entries = self.entries();
+        let Some(status) = entries.statuses.get_mut(id) else { return };
+        change(status);
+        entries.unsent.insert(id.to_owned());
+        drop(entries);
+        self.news.notify_one();
     }
 
     /// Forgets a container.

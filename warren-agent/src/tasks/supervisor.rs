@@ -131,10 +131,8 @@ fn ending_of(status: &v1::ContainerStatus) -> Option<Ending> {
         ContainerState::Complete => Some(Ending::Exited(code.unwrap_or(0))),
         ContainerState::Shutdown => Some(Ending::Stopped(code.unwrap_or(0))),
         ContainerState::Rejected => Some(Ending::Rejected(status.message.clone())),
-        ContainerState::Failed => Some(match code {
-            Some(code) => Ending::Exited(code),
-            None => Ending::Failed(status.message.clone()),
-        }),
+        // Whatever its exit code: one that was stopped for being unhealthy may have ended with 0.
+        ContainerState::Failed => Some(Ending::Failed(status.message.clone())),
         _ => None,
     }
 }

@@ -17,9 +17,9 @@ use warren_spec::{ImageName, InvalidImageName};
 use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Phase, RuntimePhase, Timings};
 use crate::{
     health::{Checks, Health, Subject},
-    logs::Logs,
+    logs::{self, Logs},
     network::{Files, Mounted, Network},
-    runtime::{self, ContainerOptions, Containerd, Images, LocalImage, NetworkNamespace, Wanted},
+    runtime::{self, ContainerOptions, Containerd, Images, LocalImage, NetworkNamespace, VolumePath, Wanted},
     secrets::Secrets,
     volumes::Volumes,
 };
@@ -210,6 +210,7 @@ impl Worker {
     }
 
     async fn run(mut self, mut actions: Vec<Action>) {
+        let mut missed = Vec::new();
         loop {
             for action in std::mem::take(&mut actions) {
                 if self.shared.actions.is_closed() {
@@ -227,10 +228,16 @@ impl Worker {
             let Some(event) = self.events.recv().await else { return };
             match event {
                 Event::Exited(code) => self.exited(code),
-                Event::Renewed(ref changed) => self.renew(changed).await,
+                Event::Renewed(ref changed) if self.lifecycle.phase() == Phase::Running => self.renew(changed).await,
+                // Its files may have been written before.
+                Event::Renewed(ref changed) => missed.extend(changed.iter().cloned()),
                 _ => {}
             }
+            let has_started = matches!(event, Event::Started(Ok(())));
             actions = self.lifecycle.on(event);
+            if has_started && !missed.is_empty() {
+                self.renew(&std::mem::take(&mut missed)).await;
+            }
         }
     }
 
@@ -352,9 +359,13 @@ impl Worker {
         let mut labels: HashMap<_, _> = spec.labels.clone().into_iter().collect();
         labels.extend(self.stop.labels());
         labels.insert(label::SERVICE.to_owned(), assignment.service_name.clone());
-        let secrets = self.shared.secrets.write(&self.id, &spec);
-        let secrets = secrets.map_err(|error| Ending::Failed(error.to_string()))?;
         let volumes = self.volumes(&assignment).await?;
+        // What an attempt that was cut short left would be in the way.
+        retry(|| self.shared.containerd.delete_task(&self.id)).await?;
+        let rootfs = retry(|| self.shared.containerd.prepare_container(&image, &self.id, &spec)).await?;
+        rootfs.fill(&spec, &volumes).await.map_err(|error| Ending::Failed(error.to_string()))?;
+        let secrets = self.shared.secrets.write(&self.id, &spec, |mount| rootfs.owner(mount));
+        let secrets = secrets.map_err(|error| Ending::Failed(error.to_string()))?;
         let (network, files) = self.connect(&spec).await?;
         let options = ContainerOptions {
             id: self.id.clone(),
@@ -367,9 +378,7 @@ impl Worker {
             cgroup_parent: self.shared.node.cgroup_parent.clone(),
             init: self.shared.node.init.clone(),
         };
-        // What an attempt that was cut short left would be in the way.
-        retry(|| self.shared.containerd.delete_task(&self.id)).await?;
-        retry(|| self.shared.containerd.create_container(&image, &options, labels.clone())).await?;
+        retry(|| self.shared.containerd.create_container(&image, &rootfs, &options, labels.clone())).await?;
         self.shared.registrar.register(&self.id, &assignment.service_name, self.stop.signal);
         Ok(())
     }
@@ -422,7 +431,7 @@ impl Worker {
     }
 
     /// Makes the container's volumes available.
-    async fn volumes(&self, assignment: &v1::Assignment) -> Result<BTreeMap<String, PathBuf>, Ending> {
+    async fn volumes(&self, assignment: &v1::Assignment) -> Result<BTreeMap<String, VolumePath>, Ending> {
         let began = Instant::now();
         let (volumes, id, wanted) = (self.shared.volumes.clone(), self.id.clone(), assignment.volumes.clone());
         if wanted.is_empty() {
@@ -461,17 +470,20 @@ impl Worker {
     async fn renew(&self, changed: &[(v1::SecretKind, String)]) {
         let spec = self.assignment.as_ref().and_then(|assignment| assignment.spec.as_ref());
         let Some(spec) = spec.filter(|_| self.lifecycle.phase() == Phase::Running) else { return };
-        match self.shared.secrets.renew(&self.id, spec, changed) {
-            Ok(Some(signal)) => self.signal(signal, false).await,
-            Ok(None) => {}
-            Err(error) => tracing::warn!(container = self.id, %error, "a container does not have the newest secrets"),
+        let (signal, errors) = self.shared.secrets.renew(&self.id, spec, changed);
+        for error in errors {
+            tracing::warn!(container = self.id, %error, "a container does not have the newest secrets");
+        }
+        if let Some(signal) = signal {
+            self.signal(signal, false).await;
         }
     }
 
     async fn start(&self) -> Result<(), Ending> {
         let failed = |error: runtime::Error| Ending::Failed(error.to_string());
         let began = Instant::now();
-        let output = self.shared.logs.uri(&self.id);
+        let owner = self.assignment.as_ref().map_or((String::new(), 0), |a| (a.service_id.clone(), a.slot));
+        let output = self.shared.logs.uri(&self.id, &logs::Owner { service: owner.0, slot: owner.1 });
         let output = output.map_err(|error| Ending::Failed(format!("its log cannot be kept: {error}")))?;
         let pid = self.shared.containerd.create_task(&self.id, &output).await.map_err(|error| {
             self.shared.timings.failed("create");
@@ -599,6 +611,7 @@ impl Worker {
             };
             match cleaned {
                 Ok(()) => {
+                    self.shared.logs.ended(&self.id);
                     self.shared.secrets.remove(&self.id);
                     let (volumes, id) = (self.shared.volumes.clone(), self.id.clone());
                     // A panic is the volume's, and it is logged.

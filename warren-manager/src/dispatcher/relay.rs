@@ -48,12 +48,10 @@ impl<T, B> Waiting<T, B> {
     }
 
     /// For an agent that answers: the wish, if it was for this one's node.
-    fn take_by(&self, caller: Option<&Caller>, id: &str) -> Option<Wish<T, B>> {
+    fn take_by(&self, caller: &Caller, id: &str) -> Option<Wish<T, B>> {
         let mut waiting = whole(&self.0);
         let wish = waiting.get(id)?;
-        if caller.is_some_and(|caller| caller.check_node(&wish.node).is_err()) {
-            return None;
-        }
+        caller.check_node(&wish.node).ok()?;
         waiting.remove(id)
     }
 }
@@ -66,7 +64,7 @@ fn whole<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Debug, Default)]
 struct Inner {
     sessions: Mutex<HashMap<NodeId, Session>>,
-    logs: Waiting<v1::LogLine>,
+    logs: Waiting<v1::StreamLogsResponse>,
     stats: Waiting<v1::StreamStatsResponse>,
     execs: Waiting<v1::ExecResponse, Streaming<v1::ExecRequest>>,
 }
@@ -79,6 +77,14 @@ impl Relay {
     /// A node's session is this now.
     pub(super) fn opened(&self, node: &NodeId, session: Session) {
         whole(&self.0.sessions).insert(node.clone(), session);
+    }
+
+    /// A session has ended: nothing is sent to it any more, and its stream ends. The node may have begun another.
+    pub(super) fn closed(&self, node: &NodeId, session: &Session) {
+        let mut sessions = whole(&self.0.sessions);
+        if sessions.get(node).is_some_and(|known| known.same_channel(session)) {
+            sessions.remove(node);
+        }
     }
 
     async fn send(&self, node: &NodeId, wish: Message) -> Option<()> {
@@ -115,7 +121,7 @@ impl Relay {
         &self,
         node: &NodeId,
         wish: v1::LogRequest,
-    ) -> Option<mpsc::Receiver<Result<v1::LogLine, Status>>> {
+    ) -> Option<mpsc::Receiver<Result<v1::StreamLogsResponse, Status>>> {
         self.wish(node, (wish.id.clone(), Message::Logs(wish)), |inner| &inner.logs, ()).await
     }
 
@@ -162,11 +168,16 @@ impl Relay {
 
     /// Passes an agent's lines on, until they end or nobody reads them.
     pub(super) async fn receive_logs(&self, request: Request<Streaming<v1::UploadLogsRequest>>) -> Result<(), Status> {
-        let (caller, mut from) = answering(request);
+        let (caller, mut from) = answering(request)?;
         let id = from.message().await?.map(|first| first.id).unwrap_or_default();
-        let wish = self.0.logs.take_by(caller.as_ref(), &id);
+        let wish = self.0.logs.take_by(&caller, &id);
         let wish = wish.ok_or_else(|| Status::not_found("nobody waits for this log"))?;
-        pass(from, &wish.answers, |message| message.lines).await
+        pass(from, &wish.answers, |message| {
+            let about =
+                v1::StreamLogsResponse { container_id: message.container_id, slot: message.slot, ..Default::default() };
+            message.lines.into_iter().map(move |line| v1::StreamLogsResponse { line: Some(line), ..about.clone() })
+        })
+        .await
     }
 
     /// Passes on what an agent says of its containers, until nobody looks any more.
@@ -174,9 +185,9 @@ impl Relay {
         &self,
         request: Request<Streaming<v1::UploadStatsRequest>>,
     ) -> Result<(), Status> {
-        let (caller, mut from) = answering(request);
+        let (caller, mut from) = answering(request)?;
         let id = from.message().await?.map(|first| first.id).unwrap_or_default();
-        let wish = self.0.stats.take_by(caller.as_ref(), &id);
+        let wish = self.0.stats.take_by(&caller, &id);
         let wish = wish.ok_or_else(|| Status::not_found("nobody waits for these statistics"))?;
         pass(from, &wish.answers, |message| message.stats).await
     }
@@ -187,9 +198,9 @@ impl Relay {
         &self,
         request: Request<Streaming<v1::ServeExecRequest>>,
     ) -> Result<ReceiverStream<Result<v1::ExecRequest, Status>>, Status> {
-        let (caller, mut from) = answering(request);
+        let (caller, mut from) = answering(request)?;
         let id = from.message().await?.map(|first| first.id).unwrap_or_default();
-        let wish = self.0.execs.take_by(caller.as_ref(), &id);
+        let wish = self.0.execs.take_by(&caller, &id);
         let wish = wish.ok_or_else(|| Status::not_found("nobody waits for this command"))?;
         let Wish { answers: responses, brought: mut requests, .. } = wish;
         let (to_agent, input) = mpsc::channel(AHEAD);
@@ -219,8 +230,9 @@ impl Relay {
 }
 
 /// Who answers, and what.
-fn answering<T>(request: Request<T>) -> (Option<Caller>, T) {
-    (request.extensions().get::<Caller>().cloned(), request.into_inner())
+fn answering<T>(request: Request<T>) -> Result<(Caller, T), Status> {
+    let caller = Caller::of(&request)?.clone();
+    Ok((caller, request.into_inner()))
 }
 
 /// Passes parts of messages on, until there are no more or nobody takes them.

@@ -21,7 +21,12 @@ const MAX_LIST: usize = 256;
 
 /// A container's spec, checked.
 pub(super) fn check(spec: Option<v1::ContainerSpec>, policy: Policy) -> Result<v1::ContainerSpec, Invalid> {
-    let spec = spec.unwrap_or_default();
+    let mut spec = spec.unwrap_or_default();
+    for mount in spec.secrets.iter_mut().chain(&mut spec.configs) {
+        if mount.on_update() == v1::OnUpdate::Unspecified {
+            mount.set_on_update(v1::OnUpdate::Restart);
+        }
+    }
     image(&spec.image)?;
     words(&spec)?;
     labels(&spec)?;
@@ -213,6 +218,11 @@ fn secrets(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
             }
             if mount.mode > 0o777 {
                 return invalid(field("mode"), "is more than 0777");
+            }
+            for (name, principal) in [("user", &mount.user), ("group", &mount.group)] {
+                if !principal.is_empty() && (principal.contains(':') || principal.parse::<User>().is_err()) {
+                    return invalid(field(name), format!("{principal:?} is neither a name nor a number"));
+                }
             }
             if v1::OnUpdate::try_from(mount.on_update).is_err() {
                 return invalid(field("on_update"), format!("{} is not known", mount.on_update));

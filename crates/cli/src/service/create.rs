@@ -138,6 +138,9 @@ pub(crate) struct Arguments {
     /// Give the containers every capability and device; the cluster's policy must allow it.
     #[arg(long)]
     privileged: bool,
+    /// Whether setuid programs, and those with file capabilities, leave their user and rights as they are.
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    no_new_privileges: Option<bool>,
     /// A mount: type=volume,source=NAME,target=/data,readonly or type=bind,source=/srv,target=/data,readonly or type=tmpfs,target=/tmp,size=64M,mode=1777; may be repeated.
     #[arg(long, value_name = "OPTIONS", value_parser = parse::mount)]
     mount: Vec<v1::Mount>,
@@ -149,8 +152,9 @@ pub(crate) struct Arguments {
     /// What its name is answered with.
     #[arg(long, value_enum, default_value = "dnsrr")]
     endpoint_mode: EndpointMode,
-    /// A secret as a file below /run/secrets: NAME, or source=NAME,target=FILE,mode=0400,uid=0,gid=0,on-update=none|signal|restart;
-    /// may be repeated.
+    /// A secret as a file below /run/secrets: NAME, or source=NAME,target=FILE,mode=0400,uid=USER,gid=GROUP,on-update=restart|signal|none;
+    /// may be repeated. The file belongs to the container's user unless uid names another; a new value replaces the containers
+    /// unless on-update says otherwise.
     #[arg(long, value_name = "SECRET", value_parser = parse::secret)]
     secret: Vec<v1::SecretMount>,
     /// A config as a file below /run/configs, in the same words; may be repeated.
@@ -249,6 +253,7 @@ fn spec(arguments: &Arguments) -> v1::ServiceSpec {
             sysctls: arguments.sysctl.iter().cloned().collect(),
             devices: arguments.device.clone(),
             privileged: arguments.privileged,
+            no_new_privileges: arguments.no_new_privileges,
             pids_limit: arguments.limit_pids,
             mounts: arguments.mount.clone(),
             network: network.into(),

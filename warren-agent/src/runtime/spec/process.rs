@@ -1,4 +1,4 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use oci_spec::{
     image::Config as ImageConfig,
@@ -51,15 +51,17 @@ pub(super) fn build(image: &ImageConfig, options: &ContainerOptions, identity: &
             "capability {missing} cannot be given: this node's agent does not have it"
         )));
     }
-    let effective = if identity.uid == 0 { all.clone() } else { Capabilities::new() };
+    let effective = if identity.uid == 0 { all.clone() } else { named(ambient(spec)) };
+    // What is ambient stays with the programs that another user than root executes.
+    let ambient = if identity.uid == 0 { Capabilities::new() } else { effective.clone() };
     let rlimits = rlimits(spec)?;
     let assembled = || {
         let capabilities = LinuxCapabilitiesBuilder::default()
             .bounding(all)
             .effective(effective.clone())
             .permitted(effective)
-            .inheritable(Capabilities::new())
-            .ambient(Capabilities::new())
+            .inheritable(ambient.clone())
+            .ambient(ambient)
             .build()?;
         let user = UserBuilder::default()
             .uid(identity.uid)
@@ -73,7 +75,7 @@ pub(super) fn build(image: &ImageConfig, options: &ContainerOptions, identity: &
             .env(environment(image, options, identity))
             .cwd(working_dir(image, spec))
             .capabilities(capabilities)
-            .no_new_privileges(!spec.privileged)
+            .no_new_privileges(spec.no_new_privileges.unwrap_or(!spec.privileged))
             .rlimits(rlimits)
             .build()
     };
@@ -112,14 +114,14 @@ fn arguments(image: &ImageConfig, spec: &v1::ContainerSpec) -> Result<Vec<String
     Ok(args)
 }
 
-/// One entry a variable, the last one's value, in the order of first mention.
+/// One entry a variable, the last one's value, in the order of first mention. An image may name very many.
 pub(in super::super) fn last_of_each_name(env: Vec<String>) -> Vec<String> {
-    fn name(entry: &str) -> &str {
-        entry.split('=').next().unwrap_or_default()
-    }
+    let mut places: HashMap<String, usize> = HashMap::new();
     let mut result: Vec<String> = Vec::new();
     for entry in env {
-        match result.iter_mut().find(|known| name(known) == name(&entry)) {
+        let name = entry.split('=').next().unwrap_or_default().to_owned();
+        let place = *places.entry(name).or_insert(result.len());
+        match result.get_mut(place) {
             Some(known) => *known = entry,
             None => result.push(entry),
         }
@@ -127,26 +129,38 @@ pub(in super::super) fn last_of_each_name(env: Vec<String>) -> Vec<String> {
     result
 }
 
-/// What a container may do as root: what is dropped goes first, then what is added comes. ALL is what the agent itself has.
+/// What another user than root may do: no more than the service adds by name.
+fn ambient(spec: &v1::ContainerSpec) -> BTreeSet<&'static str> {
+    if spec.privileged { BTreeSet::new() } else { changed(BTreeSet::new(), spec) }
+}
+
+/// What a container may do as root. ALL is what the agent itself has.
 pub(super) fn capabilities(spec: &v1::ContainerSpec) -> BTreeSet<&'static str> {
-    let own = || CAPABILITIES.into_iter().filter(|name| not_own(&BTreeSet::from([*name])).is_none());
     if spec.privileged {
         return own().collect();
     }
-    let mut set = BTreeSet::from(DEFAULT_CAPABILITIES);
-    for name in spec.capabilities_drop.iter().filter_map(|name| warren_spec::capability(name)) {
-        if name == "ALL" {
-            set.clear();
-        }
-        set.remove(name);
+    // What the agent does not have it cannot give: that is no matter, unless the service names it.
+    let may_have: BTreeSet<_> = own().collect();
+    changed(DEFAULT_CAPABILITIES.into_iter().filter(|name| may_have.contains(name)).collect(), spec)
+}
+
+fn own() -> impl Iterator<Item = &'static str> {
+    CAPABILITIES.into_iter().filter(|name| not_own(&BTreeSet::from([*name])).is_none())
+}
+
+/// What is dropped goes first, then what is added comes: a name counts more than ALL, and what is added more than what is dropped.
+fn changed(mut set: BTreeSet<&'static str>, spec: &v1::ContainerSpec) -> BTreeSet<&'static str> {
+    let known =
+        |names: &[String]| -> BTreeSet<_> { names.iter().filter_map(|name| warren_spec::capability(name)).collect() };
+    let (dropped, added) = (known(&spec.capabilities_drop), known(&spec.capabilities_add));
+    if dropped.contains("ALL") {
+        set.clear();
     }
-    for name in spec.capabilities_add.iter().filter_map(|name| warren_spec::capability(name)) {
-        if name == "ALL" {
-            set.extend(own());
-        } else {
-            set.insert(name);
-        }
+    if added.contains("ALL") {
+        set.extend(own());
     }
+    set.retain(|name| !dropped.contains(name));
+    set.extend(added.into_iter().filter(|name| *name != "ALL"));
     set
 }
 
@@ -255,6 +269,21 @@ mod tests {
         let capabilities = process.capabilities().as_ref().expect("capabilities");
         assert!(capabilities.effective().as_ref().is_some_and(Capabilities::is_empty));
         assert_eq!(capabilities.bounding().as_ref().map(Capabilities::len), Some(DEFAULT_CAPABILITIES.len()));
+        // What the service adds stays with its programs, and setuid ones work where it wants them to.
+        let added = v1::ContainerSpec {
+            capabilities_add: vec!["NET_RAW".to_owned()],
+            no_new_privileges: Some(false),
+            ..spec.clone()
+        };
+        let process = build(&image(), &options(added), &identity).expect("a process");
+        assert_eq!(process.no_new_privileges(), Some(false));
+        let capabilities = process.capabilities().as_ref().expect("capabilities");
+        let net_raw = Capabilities::from([oci_spec::runtime::Capability::NetRaw]);
+        for set in
+            [capabilities.effective(), capabilities.permitted(), capabilities.inheritable(), capabilities.ambient()]
+        {
+            assert_eq!(set.as_ref(), Some(&net_raw));
+        }
         let process = build(&image(), &options(spec), &Identity::ROOT).expect("a process");
         let capabilities = process.capabilities().as_ref().expect("capabilities");
         assert_eq!(capabilities.effective(), capabilities.bounding());
@@ -273,6 +302,8 @@ mod tests {
         assert_eq!(set(&[], &[]), BTreeSet::from(DEFAULT_CAPABILITIES));
         assert_eq!(set(&["CAP_NET_ADMIN"], &["all"]), BTreeSet::from(["NET_ADMIN"]));
         assert!(!set(&[], &["chown"]).contains("CHOWN"));
+        assert!(!set(&["ALL"], &["NET_RAW"]).contains("NET_RAW"));
+        assert!(set(&["ALL"], &["ALL"]).len() > 14);
         assert!(set(&["ALL"], &[]).is_superset(&BTreeSet::from(DEFAULT_CAPABILITIES)));
     }
 }
