@@ -23,7 +23,7 @@ pub use inside::Inside;
 pub use load::Load;
 pub use metrics::{Metrics, Prometheus};
 pub use outside::{Outside, both_ready, start_second, two_nodes};
-pub use process::{Process, find, free_port, until, until_within};
+pub use process::{Process, find, find_program, free_port, until, until_within};
 pub use registry::{Registry, RegistryOptions};
 pub use terminal::Terminal;
 pub use tokens::TokenServer;

@@ -118,12 +118,15 @@ pub fn until_within<T>(patience: Duration, what: &str, mut check: impl FnMut() -
 /// Where a program is, also in directories that only root's search path has.
 #[must_use]
 pub fn find(program: &str) -> PathBuf {
+    find_program(program).unwrap_or_else(|| panic!("{program} is missing: run `cargo xtask setup --tests`"))
+}
+
+/// The same; `None` where it is nowhere.
+#[must_use]
+pub fn find_program(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let directories = env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
-    directories
-        .map(|directory| directory.join(program))
-        .find(|candidate| candidate.is_file())
-        .unwrap_or_else(|| panic!("{program} is missing: run `cargo xtask setup --tests`"))
+    directories.map(|directory| directory.join(program)).find(|candidate| candidate.is_file())
 }
 
 /// A port that nobody uses now, on all addresses and for UDP as well, and that the kernel gives to no connection meanwhile: a

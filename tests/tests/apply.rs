@@ -170,7 +170,7 @@ fn mistakes_are_named_and_nothing_is_done() {
         ),
         (
             "kind: Service\nmetadata: {name: x}\nspec:\n  image: localhost/x\n  secrets: [none]",
-            "manifest.yaml:11: service x: spec.secrets: there is no secret \"none\"",
+            "manifest.yaml:11: service x: spec.secrets[0]: there is no secret \"none\"",
         ),
         ("kind: Service\nmetadata: {name: x}\nspec: {image: UPPER}", "manifest.yaml:9: service x: spec.image: "),
         ("kind: Service\nmetadata: {name: -x}\nspec: {image: y}", "manifest.yaml:8: service -x: metadata.name: "),
@@ -195,11 +195,13 @@ fn mistakes_are_named_and_nothing_is_done() {
         service("clashes", "ports: [\"8081:80\"]"),
         service("lacks", "configs: [none]"),
     ];
-    let error = apply(&world, &several.concat()).failed(2);
+    let refused = apply(&world, &several.concat());
+    let (code, error) = (refused.code, refused.stderr);
+    assert_eq!(code, 2, "{error}");
     for words in [
         "2 mistakes, and nothing was changed:",
         "manifest.yaml:15: service clashes: spec.ports: port 8081/tcp is published by service \"uses\"",
-        "manifest.yaml:19: service lacks: spec.configs: there is no config \"none\"",
+        "manifest.yaml:20: service lacks: spec.configs[0]: there is no config \"none\"",
     ] {
         assert!(error.contains(words), "{error} does not say {words}");
     }

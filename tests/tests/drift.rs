@@ -196,7 +196,7 @@ fn two_services_on_a_node_do_not_get_one_port_by_an_update() {
         "hostname > /tmp/index.html; exec httpd -f -p 80 -h /tmp"
     );
     fs::write(&manifest, text).expect("writable");
-    let refused = world.warren(&["apply", "-f", &manifest.display().to_string()]).failed(5);
+    let refused = world.warren(&["apply", "-f", &manifest.display().to_string()]).failed(2);
     assert!(refused.contains("port 80/tcp is published by service \"a\""), "{refused}");
     let outside = Outside::new(&world);
     for port in ["80", "81"] {

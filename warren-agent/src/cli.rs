@@ -192,7 +192,9 @@ impl AgentArguments {
         agent::Options {
             data_dir: self.data_dir.clone(),
             socket: self.socket.clone(),
-            hostname: self.hostname.clone().unwrap_or_else(node::hostname),
+            hostname: (self.hostname.clone())
+                .or_else(|| crate::membership::given_hostname(&self.data_dir))
+                .unwrap_or_else(node::hostname),
             labels: self.labels.iter().cloned().collect(),
             metrics_addr: self.metrics_addr,
             containerd_socket: node.containerd_socket.clone(),

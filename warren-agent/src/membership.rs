@@ -17,6 +17,10 @@ use warren_proto::v1::{self, cluster_client::ClusterClient};
 const IDENTITY: &str = "identity";
 const MANAGERS: &str = "managers.json";
 const NODE_ID: &str = "node-id";
+/// There once the agent has been in session with the cluster that it is in; holds the node's id.
+const REGISTERED: &str = "registered";
+/// How the node is called, where joining said it.
+const HOSTNAME: &str = "hostname";
 /// How often a node that is in no cluster looks whether it is in one now.
 const LOOK: Duration = Duration::from_secs(10);
 /// Between attempts to say which authorities the node believes.
@@ -31,6 +35,17 @@ pub enum Error {
     /// The agent was started as another.
     #[error("this node is {0} in its cluster now: restart the agent")]
     Renamed(String),
+    /// The managers would not believe it.
+    #[error(
+        "{why}; if the clock is right, remove the node (`warren node rm` at a manager), move {} away, and let it join again",
+        directory.display()
+    )]
+    Expired {
+        /// Since when.
+        why: String,
+        /// The node's data directory.
+        directory: PathBuf,
+    },
     /// It is in a cluster already.
     #[error("{} is a node's already: a machine is in one cluster at a time", .0.display())]
     Taken(PathBuf),
@@ -87,6 +102,38 @@ pub fn check_free(data_dir: &Path) -> Result<(), Error> {
     }
 }
 
+/// Whether the agent has been in session since its node was let into its cluster.
+#[must_use]
+pub fn has_registered(data_dir: &Path) -> bool {
+    fs::read_to_string(data_dir.join(REGISTERED)).is_ok_and(|id| Some(id) == known_id(data_dir))
+}
+
+/// Notes that the agent is in session.
+pub(crate) fn note_registered(data_dir: &Path, node_id: &str) {
+    if !has_registered(data_dir)
+        && let Err(error) = fs::write(data_dir.join(REGISTERED), node_id)
+    {
+        tracing::warn!(%error, "that this node is in session cannot be noted");
+    }
+}
+
+/// How a node is to be called, where joining said it; `None` where it did not.
+#[must_use]
+pub fn given_hostname(data_dir: &Path) -> Option<String> {
+    let name = fs::read_to_string(data_dir.join(HOSTNAME)).ok()?.trim().to_owned();
+    Some(name).filter(|name| !name.is_empty())
+}
+
+/// Keeps how a node is to be called.
+///
+/// # Errors
+///
+/// When it cannot be written.
+pub fn give_hostname(data_dir: &Path, hostname: &str) -> Result<(), Error> {
+    let path = data_dir.join(HOSTNAME);
+    warren_durable::replace(&path, hostname.as_bytes()).map_err(failed(&path))
+}
+
 /// Makes a data directory that of a node that was let into a cluster, with the key of its request.
 ///
 /// # Errors
@@ -94,6 +141,8 @@ pub fn check_free(data_dir: &Path) -> Result<(), Error> {
 /// When it is somebody's, or cannot be written.
 pub fn settle(data_dir: &Path, joined: &v1::JoinClusterResponse, key: &str) -> Result<(), Error> {
     check_free(data_dir)?;
+    // Of another cluster, perhaps.
+    let _ = fs::remove_file(data_dir.join(REGISTERED));
     node_id(data_dir).map_err(failed(data_dir))?;
     let path = data_dir.join(NODE_ID);
     warren_durable::replace(&path, joined.id.as_bytes()).map_err(failed(&path))?;
@@ -211,10 +260,17 @@ impl Managers {
         if id != self.node_id {
             return Err(Error::Renamed(id));
         }
+        let expired = |why| Error::Expired { why, directory: self.data_dir.clone() };
+        credentials.check_valid().map_err(expired)?;
         let addresses = read_managers(&self.data_dir)?;
         let leader = self.leader().take();
         let address = self.round().next(addresses, leader);
         Ok(Dialer::new(&address, credentials)?)
+    }
+
+    /// A manager has taken the node in.
+    pub(crate) fn registered(&self) {
+        note_registered(&self.data_dir, &self.node_id);
     }
 
     /// Whether the node was let into a cluster, as far as was seen yet.

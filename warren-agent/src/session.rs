@@ -125,10 +125,10 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 enum Ended {
     #[error(transparent)]
     Unreachable(#[from] crate::membership::Error),
-    #[error("the manager does not answer")]
-    Connect(#[source] tonic::transport::Error),
-    #[error("this node is in no cluster (`warren cluster join` lets it into one), and no manager runs on this machine")]
-    Alone(#[source] tonic::transport::Error),
+    #[error("the manager at {manager} cannot be reached: {}", warren_pki::reason(.why))]
+    Connect { manager: String, why: tonic::transport::Error },
+    #[error("this node is in no cluster (`warren cluster join` lets it into one), and no manager runs on this machine ({})", warren_pki::reason(.0))]
+    Alone(tonic::transport::Error),
     #[error("{}", .0.message())]
     Refused(Box<Status>),
     #[error("the manager closed the session")]
@@ -203,8 +203,10 @@ impl Session<'_> {
         backoff: &mut Duration,
     ) -> Result<std::convert::Infallible, Ended> {
         let channel = self.manager.connect().await;
-        let channel =
-            channel.map_err(if self.options.managers.has_joined() { Ended::Connect } else { Ended::Alone })?;
+        let channel = channel.map_err(|why| match self.options.managers.has_joined() {
+            true => Ended::Connect { manager: self.manager.to_string(), why },
+            false => Ended::Alone(why),
+        })?;
         let registered = NodesClient::new(channel.clone())
             .register_node(v1::RegisterNodeRequest {
                 node_id: self.options.node_id.clone(),
@@ -227,6 +229,7 @@ impl Session<'_> {
         send(&sender, agent_message::Message::Conditions(said_conditions.clone())).await?;
         self.link.up();
         *backoff = FIRST_BACKOFF;
+        self.options.managers.registered();
         tracing::info!(manager = %self.manager, "in session with the manager");
         self.board.resend();
         let (set_period, periods) = watch::channel(period);

@@ -163,7 +163,9 @@ pub(crate) fn router(context: &Context, dispatcher: Dispatcher, relay: Relay, fe
     // The empty name, which stands for all of them, is serving from the start.
     drop(health_reporter);
     routes
-        .add_service(ServicesServer::new(services::Services(context.clone())))
+        .add_service(
+            ServicesServer::new(services::Services(context.clone())).max_decoding_message_size(MAX_SECRET_REQUEST),
+        )
         .add_service(ContainersServer::new(containers::Containers(context.clone())))
         .add_service(NodesServer::new(nodes::Nodes(context.clone())))
         .add_service(

@@ -43,6 +43,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A manager uses it.
+    #[error("a manager runs with {}: stop it first", .0.display())]
+    Runs(PathBuf),
     /// There is no manager here.
     #[error("{} is no manager's", .0.display())]
     Nobodys(PathBuf),
@@ -230,7 +233,10 @@ pub fn survey(directory: &Path) -> Result<Survivor, Error> {
     let identity = data_dir::open(directory)?.ok_or_else(|| Error::Nobodys(directory.to_owned()))?;
     let (mut machine, view) = Machine::new();
     let path = directory.join(RAFT);
-    let (reach, held) = offline::read(&path, &mut machine).map_err(|source| Error::Raft { path, source })?;
+    let (reach, held) = offline::read(&path, &mut machine).map_err(|source| match source.kind() {
+        io::ErrorKind::WouldBlock => Error::Runs(directory.to_owned()),
+        _ => Error::Raft { path, source },
+    })?;
     let state = view.borrow().clone();
     Ok(Survivor { id: identity.id, reach, state, _held: held })
 }

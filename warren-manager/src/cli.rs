@@ -53,6 +53,9 @@ pub struct ManagerArguments {
     /// Where other managers and agents reach it, as HOST:PORT; this machine's address unless given.
     #[arg(long, env = "WARREN_MANAGER_ADVERTISE_ADDR")]
     pub advertise_addr: Option<String>,
+    /// This machine's name, with `--bootstrap`; its own unless given. Elsewhere `warren cluster init` and `join` say it.
+    #[arg(long, env = "WARREN_HOSTNAME")]
+    pub hostname: Option<String>,
     /// Found a cluster if the data directory is nobody's yet. Otherwise the manager waits for `warren cluster init` or `warren
     /// cluster join`.
     #[arg(long, env = "WARREN_BOOTSTRAP")]
@@ -109,6 +112,7 @@ impl ManagerArguments {
             data_dir: self.data_dir.clone(),
             listen_addr: self.listen_addr,
             advertise_addr: self.advertise_addr.clone(),
+            hostname: self.hostname.clone().unwrap_or_else(crate::hostname),
             bootstrap: self.bootstrap,
             socket: self.socket.clone(),
             metrics_addr: self.metrics_addr,

@@ -10,7 +10,7 @@ use std::{
 use http::{Request, Response};
 use tokio::{net::UnixListener, sync::mpsc};
 use tokio_stream::wrappers::UnixListenerStream;
-use tonic::{Status, body::Body, transport::Server};
+use tonic::{Status, body::Body, service::Routes, transport::Server};
 use tower::{Layer, Service};
 use warren_proto::v1::{
     self,
@@ -18,6 +18,9 @@ use warren_proto::v1::{
 };
 
 use crate::vault::{self, UnlockKey, Vault};
+
+/// How long answers may take when the socket is no longer served.
+const ANSWERED: std::time::Duration = std::time::Duration::from_secs(2);
 
 #[derive(Clone, Debug)]
 struct Locked {
@@ -46,18 +49,24 @@ fn refused(error: vault::Error) -> Status {
     }
 }
 
-/// Says of every other call that it is not answered, and why.
+/// Says of every call that it is not answered, and why, but for those of one service.
 #[derive(Clone, Copy, Debug)]
-struct OnlyUnlock;
+struct Refuse {
+    why: &'static str,
+    but: Option<&'static str>,
+}
 
 #[derive(Clone, Debug)]
-struct Refusing<S>(S);
+struct Refusing<S>(Refuse, S);
 
-impl<S> Layer<S> for OnlyUnlock {
+const ONLY_UNLOCK: Refuse =
+    Refuse { why: "this manager is locked: `warren cluster unlock` opens it", but: Some("/warren.v1.Lock/") };
+
+impl<S> Layer<S> for Refuse {
     type Service = Refusing<S>;
 
     fn layer(&self, inner: S) -> Refusing<S> {
-        Refusing(inner)
+        Refusing(*self, inner)
     }
 }
 
@@ -71,16 +80,31 @@ where
     type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, S::Error>> + Send>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.0.poll_ready(cx)
+        self.1.poll_ready(cx)
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        if request.uri().path().starts_with("/warren.v1.Lock/") {
-            return Box::pin(self.0.call(request));
+        if self.0.but.is_some_and(|but| request.uri().path().starts_with(but)) {
+            return Box::pin(self.1.call(request));
         }
-        let locked = Status::unavailable("this manager is locked: `warren cluster unlock` opens it");
-        Box::pin(async move { Ok(locked.into_http()) })
+        let refused = Status::unavailable(self.0.why);
+        Box::pin(async move { Ok(refused.into_http()) })
     }
+}
+
+/// Refuses every call at a socket, until `end`.
+///
+/// # Errors
+///
+/// When the socket cannot be served.
+pub(crate) async fn refuse(
+    socket: UnixListener,
+    why: &'static str,
+    end: impl Future<Output = ()> + Send,
+) -> Result<(), tonic::transport::Error> {
+    let nothing = Routes::builder().routes();
+    let server = Server::builder().layer(Refuse { why, but: None }).add_routes(nothing);
+    server.serve_with_incoming_shutdown(UnixListenerStream::new(socket), end).await
 }
 
 /// Waits for the unlock key of the manager of `directory`.
@@ -92,7 +116,7 @@ pub(crate) async fn wait(directory: &Path, socket: UnixListener) -> io::Result<V
     let (unlocked, mut received) = mpsc::channel(1);
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let lock = Locked { directory: directory.to_owned(), unlocked };
-    let served = Server::builder().layer(OnlyUnlock).add_service(LockServer::new(lock)).serve_with_incoming_shutdown(
+    let served = Server::builder().layer(ONLY_UNLOCK).add_service(LockServer::new(lock)).serve_with_incoming_shutdown(
         UnixListenerStream::new(socket),
         async {
             // Also when nobody waits any more.
@@ -105,7 +129,9 @@ pub(crate) async fn wait(directory: &Path, socket: UnixListener) -> io::Result<V
         served = &mut served => return Err(served.map_or_else(io::Error::other, |()| io::ErrorKind::BrokenPipe.into())),
     };
     drop(end);
-    // Whoever unlocked it is answered.
-    served.await.map_err(io::Error::other)?;
+    // Whoever unlocked it is answered; who says nothing is not waited for.
+    if let Ok(served) = tokio::time::timeout(ANSWERED, served).await {
+        served.map_err(io::Error::other)?;
+    }
     vault.ok_or_else(|| io::ErrorKind::BrokenPipe.into())
 }

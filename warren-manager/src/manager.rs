@@ -52,6 +52,8 @@ pub struct Options {
     pub listen_addr: SocketAddr,
     /// Where others reach it, as HOST:PORT; found out unless given.
     pub advertise_addr: Option<String>,
+    /// The machine's name.
+    pub hostname: String,
     /// Found a cluster if the data directory is nobody's yet, instead of waiting until it is somebody's.
     pub bootstrap: bool,
     /// Where the API is served to root on this machine.
@@ -246,6 +248,8 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
         true => Err("this manager was removed from the cluster".to_owned()),
         false => Ok(()),
     });
+    let certificate = own.clone();
+    ready.add("certificate", move || certificate.check_valid());
     let probe = options.data_dir.join("writable");
     ready.add("storage", move || {
         let written = fs::write(&probe, b"").and_then(|()| fs::remove_file(&probe));
@@ -378,21 +382,32 @@ async fn wait_for_identity(
             return Ok(Some(identity));
         }
         if options.bootstrap {
-            formation::found(&options.data_dir, &hostname())?;
+            formation::found(&options.data_dir, &options.hostname)?;
             continue;
         }
         if waiting.is_none() {
             let directory = options.data_dir.parent().unwrap_or(&options.data_dir).display();
             tracing::info!("waiting for `warren cluster init` or `join` with `--data-dir {directory}` on this machine");
-            waiting = Some(
-                serve_waiting(options, "in no cluster yet: run `warren cluster init` or `warren cluster join`").await?,
-            );
+            let socket = bind_socket(&options.socket).await?;
+            let (end, metrics) = serve_waiting(options, WAITS).await?;
+            let told = end.clone();
+            let task = tokio::spawn(async move {
+                let refusing = lock::refuse(socket, WAITS, told.cancelled_owned());
+                let _ = tokio::join!(log_failure("the API on the socket", refusing), metrics);
+            });
+            waiting = Some((end, task));
         }
         if shutdown.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_none() {
+            // Whoever comes next removes it if this fails.
+            let _ = fs::remove_file(&options.socket);
             return Ok(None);
         }
     }
 }
+
+/// What a manager says that is in no cluster.
+pub const WAITS: &str =
+    "this manager is in no cluster yet: run `warren cluster init` or `warren cluster join` on its machine";
 
 type Serving = (CancellationToken, tokio::task::JoinHandle<()>);
 

@@ -361,6 +361,11 @@ impl State {
         self.admitted.contains(node)
     }
 
+    /// Nodes that were let in and whose agents never came.
+    pub fn awaited_nodes(&self) -> impl Iterator<Item = &NodeId> {
+        self.admitted.iter().filter(|id| !self.nodes.contains_key(*id))
+    }
+
     /// Whether nobody can have joined or left between another state and this one. It says no where members were only changed, but
     /// costs nothing.
     pub(crate) fn has_members_of(&self, other: &Self) -> bool {

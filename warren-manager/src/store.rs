@@ -121,10 +121,22 @@ impl Store {
     pub async fn transact_each(&self, changes: Vec<Change>) -> Result<(), Error> {
         let mut batches = batches(changes)?;
         batches.reverse();
-        while let Some(changes) = batches.pop() {
+        let mut are_looked_at = false;
+        while let Some(mut changes) = batches.pop() {
+            if are_looked_at {
+                self.keep_possible(&mut changes);
+            }
+            if changes.is_empty() {
+                continue;
+            }
             match self.transact(&Transaction { changes: changes.clone(), ..Transaction::default() }).await {
                 Ok(_) => {}
-                // One of them stands in the way: find it by halves.
+                // Something has changed since they were planned, a service's removal for one: what that makes moot is left out.
+                Err(Error::Rejected(_)) if changes.len() > 1 && !are_looked_at => {
+                    are_looked_at = true;
+                    batches.push(changes);
+                }
+                // One of them still stands in the way: find it by halves.
                 Err(Error::Rejected(_)) if changes.len() > 1 => {
                     let (left, right) = changes.split_at(changes.len() / 2);
                     batches.push(right.to_vec());
@@ -137,6 +149,17 @@ impl Store {
             }
         }
         Ok(())
+    }
+}
+
+impl Store {
+    /// Leaves out what the state as it is now would reject.
+    fn keep_possible(&self, changes: &mut Vec<Change>) {
+        let mut state = self.view();
+        changes.retain(|change| {
+            let transaction = Transaction { changes: vec![change.clone()], ..Transaction::default() };
+            state.apply(state.revision() + 1, &transaction).is_ok()
+        });
     }
 }
 

@@ -30,6 +30,7 @@ impl Manager {
         let socket = directory.path().join("w.sock");
         let address = format!("127.0.0.1:{}", free_port());
         let options = Options {
+            hostname: "machine".to_owned(),
             data_dir: directory.path().join("data"),
             listen_addr: address.parse().expect("an address"),
             advertise_addr: None,
@@ -130,6 +131,7 @@ async fn of_two_writers_who_saw_the_same_one_is_refused() {
         spec: Some(spec("web", replicas)),
         version: seen.version,
         request_id: String::new(),
+        restart: false,
     };
     manager.services().update_service(update(1)).await.expect("the first");
     let second = manager.services().update_service(update(2)).await.expect_err("the second");
@@ -312,6 +314,7 @@ async fn a_request_that_is_repeated_is_answered_like_the_first_time() {
         spec: Some(spec("site", 0)),
         version: seen.version,
         request_id: "rename-1".to_owned(),
+        restart: false,
     };
     for _ in 0..2 {
         let renamed = manager.services().update_service(rename()).await.expect("renamed").into_inner().service;

@@ -63,6 +63,7 @@ impl Manager {
         before(&data_dir, &authority, &founded.cluster_id);
         let address = format!("127.0.0.1:{}", free_port());
         let options = Options {
+            hostname: "machine".to_owned(),
             data_dir,
             listen_addr: address.parse().expect("an address"),
             advertise_addr: None,

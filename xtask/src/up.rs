@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::Write as _,
     os::unix::{net::UnixStream, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -71,6 +72,13 @@ impl Arguments {
     }
 }
 
+/// Writes a line, whatever becomes of it: who reads it may have gone, and what was started is to be taken away all the same.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
+
 /// Marks a directory as made by this command, to be removed in the end.
 const MARKER: &str = ".warren-up";
 const SERVICE: &str = "demo";
@@ -108,9 +116,9 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         network: Before::look(),
     };
     let outcome = up.start().and_then(|()| up.show(&interrupted));
-    println!("\n==> cleaning up");
+    say!("\n==> cleaning up");
     if let Err(error) = up.clean_up() {
-        eprintln!("    {error:#}");
+        say!("    {error:#}");
         return outcome.and(Err(error));
     }
     outcome
@@ -137,15 +145,15 @@ impl Up {
         fs::write(self.directory.join(MARKER), "")?;
         let _ = fs::remove_dir_all(self.directory.join("data"));
         if UnixStream::connect(&self.arguments.containerd_socket).is_ok() {
-            println!("==> using the containerd on {}", self.arguments.containerd_socket.display());
+            say!("==> using the containerd on {}", self.arguments.containerd_socket.display());
         } else {
             self.start_containerd()?;
         }
-        println!("==> making the demo image from busybox");
+        say!("==> making the demo image from busybox");
         let archive = self.directory.join("demo.tar");
         warren_demo_image::write(&find("busybox").context("busybox is missing")?, &archive)?;
 
-        println!("==> starting manager and agent");
+        say!("==> starting manager and agent");
         let name = &self.arguments.name;
         let mut command = Command::new(&self.warren);
         command
@@ -176,7 +184,7 @@ impl Up {
         let socket = self.containerd_socket().to_string_lossy().into_owned();
         let archive = archive.to_string_lossy().into_owned();
         self.warren(&["image", "import", &archive, "--containerd-socket", &socket, "--containerd-namespace", name])?;
-        println!("==> creating the service {SERVICE} with {REPLICAS} containers");
+        say!("==> creating the service {SERVICE} with {REPLICAS} containers");
         self.warren(&[
             "service",
             "create",
@@ -191,7 +199,7 @@ impl Up {
     }
 
     fn start_containerd(&mut self) -> Result<()> {
-        println!("==> starting containerd, as none answers on {}", self.arguments.containerd_socket.display());
+        say!("==> starting containerd, as none answers on {}", self.arguments.containerd_socket.display());
         let directory = self.directory.join("containerd");
         fs::create_dir_all(&directory)?;
         let socket = directory.join("containerd.sock");
@@ -230,7 +238,7 @@ impl Up {
     }
 
     fn wait(&self, what: &str, mut done: impl FnMut() -> bool) -> Result<bool> {
-        println!("    waiting for {what}");
+        say!("    waiting for {what}");
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             if done() {
@@ -248,7 +256,7 @@ impl Up {
             Some("/run/warren/warren.sock") => self.warren.display().to_string(),
             _ => format!("{} --manager unix://{}", self.warren.display(), socket.display()),
         };
-        println!(
+        say!(
             "\nWarren is up.\n\n  \
              metrics        http://127.0.0.1:{metrics_port}/metrics (manager, every node's kernel timings)\n                 \
              http://127.0.0.1:{agent_metrics_port}/metrics (agent)\n  \
@@ -267,7 +275,7 @@ impl Up {
         loop {
             let lines = self.timings()?;
             for line in lines.iter().filter(|line| !shown.contains(*line)) {
-                println!("  {line}");
+                say!("  {line}");
             }
             shown = lines;
             if interrupted.recv_timeout(Duration::from_millis(500)).is_ok() {
@@ -343,7 +351,7 @@ impl Up {
             let mut remove = vec!["service", "rm", "--wait", "--timeout", ORDERLY_S];
             remove.extend(names);
             if self.warren(&remove).is_err() {
-                println!("    some containers take too long to stop: they are killed");
+                say!("    some containers take too long to stop: they are killed");
             }
         }
         if let Some(child) = self.manager_and_agent.take() {
@@ -369,7 +377,7 @@ impl Up {
             // Not empty if somebody else has found a use for it.
             let _ = fs::remove_dir(directory);
         }
-        println!("    nothing is left");
+        say!("    nothing is left");
         Ok(())
     }
 }

@@ -49,7 +49,7 @@ struct Document<T> {
 #[serde(deny_unknown_fields)]
 struct Metadata {
     name: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "manifest::or_default")]
     labels: std::collections::BTreeMap<String, String>,
 }
 
@@ -99,13 +99,15 @@ fn read(path: &Path) -> Result<String, Error> {
         std::io::stdin().read_to_string(&mut text)?;
         return Ok(text);
     }
-    std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })
+    let text = std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+    // A mark of byte order, as some editors write it.
+    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
-/// The documents of a file, each with as many empty lines before it as make its own lines' numbers right.
-fn documents(text: &str) -> Vec<String> {
-    let mut documents = vec![String::new()];
-    for (i, line) in text.lines().enumerate() {
+/// The documents of a file, each with the number of lines before it.
+fn documents(text: &str) -> Vec<(u64, String)> {
+    let mut documents = vec![(0, String::new())];
+    for (i, line) in (0..).zip(text.lines()) {
         // What stands behind the dashes belongs to the document that they begin.
         let begins = if line.trim_end() == "---" {
             Some("")
@@ -113,25 +115,26 @@ fn documents(text: &str) -> Vec<String> {
             line.strip_prefix("---").filter(|rest| rest.starts_with([' ', '\t']))
         };
         match (begins, documents.last_mut()) {
-            (None, Some(document)) => {
+            (None, Some((_, document))) => {
                 // An end without another beginning.
                 if line.trim_end() != "..." {
                     document.push_str(line);
                 }
                 document.push('\n');
             }
-            (rest, _) => documents.push(format!("{}{}\n", "\n".repeat(i), rest.unwrap_or_default())),
+            (rest, _) => documents.push((i, format!("{}\n", rest.unwrap_or_default()))),
         }
     }
-    let says_something =
-        |document: &String| document.lines().any(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#'));
-    documents.retain(says_something);
+    // A directive is about the document behind it.
+    let says_nothing =
+        |line: &str| line.trim().is_empty() || line.trim_start().starts_with('#') || line.starts_with('%');
+    documents.retain(|(_, document)| !document.lines().all(says_nothing));
     documents
 }
 
 /// What a document is about, and what is to be made so.
-fn object(text: &str) -> (String, Result<Object, Mistake>) {
-    let document = match parse::<Document<IgnoredAny>>(text) {
+fn object(source: &Source) -> (String, Result<Object, Mistake>) {
+    let document = match parse::<Document<IgnoredAny>>(source) {
         Ok(document) => document,
         Err(mistake) => return (String::new(), Err(mistake)),
     };
@@ -143,15 +146,15 @@ fn object(text: &str) -> (String, Result<Object, Mistake>) {
     }
     let (name, labels) = (metadata.name, metadata.labels);
     let object = match kind.as_str() {
-        "Service" => parse::<Document<ServiceSpec>>(text)
+        "Service" => parse::<Document<ServiceSpec>>(source)
             .and_then(|document| Ok(Object::Service(Box::new(document.spec.into_proto(name, labels)?)))),
-        "Secret" | "Config" => parse::<Document<SecretSpec>>(text).and_then(|document| {
+        "Secret" | "Config" => parse::<Document<SecretSpec>>(source).and_then(|document| {
             let kind = if kind == "Secret" { SecretKind::Secret } else { SecretKind::Config };
             let (data, request_id) = (document.spec.value()?, request_id());
             Ok(Object::Secret(v1::CreateSecretRequest { kind: kind.into(), name, labels, data, request_id }))
         }),
         "Volume" => {
-            parse::<Document<VolumeSpec>>(text).map(|document| Object::Volume(document.spec.into_proto(name, labels)))
+            parse::<Document<VolumeSpec>>(source).map(|document| Object::Volume(document.spec.into_proto(name, labels)))
         }
         _ => Err(Mistake::new("kind", format!("{kind:?} is not known: Service, Secret, Config or Volume"))),
     };
@@ -189,17 +192,26 @@ async fn validate(client: &ClientArguments, objects: &[(Source, Object)]) -> Res
         Err(status) => return Err(status.into()),
     };
     for (index, (_, object)) in (0..).zip(objects) {
-        if let Object::Volume(request) = object
-            && let Some(known) = volume_named(client, &request.name).await?
-            && !is_same_volume(&known, request)
-        {
-            let why = "is there with other options, which cannot be changed".to_owned();
-            invalid.push(v1::InvalidObject { index, field: "driver_options".to_owned(), why });
+        let differs = match object {
+            Object::Volume(request) => match volume_named(client, &request.name).await? {
+                Some(known) if !is_same_volume(&known, request) => Some(("driver_options", "options")),
+                Some(known) if known.labels != request.labels => Some(("labels", "labels")),
+                _ => None,
+            },
+            Object::Secret(request) => match secret_named(client, request.kind, &request.name).await? {
+                Some(known) if known.labels != request.labels => Some(("labels", "labels")),
+                _ => None,
+            },
+            Object::Service(_) => None,
+        };
+        if let Some((field, what)) = differs {
+            let why = format!("is there with other {what}, which cannot be changed");
+            invalid.push(v1::InvalidObject { index, field: field.to_owned(), why });
         }
     }
     let shown = invalid.into_iter().filter_map(|invalid| {
         let (source, object) = objects.get(invalid.index as usize)?;
-        let path = path_in_manifest(&invalid.field, object);
+        let path = path_in_manifest(&invalid.field, &invalid.why, object);
         Some(Mistake::new(path, invalid.why).shown(source, &object.name()))
     });
     refuse(&shown.collect::<Vec<_>>())
@@ -210,9 +222,9 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
     let mut names = BTreeSet::new();
     // All is read before anything is done: a mistake in the last document leaves the cluster as it was.
     for path in files(&arguments.file)? {
-        for text in documents(&read(&path)?) {
-            let source = Source { file: path.clone(), text };
-            match object(&source.text) {
+        for (lines_before, text) in documents(&read(&path)?) {
+            let source = Source { file: path.clone(), lines_before, text };
+            match object(&source) {
                 (_, Ok(object)) if names.insert(object.name()) => objects.push((source, object)),
                 (which, Ok(_)) => mistakes.push(Mistake::new("metadata.name", "is given twice").shown(&source, &which)),
                 (which, Err(mistake)) => mistakes.push(mistake.shown(&source, &which)),
@@ -247,28 +259,30 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
     wait::ready(client, services, arguments.wait).await
 }
 
-fn is_there(outcome: Result<(), tonic::Status>) -> Result<bool, Error> {
-    match outcome {
-        Ok(()) => Ok(true),
-        Err(status) if status.code() == Code::NotFound => Ok(false),
+/// Whether nothing has this name. It may be the beginning of several ids.
+fn is_unknown(status: &tonic::Status) -> bool {
+    matches!(status.code(), Code::NotFound | Code::InvalidArgument)
+}
+
+/// A secret or config of exactly this name.
+async fn secret_named(client: &ClientArguments, kind: i32, name: &str) -> Result<Option<v1::Secret>, Error> {
+    let request = v1::GetSecretByNameRequest { kind, secret: name.to_owned() };
+    match client.secrets().await?.get_secret_by_name(request).await {
+        // What is found may be another whose id begins like this name.
+        Ok(known) => Ok(known.into_inner().secret.filter(|known| known.name == name)),
+        Err(status) if is_unknown(&status) => Ok(None),
         Err(status) => Err(status.into()),
     }
 }
 
 async fn apply_secret(client: &ClientArguments, request: v1::CreateSecretRequest) -> Result<(), Error> {
-    let mut api = client.secrets().await?;
     let (kind, name) = (request.kind, request.name.clone());
     let word = kind_word(kind);
-    let known = api.get_secret_by_name(v1::GetSecretByNameRequest { kind, secret: name.clone() }).await;
-    let known = known.map(|known| known.into_inner().secret.unwrap_or_default());
-    // What is found may be another whose id begins like this name.
-    let is_it = known.as_ref().is_ok_and(|known| known.name == name);
-    if is_there(known.as_ref().map(drop).map_err(Clone::clone))? && is_it {
-        let known = known.unwrap_or_default();
+    let mut api = client.secrets().await?;
+    if let Some(known) = secret_named(client, kind, &name).await? {
         let update = v1::UpdateSecretRequest { kind, secret: known.id, data: request.data, request_id: request_id() };
-        let before = known.sequence;
         let after = api.update_secret(update).await?.into_inner().secret.unwrap_or_default().sequence;
-        say!("{word} {name} {}", if after == before { "unchanged" } else { "updated" });
+        say!("{word} {name} {}", if after == known.sequence { "unchanged" } else { "updated" });
     } else {
         api.create_secret(request).await?;
         say!("{word} {name} created");
@@ -283,7 +297,7 @@ async fn volume_named(client: &ClientArguments, name: &str) -> Result<Option<v1:
     match known {
         // What is found may be another whose id begins like this name.
         Ok(known) => Ok(known.into_inner().volume.filter(|known| known.name == name)),
-        Err(status) if status.code() == Code::NotFound => Ok(None),
+        Err(status) if is_unknown(&status) => Ok(None),
         Err(status) => Err(status.into()),
     }
 }
@@ -313,7 +327,7 @@ async fn apply_service(client: &ClientArguments, spec: v1::ServiceSpec) -> Resul
     let known = match service::get(client, &name).await {
         // Another one's id may begin like this name.
         Ok(known) => Some(known).filter(|known| known.spec.as_ref().is_some_and(|spec| spec.name == name)),
-        Err(Error::Refused(status)) if status.code() == Code::NotFound => None,
+        Err(Error::Refused(status)) if is_unknown(&status) => None,
         Err(error) => return Err(error),
     };
     let (applied, what) = match known {
@@ -327,6 +341,7 @@ async fn apply_service(client: &ClientArguments, spec: v1::ServiceSpec) -> Resul
                 spec: Some(spec),
                 version: known.version,
                 request_id: request_id(),
+                ..Default::default()
             };
             let updated = api.update_service(request).await?.into_inner().service;
             let same = updated.as_ref().is_some_and(|updated| updated.spec == known.spec);
@@ -343,13 +358,14 @@ mod tests {
 
     #[test]
     fn nothing_of_a_file_is_dropped() {
-        let texts = |text: &str| documents(text).iter().map(|text| text.trim().to_owned()).collect::<Vec<_>>();
+        let texts = |text: &str| documents(text).iter().map(|(_, text)| text.trim().to_owned()).collect::<Vec<_>>();
         assert_eq!(texts("a: 1\n---\nb: 2\n"), ["a: 1", "b: 2"]);
         assert_eq!(texts("--- {a: 1}\n--- {b: 2}\n---\nc: 3"), ["{a: 1}", "{b: 2}", "c: 3"]);
         assert_eq!(texts("---\ta: 1\n...\n--- # only words\nb: 2"), ["a: 1", "# only words\nb: 2"]);
         assert_eq!(texts("a: |\n  --- inside\n  ----\n----x"), ["a: |\n  --- inside\n  ----\n----x"]);
         assert_eq!(texts("# nothing\n---\n\n--- \n"), Vec::<String>::new());
-        // Lines keep their numbers.
-        assert_eq!(documents("a: 1\n--- {b: 2}\n")[1].lines().position(|line| line.contains('b')), Some(1));
+        assert_eq!(texts("%YAML 1.1\n---\na: 1"), ["a: 1"]);
+        // Where they are in the file is known.
+        assert_eq!(documents("a: 1\n--- {b: 2}\n")[1].0, 1);
     }
 }

@@ -104,15 +104,15 @@ impl ClientArguments {
     }
 
     pub(crate) async fn nodes(&self) -> Result<NodesClient<Channel>, Error> {
-        Ok(NodesClient::new(self.channel().await?))
+        Ok(NodesClient::new(self.channel().await?).max_decoding_message_size(MAX_MESSAGE))
     }
 
     pub(crate) async fn operators(&self) -> Result<OperatorsClient<Channel>, Error> {
-        Ok(OperatorsClient::new(self.channel().await?))
+        Ok(OperatorsClient::new(self.channel().await?).max_decoding_message_size(MAX_MESSAGE))
     }
 
     pub(crate) async fn secrets(&self) -> Result<SecretsClient<Channel>, Error> {
-        Ok(SecretsClient::new(self.channel().await?))
+        Ok(SecretsClient::new(self.channel().await?).max_decoding_message_size(MAX_MESSAGE))
     }
 
     pub(crate) async fn logs(&self) -> Result<LogsClient<Channel>, Error> {
@@ -128,7 +128,7 @@ impl ClientArguments {
     }
 
     pub(crate) async fn volumes(&self) -> Result<VolumesClient<Channel>, Error> {
-        Ok(VolumesClient::new(self.channel().await?))
+        Ok(VolumesClient::new(self.channel().await?).max_decoding_message_size(MAX_MESSAGE))
     }
 
     pub(crate) async fn lock(&self) -> Result<LockClient<Channel>, Error> {
@@ -137,8 +137,14 @@ impl ClientArguments {
         Ok(LockClient::new(socket(address.unwrap_or(SOCKET)).await?))
     }
 
+    /// The manager of this machine, at its socket.
+    pub(crate) async fn own_cluster(&self) -> Result<ClusterClient<Channel>, Error> {
+        let address = self.manager.as_deref().filter(|address| address.starts_with("unix:"));
+        Ok(ClusterClient::new(socket(address.unwrap_or(SOCKET)).await?))
+    }
+
     pub(crate) async fn events(&self) -> Result<EventsClient<Channel>, Error> {
-        Ok(EventsClient::new(self.channel().await?))
+        Ok(EventsClient::new(self.channel().await?).max_decoding_message_size(MAX_MESSAGE))
     }
 
     pub(crate) async fn cluster(&self) -> Result<ClusterClient<Channel>, Error> {

@@ -13,7 +13,7 @@ use warren_proto::v1::{self, cluster_client::ClusterClient};
 
 use crate::{
     client::ClientArguments,
-    error::{Error, innermost},
+    error::Error,
     filter::ListArguments,
     output::{self, Format, FormatArguments, say},
     parse,
@@ -24,14 +24,17 @@ pub(crate) enum Command {
     /// Founds a cluster, of which this machine is the first manager.
     ///
     /// It prints two tokens, with which machines join for a day, and no more: the cluster keeps only their hashes. The manager of
-    /// this machine starts to work, or does when it is started.
+    /// this machine starts to work, or does when it is started; one that waits for this is waited for: when the command ends, it answers.
     Init {
         #[command(flatten)]
         place: Place,
+        #[command(flatten)]
+        settling: Settling,
     },
     /// Lets this machine join a cluster, as what the token is for: a manager, or a node with an agent.
     ///
-    /// The manager or agent of this machine starts to take part, or does when it is started.
+    /// The manager or agent of this machine starts to take part, or does when it is started. A manager that waits for this is waited
+    /// for: when the command ends, it answers.
     Join {
         /// As `warren cluster init` or `warren cluster token` has printed it.
         #[arg(long, env = "WARREN_JOIN_TOKEN", hide_env_values = true)]
@@ -40,6 +43,8 @@ pub(crate) enum Command {
         address: String,
         #[command(flatten)]
         place: Place,
+        #[command(flatten)]
+        settling: Settling,
     },
     /// Shows the cluster and its managers, as the manager that answers sees them.
     Info {
@@ -148,6 +153,26 @@ impl Place {
     }
 }
 
+/// What is waited for, after this machine was given its place.
+#[derive(Args, Debug)]
+pub(crate) struct Settling {
+    /// Wait until the manager answers, or the agent is in session with one, also when it is still to be started.
+    #[arg(long)]
+    wait: bool,
+    /// How long.
+    #[arg(long, default_value = "60s", value_parser = parse::std_duration, value_name = "DURATION")]
+    timeout: Duration,
+    /// This machine's name; its own unless given.
+    #[arg(long, env = "WARREN_HOSTNAME")]
+    hostname: Option<String>,
+}
+
+impl Settling {
+    fn hostname(&self) -> String {
+        self.hostname.clone().unwrap_or_else(warren_manager::hostname)
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum TokenCommand {
     /// Makes a token and prints it, once.
@@ -195,8 +220,8 @@ impl From<Role> for v1::Role {
 
 pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {
     match command {
-        Command::Init { place } => init(&place),
-        Command::Join { token, address, place } => join(&token, &address, &place).await,
+        Command::Init { place, settling } => init(client, &place, &settling).await,
+        Command::Join { token, address, place, settling } => join(client, &token, &address, &place, &settling).await,
         Command::Info { format } => info(client, format.format).await,
         Command::Health { format } => health(client, format.format).await,
         Command::Rm { named } => remove(client, &named).await,
@@ -236,18 +261,71 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
     }
 }
 
-fn init(place: &Place) -> Result<(), Error> {
-    let founded = formation::found(&place.manager(), &warren_manager::hostname())?;
+/// A manager that waits for its place looks for it this often.
+const SETTLES: Duration = Duration::from_secs(10);
+
+/// Waits until the manager of this machine answers for the cluster, if it waits for that, or if it is to be waited for.
+async fn manager_answers(
+    client: &ClientArguments,
+    cluster: &str,
+    waits: bool,
+    settling: &Settling,
+) -> Result<(), Error> {
+    if !waits && !settling.wait {
+        return Ok(());
+    }
+    let timeout = if settling.wait { settling.timeout } else { SETTLES };
+    let end = Instant::now() + timeout;
+    loop {
+        let info = async {
+            let mut own = client.own_cluster().await?;
+            Ok::<_, Error>(own.get_cluster_info(v1::GetClusterInfoRequest {}).await?.into_inner())
+        };
+        let why = match info.await {
+            Ok(info) if info.cluster_id == cluster && info.leader_id != 0 => return Ok(()),
+            Ok(info) if info.cluster_id == cluster || info.cluster_id.is_empty() => "it knows no leader yet".to_owned(),
+            Ok(_) => "the manager that answers here is another cluster's: say which one with --manager unix:///path"
+                .to_owned(),
+            Err(error) => error.to_string(),
+        };
+        if Instant::now() >= end {
+            return Err(Error::NotSettled { what: "the manager", timeout, why });
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Between looks.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Whether a manager of this machine waits to be given its place.
+async fn manager_waits(client: &ClientArguments) -> bool {
+    let Ok(mut own) = client.own_cluster().await else { return false };
+    let answer = own.get_cluster_info(v1::GetClusterInfoRequest {}).await;
+    answer.is_err_and(|status| status.message().contains(warren_manager::WAITS))
+}
+
+async fn init(client: &ClientArguments, place: &Place, settling: &Settling) -> Result<(), Error> {
+    let waits = manager_waits(client).await;
+    let founded = formation::found(&place.manager(), &settling.hostname())?;
+
     let directory = place.manager();
     say!("cluster {} is founded; its first manager is on this machine, in {}", founded.cluster_id, directory.display());
     say!("");
     say!("within a day, where HOST is this machine:");
     say!("  a machine with a manager:  warren cluster join --token {} HOST:7443", founded.manager_token);
     say!("  a machine with an agent:   warren cluster join --token {} HOST:7443", founded.worker_token);
-    Ok(())
+    // The tokens are known to nobody else: they come first, whatever follows.
+    manager_answers(client, &founded.cluster_id, waits, settling).await
 }
 
-async fn join(token: &str, manager: &str, place: &Place) -> Result<(), Error> {
+async fn join(
+    client: &ClientArguments,
+    token: &str,
+    manager: &str,
+    place: &Place,
+    settling: &Settling,
+) -> Result<(), Error> {
     let token: Token = token.parse()?;
     warren_pki::check_address(manager)?;
     // Only the cluster knows what the token is for, and it must not let in whom there is no place for.
@@ -260,12 +338,13 @@ async fn join(token: &str, manager: &str, place: &Place) -> Result<(), Error> {
     taken.push(v1::Role::Admin.into());
     let request = Request::new()?;
     let channel = Dialer::newcomer(manager, &token)?.connect().await;
-    let channel = channel.map_err(|error| Error::NotJoined { manager: manager.to_owned(), why: innermost(&error) })?;
+    let channel =
+        channel.map_err(|error| Error::NotJoined { manager: manager.to_owned(), why: warren_pki::reason(&error) })?;
     let asked = v1::JoinClusterRequest {
         secret: token.secret(),
         certificate_request: request.pem().to_owned(),
         node_id: membership::known_id(&place.agent()).unwrap_or_default(),
-        hostname: warren_manager::hostname(),
+        hostname: settling.hostname(),
         taken,
         schema: warren_manager::state::SCHEMA,
     };
@@ -280,13 +359,38 @@ async fn join(token: &str, manager: &str, place: &Place) -> Result<(), Error> {
         joined => joined?.into_inner(),
     };
     let settled: (&str, &Path) = if joined.role() == v1::Role::Manager {
+        let waits = manager_waits(client).await;
         formation::settle(&place.manager(), &joined, &request.key_pem())?;
-        ("manager", &place.manager())
+        say!(
+            "this machine is manager {} of cluster {}, in {}",
+            joined.id,
+            joined.cluster_id,
+            place.manager().display()
+        );
+        return manager_answers(client, &joined.cluster_id, waits, settling).await;
     } else {
         membership::settle(&place.agent(), &joined, &request.key_pem())?;
+        if let Some(hostname) = &settling.hostname {
+            membership::give_hostname(&place.agent(), hostname)?;
+        }
+        if settling.wait {
+            agent_is_in_session(&place.agent(), settling.timeout).await?;
+        }
         ("node", &place.agent())
     };
     say!("this machine is {} {} of cluster {}, in {}", settled.0, joined.id, joined.cluster_id, settled.1.display());
+    Ok(())
+}
+
+async fn agent_is_in_session(agent: &Path, timeout: Duration) -> Result<(), Error> {
+    let end = Instant::now() + timeout;
+    while !membership::has_registered(agent) {
+        if Instant::now() >= end {
+            let why = "is it running? its log says what keeps it".to_owned();
+            return Err(Error::NotSettled { what: "the agent", timeout, why });
+        }
+        tokio::time::sleep(LOOK).await;
+    }
     Ok(())
 }
 

@@ -34,7 +34,7 @@ pub(crate) enum Error {
     NotPermitted { address: String },
     #[error("the manager at {address} does not answer: {why}")]
     Unreachable { address: String, why: String },
-    #[error("the manager at {address} is not believed: {why}; if the cluster's authority was replaced, log in again")]
+    #[error("the manager at {address} is not believed: {why}; if its authority was replaced, log in again")]
     Disbelieved { address: String, why: String },
     #[error("no manager of the cluster is known: say one with --manager HOST:PORT")]
     NoManagerKnown,
@@ -74,6 +74,8 @@ pub(crate) enum Error {
     ServiceFailed { service: String, why: String },
     #[error("service {service} has not ended after {} s: {why}", timeout.as_secs())]
     NotEnded { service: String, timeout: Duration, why: String },
+    #[error("{what} of this machine is in its place, and not at work after {} s: {why}", timeout.as_secs())]
+    NotSettled { what: &'static str, timeout: Duration, why: String },
     #[error("containers of {service} are still there after {} s: {left}", timeout.as_secs())]
     NotGone { service: String, timeout: Duration, left: String },
     #[error("{}", joined(.0))]
@@ -120,7 +122,7 @@ impl From<Status> for Error {
     fn from(status: Status) -> Self {
         // A manager's own words have come over the wire, and have no cause here.
         match std::error::Error::source(&status) {
-            Some(cause) => Self::Broken { why: innermost(cause) },
+            Some(cause) => Self::Broken { why: warren_pki::reason(cause) },
             None => Self::Refused(Box::new(status)),
         }
     }
@@ -183,6 +185,7 @@ impl Error {
             Self::NotEmpty { .. }
             | Self::NotReady { .. }
             | Self::NotGone { .. }
+            | Self::NotSettled { .. }
             | Self::NotEnded { .. }
             | Self::ServiceFailed { .. }
             | Self::Io(_)
@@ -211,17 +214,5 @@ impl Error {
             Self::Manager(error) => error.exit_code(),
             Self::Agent(error) => error.exit_code(),
         }
-    }
-}
-
-/// The last of an error's causes, which says what happened.
-pub(crate) fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut cause = error;
-    while let Some(next) = cause.source() {
-        cause = next;
-    }
-    match cause.to_string().as_str() {
-        "deadline has elapsed" => "it does not answer in time".to_owned(),
-        why => why.to_owned(),
     }
 }

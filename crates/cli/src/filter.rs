@@ -53,6 +53,16 @@ impl ListArguments {
     }
 }
 
+/// Where messages have their names that have no field of that name.
+fn name_of(descriptor: &MessageDescriptor) -> Option<&'static str> {
+    match descriptor.name() {
+        "Service" => Some("spec.name"),
+        "Node" => Some("description.hostname"),
+        "Container" => Some("serviceName"),
+        _ => None,
+    }
+}
+
 /// A condition on a field.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Filter {
@@ -84,6 +94,11 @@ impl Filter {
         let (name, rest) = path.split_once('.').map_or((path, None), |(name, rest)| (name, Some(rest)));
         let descriptor = message.descriptor();
         let field = descriptor.fields().find(|field| field.json_name() == name);
+        if let (None, "name", None) = (&field, name, rest)
+            && let Some(own) = name_of(&descriptor)
+        {
+            return self.finds(message, own);
+        }
         let field = field.ok_or_else(|| format!("there is no field {name:?}; there are {}", fields(&descriptor)))?;
         match message.get_field(&field).as_ref() {
             // A key may have dots in it.

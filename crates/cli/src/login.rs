@@ -13,7 +13,7 @@ use warren_pki::{Credentials, Dialer, Request, Token};
 use warren_proto::v1::{self, cluster_client::ClusterClient};
 
 use crate::{
-    error::{Error, innermost},
+    error::Error,
     output::{coarse, say},
 };
 
@@ -94,8 +94,8 @@ impl Login {
                     return Ok(channel);
                 }
                 Err(error) => {
-                    let (address, why) = (address.to_owned(), innermost(&error));
-                    outcome = Err(match why.starts_with("invalid peer certificate") {
+                    let (address, why) = (address.to_owned(), warren_pki::reason(&error));
+                    outcome = Err(match why.contains("belongs to another cluster") || why.contains("certificate") {
                         true => Error::Disbelieved { address, why },
                         false => Error::Unreachable { address, why },
                     });
@@ -170,7 +170,8 @@ pub(crate) async fn login(arguments: &Arguments, directory: &Path) -> Result<(),
     }
     let request = Request::new()?;
     let channel = Dialer::newcomer(manager, &token)?.connect().await;
-    let channel = channel.map_err(|error| Error::NotJoined { manager: manager.clone(), why: innermost(&error) })?;
+    let channel =
+        channel.map_err(|error| Error::NotJoined { manager: manager.clone(), why: warren_pki::reason(&error) })?;
     let asked = v1::JoinClusterRequest {
         secret: token.secret(),
         certificate_request: request.pem().to_owned(),

@@ -169,6 +169,7 @@ fn status_name(node: &v1::Node) -> String {
         v1::NodeStatus::Ready => "ready",
         v1::NodeStatus::Down => "down",
         v1::NodeStatus::NotReady => "not ready",
+        v1::NodeStatus::Pending => "pending",
     };
     match node.availability() {
         v1::Availability::Active | v1::Availability::Unspecified => status.to_owned(),
@@ -205,6 +206,11 @@ fn conditions_in_full(node: &v1::Node) -> String {
 
 fn table(nodes: &[v1::Node]) {
     let row = |node: &v1::Node| {
+        if node.status() == v1::NodeStatus::Pending {
+            let [none, status] = ["-", "pending"].map(str::to_owned);
+            let id = output::short(&node.id);
+            return [id, none.clone(), status, none.clone(), none.clone(), none.clone(), none.clone(), none];
+        }
         let description = node.description.clone().unwrap_or_default();
         let has = description.resources.unwrap_or_default();
         let reserved = node.reserved.unwrap_or_default();
@@ -218,7 +224,7 @@ fn table(nodes: &[v1::Node]) {
             description
                 .probes
                 .as_ref()
-                .map_or("unknown", |p| if p.message.is_empty() { "kernel" } else { "runtime" })
+                .map_or("-", |p| if p.message.is_empty() { "kernel" } else { "runtime" })
                 .to_owned(),
             conditions(node),
         ]

@@ -189,6 +189,12 @@ pub(crate) fn health(text: &str) -> Result<v1::health_check::Check, String> {
     }
 }
 
+/// The same for what only this program waits for.
+pub(crate) fn std_duration(text: &str) -> Result<std::time::Duration, String> {
+    let wire = duration(text)?;
+    Ok(std::time::Duration::new(wire.seconds.unsigned_abs(), wire.nanos.unsigned_abs()))
+}
+
 /// `10s`, `500ms`, `2m`, `1h`, `7d`; a number alone is seconds.
 pub(crate) fn duration(text: &str) -> Result<pbjson_types::Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());

@@ -56,6 +56,13 @@ pub(crate) enum Command {
         #[command(flatten)]
         wait: WaitArguments,
     },
+    /// Replaces a service's containers by others of the same spec.
+    Restart {
+        /// Name, id, or unique beginning of an id.
+        service: String,
+        #[command(flatten)]
+        wait: WaitArguments,
+    },
     /// Wait until a service is ready, or has ended and exit with its exit code
     Wait(wait::Arguments),
     /// Removes services and their containers.
@@ -79,6 +86,7 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         }
         Command::Logs { service, logs } => logs::show(client, service, String::new(), logs).await,
         Command::Scale { service, replicas, wait } => scale(client, service, replicas, wait).await,
+        Command::Restart { service, wait } => restart(client, &service, wait).await,
         Command::Wait(arguments) => wait::run(arguments, client).await,
         Command::Rm { services, wait } => {
             // One that is not there keeps none of the others, and all go together.
@@ -193,6 +201,20 @@ async fn scale(client: &ClientArguments, service: String, replicas: i64, wait: W
         spec: Some(spec),
         version: known.version,
         request_id: request_id(),
+        restart: false,
+    };
+    let updated = client.services().await?.update_service(request).await?.into_inner().service.unwrap_or_default();
+    wait::ready(client, vec![updated], wait).await
+}
+
+async fn restart(client: &ClientArguments, service: &str, wait: WaitArguments) -> Result<(), Error> {
+    let known = get(client, service).await?;
+    let request = v1::UpdateServiceRequest {
+        service: known.id,
+        spec: known.spec,
+        version: known.version,
+        request_id: request_id(),
+        restart: true,
     };
     let updated = client.services().await?.update_service(request).await?.into_inner().service.unwrap_or_default();
     wait::ready(client, vec![updated], wait).await

@@ -51,6 +51,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
         data_dir: arguments.data_dir.join("manager"),
         listen_addr: arguments.listen_addr,
         advertise_addr: arguments.manager_advertise_addr,
+        hostname: arguments.hostname.clone(),
         bootstrap: true,
         socket: arguments.socket.clone(),
         metrics_addr: arguments.metrics_addr,

@@ -23,6 +23,9 @@ use crate::{Error, Identity, Role, tls};
 /// A key, its certificate, and the authorities to believe: one file, so that they are always of each other.
 const FILE: &str = "identity.pem";
 
+/// Clocks of machines that have just signed and got a certificate may differ by as much.
+const SLACK: Duration = Duration::from_secs(60);
+
 struct Material {
     identity: Identity,
     not_before: SystemTime,
@@ -179,6 +182,24 @@ impl Credentials {
     pub fn validity(&self) -> (SystemTime, SystemTime) {
         let material = self.0.load();
         (material.not_before, material.not_after)
+    }
+
+    /// Whether they are valid now, by this machine's clock.
+    ///
+    /// # Errors
+    ///
+    /// When they are not, in words.
+    pub fn check_valid(&self) -> Result<(), String> {
+        let (from, to) = self.validity();
+        let now = SystemTime::now();
+        let ago = |time: SystemTime| now.duration_since(time).unwrap_or_default().as_secs() / 3600;
+        if now > to {
+            return Err(format!("the certificate has run out {} hours ago, by this machine's clock", ago(to)));
+        }
+        if now + SLACK < from {
+            return Err("the certificate is not valid yet: this machine's clock is wrong".to_owned());
+        }
+        Ok(())
     }
 
     /// Returns once one of the authorities that they believe now is not believed any more.

@@ -146,7 +146,46 @@ async fn open(to: To) -> io::Result<Box<dyn Io>> {
     stream.set_nodelay(true)?;
     set_tcp_user_timeout(&stream, ACKNOWLEDGED.as_millis() as u32)?;
     let name = ServerName::try_from(tls::MANAGER_NAME).map_err(io::Error::other)?;
-    Ok(Box::new(TlsConnector::from(config).connect(name, stream).await?))
+    let connected = TlsConnector::from(config).connect(name, stream).await;
+    Ok(Box::new(connected.map_err(in_words)?))
+}
+
+/// What keeps two from believing each other, for people who have not read the TLS specification.
+fn in_words(error: io::Error) -> io::Error {
+    use rustls::{AlertDescription as Alert, CertificateError as Certificate, Error as Tls};
+
+    let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<Tls>()) else { return error };
+    let words = match tls {
+        Tls::InvalidCertificate(Certificate::UnknownIssuer | Certificate::BadSignature) => {
+            "it belongs to another cluster, or the cluster has another authority since"
+        }
+        Tls::InvalidCertificate(Certificate::Expired | Certificate::ExpiredContext { .. }) => {
+            "its certificate has run out; or one of the two clocks is wrong"
+        }
+        Tls::InvalidCertificate(Certificate::NotValidYet | Certificate::NotValidYetContext { .. }) => {
+            "its certificate is not valid yet: one of the two clocks is wrong"
+        }
+        Tls::AlertReceived(Alert::CertificateExpired) => "it takes this machine's certificate for one that has run out",
+        Tls::AlertReceived(Alert::UnknownCA | Alert::BadCertificate | Alert::DecryptError) => {
+            "it does not believe this machine's certificate: it belongs to another cluster"
+        }
+        Tls::General(words) => words,
+        _ => return error,
+    };
+    io::Error::other(words.to_owned())
+}
+
+/// The last of an error's causes, which says what happened.
+#[must_use]
+pub fn reason(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut cause = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    match cause.to_string().as_str() {
+        "deadline has elapsed" => "it does not answer in time".to_owned(),
+        why => why.to_owned(),
+    }
 }
 
 /// The address of this machine that others see, if it has any but loopback.

@@ -18,7 +18,7 @@ use std::{fmt, io, str::FromStr};
 
 pub use authority::Authority;
 pub use credentials::{Credentials, authorities_digest};
-pub use dialer::{Dialer, check_address, own_address};
+pub use dialer::{Dialer, check_address, own_address, reason};
 pub use incoming::{Incoming, Peer, incoming};
 pub use renewal::{Asked, keep_valid};
 pub use request::Request;

@@ -19,7 +19,7 @@ const TO: u32 = 80;
 const RETRY: Duration = Duration::from_secs(600);
 const SOONEST_RETRY: Duration = Duration::from_secs(1);
 /// Between looks at the clock, which may be set meanwhile, and at least between renewals, should clocks be far apart.
-const LOOK: Duration = Duration::from_secs(3600);
+const LOOK: Duration = Duration::from_secs(15);
 const PAUSE: Duration = Duration::from_secs(60);
 
 /// A request that is being signed: the certificate and the authorities, in PEM, or why there is none.
@@ -35,6 +35,10 @@ fn chance(end: u32) -> u32 {
 
 fn due(credentials: &Credentials) -> SystemTime {
     let (from, to) = credentials.validity();
+    if credentials.check_valid().is_err() {
+        // Made by a clock that was wrong, or run out.
+        return SystemTime::UNIX_EPOCH;
+    }
     let life = to.duration_since(from).unwrap_or_default();
     from + life / 100 * (FROM + chance(TO - FROM))
 }
@@ -49,10 +53,12 @@ pub async fn keep_valid(
 ) {
     let mut pause = Duration::ZERO;
     loop {
-        let due = due(&credentials);
+        let by_plan = due(&credentials);
         let comes = async {
             tokio::time::sleep(pause).await;
-            while let Ok(left) = due.duration_since(SystemTime::now()) {
+            while let Ok(left) = by_plan.duration_since(SystemTime::now())
+                && credentials.check_valid().is_ok()
+            {
                 tokio::time::sleep(left.min(LOOK)).await;
             }
         };

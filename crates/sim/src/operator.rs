@@ -188,6 +188,7 @@ async fn call(manager: &str, asked: &Asked<'_>) -> Outcome {
                 spec: Some(spec(key, replicas)),
                 version: 0,
                 request_id,
+                restart: false,
             };
             outcome(services.update_service(request).await.map(|_| Outcome::Done))
         }

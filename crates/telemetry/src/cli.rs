@@ -94,6 +94,7 @@ impl TelemetryArguments {
     pub fn start(&self, identity: &Identity) -> Result<Signals, InvalidEndpoint> {
         let signals = match self.endpoint() {
             Some(endpoint) => {
+                otlp::check_environment(|variable| std::env::var(variable).ok())?;
                 Signals::start(endpoint, identity, self.pushes(Signal::Traces), self.pushes(Signal::Logs))?
             }
             None => Signals::default(),

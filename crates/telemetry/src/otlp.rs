@@ -18,6 +18,7 @@ use opentelemetry_proto::tonic::{
     },
     resource::v1::Resource,
 };
+use prost::Message as _;
 use tonic::{
     codec::CompressionEncoding,
     transport::{Channel, Endpoint},
@@ -40,14 +41,76 @@ pub struct Options {
     pub semantic_conventions: bool,
 }
 
-/// The endpoint is not an address.
+/// What cannot be exported to.
 #[derive(Debug, thiserror::Error)]
-#[error("{endpoint:?} is not an OTLP endpoint: use http://host:port")]
-pub struct InvalidEndpoint {
-    pub(crate) endpoint: String,
+pub enum InvalidEndpoint {
+    /// It is not an address.
+    #[error("{0:?} is not an OTLP endpoint: use http://host:port")]
+    Address(String),
+    /// The environment asks for what this exporter does not do.
+    #[error("{variable}={value}: {why}")]
+    Variable {
+        /// Which variable.
+        variable: &'static str,
+        /// As it is set; a secret one is not shown.
+        value: String,
+        /// Why it cannot be so.
+        why: &'static str,
+    },
+}
+
+/// OpenTelemetry's variables for exporters that this one does not follow: silence would send telemetry another way than was asked for.
+pub(crate) fn check_environment(variable: impl Fn(&str) -> Option<String>) -> Result<(), InvalidEndpoint> {
+    const PROTOCOLS: [&str; 4] = [
+        "OTEL_EXPORTER_OTLP_PROTOCOL",
+        "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
+        "OTEL_EXPORTER_OTLP_LOGS_PROTOCOL",
+    ];
+    const ENDPOINTS: [&str; 3] = [
+        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT",
+    ];
+    const TLS: [&str; 3] =
+        ["OTEL_EXPORTER_OTLP_CERTIFICATE", "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", "OTEL_EXPORTER_OTLP_CLIENT_KEY"];
+    const HEADERS: [&str; 4] = [
+        "OTEL_EXPORTER_OTLP_HEADERS",
+        "OTEL_EXPORTER_OTLP_METRICS_HEADERS",
+        "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
+        "OTEL_EXPORTER_OTLP_LOGS_HEADERS",
+    ];
+    let set = |name: &str| variable(name).filter(|value| !value.is_empty());
+    let refused = |variable, value, why| Err(InvalidEndpoint::Variable { variable, value, why });
+    for name in PROTOCOLS {
+        if let Some(value) = set(name).filter(|value| value != "grpc") {
+            return refused(
+                name,
+                value,
+                "only grpc is there yet: send to the collector's gRPC port, which is 4317 mostly",
+            );
+        }
+    }
+    for name in ENDPOINTS {
+        if let Some(value) = set(name) {
+            let why = "there is one endpoint for all signals: OTEL_EXPORTER_OTLP_ENDPOINT; --otlp-signals says which go there";
+            return refused(name, value, why);
+        }
+    }
+    for name in TLS {
+        if let Some(value) = set(name) {
+            return refused(name, value, "there is no TLS to collectors yet: send to one on this machine");
+        }
+    }
+    if let Some(name) = HEADERS.into_iter().find(|name| set(name).is_some()) {
+        return refused(name, "...".to_owned(), "headers are not sent yet: a collector on this machine can add them");
+    }
+    Ok(())
 }
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// What is left when the process ends is waited for no longer: a collector that says nothing keeps nobody.
+const LAST_TIMEOUT: Duration = Duration::from_secs(1);
 /// A collector that takes longer gets the next snapshot instead.
 pub(crate) const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -74,11 +137,19 @@ pub fn exporter(
         let mut shutdown = std::pin::pin!(shutdown);
         let mut works = true;
         loop {
-            let last = tokio::select! {
-                _ = tick.tick() => false,
-                () = &mut shutdown => true,
+            let exported = tokio::select! {
+                exported = async {
+                    tick.tick().await;
+                    exporter.export().await
+                } => exported,
+                () = &mut shutdown => {
+                    // What is on its way is in the next as well.
+                    if tokio::time::timeout(LAST_TIMEOUT, exporter.export()).await.is_err() {
+                        tracing::warn!("the collector did not take the last metrics in time");
+                    }
+                    return;
+                }
             };
-            let exported = exporter.export().await;
             // One line when it begins and one when it ends, however long the collector is away.
             match (&exported, works) {
                 (Err(status), true) => tracing::warn!(why = status.message(), "metrics cannot be exported by OTLP"),
@@ -86,16 +157,13 @@ pub fn exporter(
                 _ => {}
             }
             works = exported.is_ok();
-            if last {
-                return;
-            }
         }
     })
 }
 
 /// A collector's address, if it is one.
 pub(crate) fn check(endpoint: &str) -> Result<Endpoint, InvalidEndpoint> {
-    let invalid = || InvalidEndpoint { endpoint: endpoint.to_owned() };
+    let invalid = || InvalidEndpoint::Address(endpoint.to_owned());
     let parsed = Endpoint::from_shared(endpoint.to_owned()).map_err(|_| invalid())?;
     if parsed.uri().scheme_str() == Some("http") { Ok(parsed) } else { Err(invalid()) }
 }
@@ -112,10 +180,53 @@ impl Exporter {
         // Collecting takes locks and reads maps: not for a thread that serves others.
         let request = tokio::task::spawn_blocking(move || request(&meters, conventions)).await;
         let request = request.map_err(|error| tonic::Status::internal(error.to_string()))?;
-        let exported = self.client.clone().export(request).await.map(drop);
+        let mut exported = Ok(());
+        for part in parts(request) {
+            let answer = self.client.clone().export(part).await;
+            let refused = answer.as_ref().ok().and_then(|answer| answer.get_ref().partial_success.clone());
+            if let Some(refused) = refused.filter(|refused| refused.rejected_data_points > 0) {
+                let (points, why) = (refused.rejected_data_points, refused.error_message);
+                tracing::warn!(points, why, "the collector refused some of the metrics");
+            }
+            exported = exported.and(answer.map(drop));
+        }
         self.meters.count_export(exported.is_ok());
         exported
     }
+}
+
+/// Bytes of metrics in one request: collectors take 4 MiB unless they are told otherwise.
+const MAX_PART: usize = 2 << 20;
+
+/// The same metrics in requests that collectors take.
+fn parts(request: ExportMetricsServiceRequest) -> Vec<ExportMetricsServiceRequest> {
+    if request.encoded_len() <= MAX_PART {
+        return vec![request];
+    }
+    let mut parts = Vec::new();
+    for resource in request.resource_metrics {
+        for scope in resource.scope_metrics {
+            let (mut metrics, mut bytes) = (Vec::new(), 0);
+            let mut end = |metrics: Vec<Metric>| {
+                let scope_metrics =
+                    vec![ScopeMetrics { metrics, ..ScopeMetrics { metrics: Vec::new(), ..scope.clone() } }];
+                let resource =
+                    ResourceMetrics { resource: resource.resource.clone(), scope_metrics, ..Default::default() };
+                parts.push(ExportMetricsServiceRequest { resource_metrics: vec![resource] });
+            };
+            for metric in scope.metrics.clone() {
+                let length = metric.encoded_len();
+                if bytes > 0 && bytes + length > MAX_PART {
+                    end(std::mem::take(&mut metrics));
+                    bytes = 0;
+                }
+                bytes += length;
+                metrics.push(metric);
+            }
+            end(metrics);
+        }
+    }
+    parts
 }
 
 fn nanos(time: SystemTime) -> u64 {
@@ -310,6 +421,41 @@ mod tests {
             ]
         );
         assert_eq!(both.len(), own.len() + second.len());
+    }
+
+    #[test]
+    fn what_the_environment_asks_for_is_done_or_refused() {
+        let asked = |name: &'static str, value: &'static str| {
+            check_environment(|variable| (variable == name).then(|| value.to_owned()))
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(asked("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"), Ok(()));
+        assert_eq!(asked("OTEL_EXPORTER_OTLP_PROTOCOL", ""), Ok(()));
+        let refused = asked("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf").expect_err("refused");
+        assert!(refused.starts_with("OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf: only grpc"), "{refused}");
+        assert!(asked("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://x:1").is_err());
+        assert!(asked("OTEL_EXPORTER_OTLP_CERTIFICATE", "/ca.pem").is_err());
+        let refused = asked("OTEL_EXPORTER_OTLP_HEADERS", "key=secret").expect_err("refused");
+        assert!(!refused.contains("secret"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_silent_collector_keeps_nobody() {
+        // It accepts and says nothing.
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let options = Options {
+            endpoint: format!("http://{}", silent.local_addr().expect("an address")),
+            interval: Duration::from_millis(10),
+            semantic_conventions: false,
+        };
+        let meters = Meters::new(&identity("warren-agent"), &[Emitter::Agent]);
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let exporter = exporter(&options, meters, async move { drop(stopped.await) }).expect("an address");
+        let running = tokio::spawn(exporter);
+        let (_held, _) = silent.accept().await.expect("it connects");
+        drop(stop);
+        let ended = tokio::time::timeout(2 * LAST_TIMEOUT, running).await;
+        assert!(ended.is_ok(), "it waits for the collector");
     }
 
     #[test]

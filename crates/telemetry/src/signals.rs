@@ -69,7 +69,7 @@ pub struct Signals {
 }
 
 /// How long the last batches may take when a process ends.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(1500);
 
 impl Signals {
     pub(crate) fn start(
@@ -79,7 +79,7 @@ impl Signals {
         logs: bool,
     ) -> Result<Self, InvalidEndpoint> {
         otlp::check(endpoint)?;
-        let invalid = |_| InvalidEndpoint { endpoint: endpoint.to_owned() };
+        let invalid = |_| InvalidEndpoint::Address(endpoint.to_owned());
         let mut signals = Self::default();
         if traces {
             let builder = to_collector(opentelemetry_otlp::SpanExporter::builder().with_tonic(), endpoint);
@@ -118,16 +118,22 @@ impl Signals {
         Some(bridge.with_filter(logs::parse(&filter)))
     }
 
-    /// Pushes what is left, both at once; takes three seconds at most.
+    /// Pushes what is left, both at once; takes a second and a half at most.
     pub async fn shutdown(self) {
-        let tracer = tokio::task::spawn_blocking(move || {
+        // On threads that the process does not wait for: a batch on its way to a silent collector takes its own time.
+        let (ended, both) = tokio::sync::oneshot::channel::<()>();
+        let ended = std::sync::Arc::new(ended);
+        let holds = std::sync::Arc::clone(&ended);
+        std::thread::spawn(move || {
+            let _holds = holds;
             self.tracer.map(|provider| provider.shutdown_with_timeout(SHUTDOWN_TIMEOUT))
         });
-        let logger = tokio::task::spawn_blocking(move || {
+        std::thread::spawn(move || {
+            let _holds = ended;
             self.logger.map(|provider| provider.shutdown_with_timeout(SHUTDOWN_TIMEOUT))
         });
-        // A collector that does not take the last batch is counted and told of like any other time, and nothing waits.
-        let _ = tokio::join!(tracer, logger);
+        // A collector that does not take the last batch is counted and told of like any other time.
+        let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, both).await;
     }
 }
 

@@ -34,8 +34,8 @@ pub mod flag {
     pub const SIGNAL_IGNORED: u32 = 1 << 0;
     /// SIGKILL came from outside.
     pub const KILLED: u32 = 1 << 1;
-    /// It ended for want of memory: the OOM killer took its first process, or another one, of which the first process made its
-    /// own end (exit code 137, as shells do), unasked.
+    /// It ended for want of memory: the OOM killer took its first process, or another one, and soon after that the first process
+    /// failed, unasked.
     pub const OOM: u32 = 1 << 2;
     /// The runtime failed to create it.
     pub const CREATE_FAILED: u32 = 1 << 3;

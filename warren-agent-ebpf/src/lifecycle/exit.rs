@@ -25,8 +25,6 @@ static FAILED_SCRATCH: PerCpuArray<Container> = PerCpuArray::with_max_entries(1,
 /// Low seven bits of a wait status: the signal that ended the process.
 pub(super) const STATUS_SIGNAL: u32 = 0x7f;
 const SIGKILL: u32 = 9;
-/// The wait status of a process that exits with 137: what a shell does whose command SIGKILL ended.
-const EXIT_LIKE_SIGKILL: u32 = 137 << 8;
 
 /// How soon after another process of its the first one ends because of it.
 const SOON_NS: u64 = 10_000_000_000;
@@ -62,7 +60,8 @@ pub(crate) fn on_exit(ctx: BtfTracePointContext) -> i32 {
         let status = (*container).exit_status;
         let taken = (*container).flags & flag::OOM_FIRST != 0 && status & STATUS_SIGNAL == SIGKILL;
         let followed = (*container).flags & flag::OOM_OTHER != 0
-            && status == EXIT_LIKE_SIGKILL
+            && status != 0
+            && status & STATUS_SIGNAL == 0
             && stopping == 0
             && now - (*container).oom_ns < SOON_NS;
         if taken || followed {

@@ -36,12 +36,10 @@ impl Containers {
             containers.retain(|container| container.node.as_ref() == Some(&node.id));
         }
         containers.sort_by_cached_key(sort_key);
-        let (containers, next_page_token) = page(containers, sort_key, request.page_size, &request.page_token)?;
-        Ok(v1::ListContainersResponse {
-            containers: containers.iter().map(|container| convert::container(container)).collect(),
-            next_page_token,
-            revision: state.revision(),
-        })
+        let shown = |container: Arc<Container>| Ok(convert::container(&container));
+        let (containers, next_page_token) =
+            page(containers, sort_key, (request.page_size, &request.page_token), shown)?;
+        Ok(v1::ListContainersResponse { containers, next_page_token, revision: state.revision() })
     }
 }
 

@@ -92,7 +92,11 @@ fn nodes(
     }
     troubles.sort();
     let not_yet = if unknown == 0 { String::new() } else { format!(", {unknown} not heard from yet") };
-    check("nodes", format!("{ready} of {} are ready{not_yet}", state.nodes().count()), &troubles)
+    let awaited = match state.awaited_nodes().count() {
+        0 => String::new(),
+        awaited => format!(", {awaited} joined and never started"),
+    };
+    check("nodes", format!("{ready} of {} are ready{not_yet}{awaited}", state.nodes().count()), &troubles)
 }
 
 /// The containers that do what their service is for, or have done it.

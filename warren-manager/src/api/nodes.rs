@@ -124,8 +124,8 @@ impl Nodes {
         let state = self.0.store.read().await?;
         let node = match lookup::node(&state, name) {
             // One that was let in and whose agent never came.
-            Err(Error::NotFound { .. }) if state.is_admitted(&NodeId::from(name)) => {
-                let changes = vec![Change::DeleteNode { id: NodeId::from(name) }];
+            Err(Error::NotFound { .. }) if let Some(id) = named_awaited(&state, name) => {
+                let changes = vec![Change::DeleteNode { id: id.clone() }];
                 self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
                 return Ok(());
             }
@@ -141,6 +141,22 @@ impl Nodes {
         self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
         Ok(())
     }
+}
+
+/// A node that was let in and whose agent never came, as callers see it.
+fn awaited(id: &NodeId) -> v1::Node {
+    v1::Node {
+        id: id.to_string(),
+        status: v1::NodeStatus::Pending.into(),
+        status_message: "it has joined, and its agent was never heard of: start it".to_owned(),
+        ..Default::default()
+    }
+}
+
+/// The one that is meant by an id or a unique prefix of it.
+fn named_awaited<'a>(state: &'a State, name: &str) -> Option<&'a NodeId> {
+    let mut named = state.awaited_nodes().filter(|id| !name.is_empty() && id.as_str().starts_with(name));
+    named.next().filter(|_| named.next().is_none())
 }
 
 #[tonic::async_trait]
@@ -163,18 +179,24 @@ impl nodes_server::Nodes for Nodes {
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
         let request = request.into_inner();
         let state = self.0.store.read().await.map_err(super::status)?;
-        let key = |node: &Arc<Node>| format!("{}\0{}", node.description.hostname, node.id);
-        let mut nodes: Vec<_> = state.nodes().map(Arc::clone).collect();
+        let key = |node: &v1::Node| {
+            format!("{}\0{}", node.description.as_ref().map_or("", |described| &described.hostname), node.id)
+        };
+        let mut nodes: Vec<_> = state.nodes().map(|node| self.shown(node, &state)).collect();
+        nodes.extend(state.awaited_nodes().map(awaited));
         nodes.sort_by_cached_key(key);
-        let (nodes, next_page_token) = page(nodes, key, request.page_size, &request.page_token)?;
-        let nodes = nodes.iter().map(|node| self.shown(node, &state)).collect();
+        let (nodes, next_page_token) = page(nodes, key, (request.page_size, &request.page_token), Ok)?;
         Ok(Response::new(v1::ListNodesResponse { nodes, next_page_token }))
     }
 
     async fn get_node(&self, request: Request<v1::GetNodeRequest>) -> Result<Response<v1::GetNodeResponse>, Status> {
         let state = self.0.store.read().await.map_err(super::status)?;
-        let node = lookup::node(&state, &request.into_inner().node)?;
-        Ok(Response::new(v1::GetNodeResponse { node: Some(self.shown(&node, &state)) }))
+        let name = request.into_inner().node;
+        let node = match lookup::node(&state, &name) {
+            Ok(node) => self.shown(&node, &state),
+            Err(error) => awaited(named_awaited(&state, &name).ok_or(error)?),
+        };
+        Ok(Response::new(v1::GetNodeResponse { node: Some(node) }))
     }
 
     async fn update_node(

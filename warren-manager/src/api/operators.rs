@@ -77,8 +77,8 @@ impl operators_server::Operators for Operators {
         let mut operators: Vec<_> = state.operators().map(Arc::clone).collect();
         operators.sort_by(|a, b| a.name.cmp(&b.name));
         let key = |operator: &Arc<Operator>| operator.name.clone();
-        let (operators, next_page_token) = page(operators, key, request.page_size, &request.page_token)?;
-        let operators = operators.iter().map(|operator| shown(operator)).collect();
+        let (operators, next_page_token) =
+            page(operators, key, (request.page_size, &request.page_token), |operator| Ok(shown(&operator)))?;
         Ok(Response::new(v1::ListOperatorsResponse { operators, next_page_token }))
     }
 

@@ -176,8 +176,8 @@ impl secrets_server::Secrets for Secrets {
         let mut secrets: Vec<_> = state.secrets().filter(|secret| secret.kind == kind).map(Arc::clone).collect();
         secrets.sort_by(|a, b| a.name.cmp(&b.name));
         let key = |secret: &Arc<Secret>| secret.name.clone();
-        let (secrets, next_page_token) = page(secrets, key, request.page_size, &request.page_token)?;
-        let secrets = secrets.iter().map(|secret| self.shown(secret, false)).collect::<Result<_, _>>()?;
+        let shown = |secret: Arc<Secret>| self.shown(&secret, false);
+        let (secrets, next_page_token) = page(secrets, key, (request.page_size, &request.page_token), shown)?;
         Ok(Response::new(v1::ListSecretsResponse { secrets, next_page_token }))
     }
 

@@ -1,5 +1,6 @@
 use std::{collections::BTreeSet, sync::Arc, time::Instant};
 
+use prost::Message as _;
 use tokio::task::JoinSet;
 use tonic::{Request, Response, Status, Streaming};
 use warren_proto::v1::{self, services_server};
@@ -191,7 +192,7 @@ impl Services {
         Self::check_names(&state, &spec, Some(&known.spec))?;
         self.check_ports(&state, &spec, Some(&known.spec))?;
         let spec = self.pinned(spec, Some(&known.spec)).await?;
-        let change = self.next(&known, spec, request.version);
+        let change = self.next(&known, spec, request.version, request.restart);
         self.write(request.request_id, change).await?;
         self.shown(known.id.as_str())
     }
@@ -212,10 +213,10 @@ impl Services {
     }
 
     /// What gives a service another spec.
-    fn next(&self, known: &Service, spec: ServiceSpec, version: u64) -> Change {
+    fn next(&self, known: &Service, spec: ServiceSpec, version: u64, restart: bool) -> Change {
         let service = Service {
             updated_at: self.0.environment.now(),
-            generation: known.generation + u64::from(runs_something_else(&known.spec, &spec)),
+            generation: known.generation + u64::from(restart || runs_something_else(&known.spec, &spec)),
             spec,
             ..Service::clone(known)
         };
@@ -235,7 +236,7 @@ impl Services {
                 Self::check_names(state, &spec, known.as_ref().map(|known| &known.spec))?;
                 self.check_ports(state, &spec, known.as_ref().map(|known| &known.spec))?;
                 Ok(Some(match known {
-                    Some(known) => self.next(&known, spec, 0),
+                    Some(known) => self.next(&known, spec, 0, false),
                     None => self.first(spec),
                 }))
             }
@@ -263,6 +264,12 @@ impl Services {
         let mut state = now.clone();
         let mut invalid = Vec::new();
         let mut images = JoinSet::new();
+        // Credentials that come with it are not those that are there.
+        let renewed = objects.iter().filter_map(|object| match object {
+            v1::validate_objects_request::Object::Secret(request) => Some(request.name.clone()),
+            _ => None,
+        });
+        let renewed: BTreeSet<String> = renewed.collect();
         for (index, object) in (0..).zip(objects) {
             let planned = self.planned(&state, object).and_then(|change| {
                 let Some(change) = change else { return Ok(()) };
@@ -271,7 +278,9 @@ impl Services {
                     let (services, spec) = (self.clone(), service.spec.clone());
                     // With whose credentials, is not known before there are any.
                     let secret = &spec.container.registry_secret;
-                    if secret.is_empty() || now.secret_named(v1::SecretKind::Secret, secret).is_some() {
+                    let is_known =
+                        now.secret_named(v1::SecretKind::Secret, secret).is_some() && !renewed.contains(secret);
+                    if secret.is_empty() || is_known {
                         images.spawn(async move { (index, services.pinned(spec, before.as_ref()).await.map(drop)) });
                     }
                 }
@@ -363,12 +372,15 @@ impl services_server::Services for Services {
     ) -> Result<Response<v1::ValidateObjectsResponse>, Status> {
         /// A file of manifests with more is a mistake.
         const MOST: usize = 10_000;
+        const MOST_BYTES: usize = 64 << 20;
         let mut from = request.into_inner();
-        let mut objects = Vec::new();
+        let (mut objects, mut bytes) = (Vec::new(), 0);
         while let Some(message) = from.message().await? {
+            bytes += message.encoded_len();
             objects.extend(message.object);
-            if objects.len() > MOST {
-                return Err(Error::from(validate::Invalid::new("object", format!("are more than {MOST}"))).into());
+            if objects.len() > MOST || bytes > MOST_BYTES {
+                let why = format!("are more than {MOST}, or larger than {MOST_BYTES} bytes together");
+                return Err(Error::from(validate::Invalid::new("object", why)).into());
             }
         }
         let invalid = self.refused(objects).await?;
@@ -404,8 +416,8 @@ impl services_server::Services for Services {
         let mut services: Vec<_> = state.services().map(Arc::clone).collect();
         services.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
         let key = |service: &Arc<Service>| service.spec.name.clone();
-        let (services, next_page_token) = page(services, key, request.page_size, &request.page_token)?;
-        let services = services.iter().map(|service| self.wire(service, &state)).collect();
+        let shown = |service: Arc<Service>| Ok(self.wire(&service, &state));
+        let (services, next_page_token) = page(services, key, (request.page_size, &request.page_token), shown)?;
         Ok(Response::new(v1::ListServicesResponse { services, next_page_token }))
     }
 }

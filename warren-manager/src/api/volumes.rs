@@ -137,8 +137,8 @@ impl volumes_server::Volumes for Volumes {
         let mut volumes: Vec<_> = state.volumes().map(Arc::clone).collect();
         volumes.sort_by(|a, b| a.name.cmp(&b.name));
         let key = |volume: &Arc<Volume>| volume.name.clone();
-        let (volumes, next_page_token) = page(volumes, key, request.page_size, &request.page_token)?;
-        let volumes = volumes.iter().map(|volume| shown(volume, &state)).collect();
+        let shown = |volume: Arc<Volume>| Ok(shown(&volume, &state));
+        let (volumes, next_page_token) = page(volumes, key, (request.page_size, &request.page_token), shown)?;
         Ok(Response::new(v1::ListVolumesResponse { volumes, next_page_token }))
     }
 

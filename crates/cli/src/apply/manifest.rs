@@ -80,7 +80,9 @@ pub(super) struct ServiceSpec {
 }
 
 /// A key without a value is a key that is not there.
-fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
+pub(super) fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(
+    deserializer: D,
+) -> Result<T, D::Error> {
     Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
@@ -136,7 +138,7 @@ impl<'de> Deserialize<'de> for Env {
         #[serde(deny_unknown_fields)]
         struct Pair {
             name: String,
-            #[serde(default)]
+            #[serde(default, deserialize_with = "or_default")]
             value: Text,
         }
 
@@ -268,17 +270,17 @@ impl<'de> Deserialize<'de> for Secret {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct SecretMount {
     source: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     target: String,
     /// Octal, as text or as YAML has it.
     mode: Option<Text>,
     /// Names or numbers.
-    #[serde(default, alias = "user")]
+    #[serde(default, deserialize_with = "or_default", alias = "user")]
     uid: Text,
-    #[serde(default, alias = "group")]
+    #[serde(default, deserialize_with = "or_default", alias = "group")]
     gid: Text,
     on_update: Option<OnUpdate>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     signal: String,
 }
 
@@ -295,7 +297,7 @@ enum OnUpdate {
 struct Volume {
     source: String,
     target: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     read_only: bool,
 }
 
@@ -311,13 +313,13 @@ struct Tmpfs {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct HealthCheck {
     r#type: CheckType,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     endpoint: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     command: Vec<String>,
     interval: Option<Duration>,
     timeout: Option<Duration>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     retries: u32,
     start_period: Option<Duration>,
 }
@@ -358,9 +360,9 @@ struct Amounts {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct RestartPolicy {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     condition: Condition,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     max_attempts: u32,
     delay: Option<Duration>,
 }
@@ -412,6 +414,11 @@ impl<'de, T: Deserialize<'de> + FromWords> Deserialize<'de> for OrWords<T> {
 
             fn visit_str<E: de::Error>(self, words: &str) -> Result<OrWords<T>, E> {
                 T::from_words(words).map(OrWords).map_err(E::custom)
+            }
+
+            // YAML of old has `no` for false.
+            fn visit_bool<E: de::Error>(self, truth: bool) -> Result<OrWords<T>, E> {
+                self.visit_str(if truth { "yes" } else { "no" })
             }
 
             fn visit_u64<E: de::Error>(self, number: u64) -> Result<OrWords<T>, E> {
@@ -754,7 +761,9 @@ impl SecretSpec {
     pub(super) fn value(self) -> Result<Vec<u8>, Mistake> {
         match (self.data, self.string_data) {
             // What is wrong with it would quote it.
-            (Some(data), None) => STANDARD.decode(data.trim()).map_err(|_| Mistake::new("spec.data", "is not base64")),
+            (Some(data), None) => STANDARD
+                .decode(data.split_ascii_whitespace().collect::<String>())
+                .map_err(|_| Mistake::new("spec.data", "is not base64")),
             (None, Some(text)) => Ok(text.into_bytes()),
             _ => Err(Mistake::new("spec", "is to have either data, in base64, or stringData")),
         }
@@ -764,13 +773,13 @@ impl SecretSpec {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct VolumeSpec {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     driver: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     driver_opts: BTreeMap<String, Text>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     exclusive: bool,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     node: String,
 }
 

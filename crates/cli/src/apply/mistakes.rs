@@ -12,7 +12,8 @@ use super::places::Places;
 #[derive(Clone, Debug)]
 pub(super) struct Source {
     pub(super) file: PathBuf,
-    /// With as many empty lines before it as make its lines' numbers right.
+    /// Lines of the file before it.
+    pub(super) lines_before: u64,
     pub(super) text: String,
 }
 
@@ -32,10 +33,15 @@ impl Mistake {
     /// As people see it; `which` is the kind and the name of what the document is about.
     pub(super) fn shown(&self, source: &Source, which: &str) -> String {
         let line = self.line.or_else(|| Places::of(&source.text).line_of(&self.path));
-        let line = line.map(|line| format!(":{line}")).unwrap_or_default();
+        let line = line.map(|line| format!(":{}", source.lines_before + line)).unwrap_or_default();
         let parts = [which, self.path.as_str(), self.why.as_str()];
         let said: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();
-        let example = example(&self.path).map(|example| format!("; for example: {example}")).unwrap_or_default();
+        // Where something is missing, or another's, how it is written was right.
+        let is_about_others = ["there is no ", " is published by "].iter().any(|words| self.why.contains(words));
+        let example = example(&self.path)
+            .filter(|_| !is_about_others)
+            .map(|example| format!("; for example: {example}"))
+            .unwrap_or_default();
         format!("{}{line}: {}{example}", shown_path(&source.file), said.join(": "))
     }
 }
@@ -75,7 +81,8 @@ fn example(path: &str) -> Option<&'static str> {
 }
 
 /// Reads a document as a type. What is wrong with it is said without the text around it: that may be a secret's.
-pub(super) fn parse<T: DeserializeOwned>(text: &str) -> Result<T, Mistake> {
+pub(super) fn parse<T: DeserializeOwned>(source: &Source) -> Result<T, Mistake> {
+    let text = source.text.as_str();
     serde_saphyr::from_str(text).map_err(|error| {
         let error = error.without_snippet();
         let said = error.render_with_formatter(&UserMessageFormatter);
@@ -105,7 +112,7 @@ fn plain(why: &str) -> String {
 }
 
 /// The path in a manifest of a field that the manager names.
-pub(super) fn path_in_manifest(field: &str, object: &super::Object) -> String {
+pub(super) fn path_in_manifest(field: &str, why: &str, object: &super::Object) -> String {
     let super::Object::Service(spec) = object else {
         return match field {
             "" => String::new(),
@@ -123,6 +130,16 @@ pub(super) fn path_in_manifest(field: &str, object: &super::Object) -> String {
         field => field.strip_prefix("spec.").unwrap_or(field),
     };
     let path = path.strip_prefix("container.").unwrap_or(path);
+    // What is missing is named: where it is wanted, the manifest tells.
+    let named = |name: &String| why.ends_with(&format!("{name:?}"));
+    let place = match path {
+        "mounts" => container.mounts.iter().position(|mount| named(&mount.source)),
+        "secrets" => container.secrets.iter().position(|mount| named(&mount.source)),
+        "configs" => container.configs.iter().position(|mount| named(&mount.source)),
+        _ => None,
+    };
+    let placed = place.map(|i| format!("{path}[{i}]"));
+    let path = placed.as_deref().unwrap_or(path);
     for (theirs, ours) in [
         ("capabilities_add", "capAdd"),
         ("capabilities_drop", "capDrop"),

@@ -28,22 +28,37 @@ use warren_raft::{Disconnected, Files, Freeze, Node, Options, Profile, StateMach
 use warren_tests::{DnsServer, Transport, World, ask, image_name, until};
 
 fn main() {
-    const SECTIONS: [(&str, fn()); 10] = [
-        ("containers", containers),
-        ("hundred", hundred::measure),
-        ("network", network::measure),
-        ("names", names::measure),
-        ("packets", packets),
-        ("raft", raft),
-        ("scale", scale::measure),
-        ("agents", scale::idle_agents),
-        ("failover", failover::measure),
-        ("memory", memory),
+    /// What there is to measure, and the programs that it is compared with.
+    const SECTIONS: [(&str, fn(), &[&str]); 10] = [
+        ("containers", containers, &["containerd", "runc"]),
+        ("hundred", hundred::measure, &["containerd", "dockerd"]),
+        ("network", network::measure, &["containerd", "iptables"]),
+        ("names", names::measure, &["containerd", "dnsmasq", "unbound", "dnsperf"]),
+        ("packets", packets, &[]),
+        ("raft", raft, &[]),
+        ("scale", scale::measure, &[]),
+        ("agents", scale::idle_agents, &[]),
+        ("failover", failover::measure, &["dockerd"]),
+        ("memory", memory, &["containerd"]),
     ];
     let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let is_wanted = |name: &str| wanted.is_empty() || wanted.iter().any(|wanted| wanted == name);
+    if let Some(unknown) = wanted.iter().find(|wanted| SECTIONS.iter().all(|(name, ..)| name != wanted)) {
+        let names = SECTIONS.map(|(name, ..)| name).join(", ");
+        eprintln!("error: there is nothing called {unknown} to measure; there are {names}");
+        std::process::exit(2);
+    }
+    for (name, _, programs) in SECTIONS.iter().filter(|(name, ..)| is_wanted(name)) {
+        if let Some(missing) = programs.iter().find(|program| warren_tests::find_program(program).is_none()) {
+            eprintln!(
+                "error: {name} needs {missing}, which is missing: `cargo xtask setup --tests --bench` installs it"
+            );
+            std::process::exit(1);
+        }
+    }
     println!("{}", machine());
-    for (name, measure) in SECTIONS {
-        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+    for (name, measure, _) in SECTIONS {
+        if is_wanted(name) {
             // Of its own thread: it may go into a network of its own.
             std::thread::spawn(measure).join().expect("it measures");
         }
