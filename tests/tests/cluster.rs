@@ -20,7 +20,8 @@ fn three(world: &World) -> (Vec<Manager>, String) {
         let (status, body) = world.get(managers[0].metrics_port(), "/ready")?;
         (status == 503 && body.contains("in no cluster yet")).then_some(())
     });
-    assert!(managers[0].warren(&["cluster", "info"]).failed(4).contains("no manager answers"));
+    let waits = managers[0].warren(&["cluster", "info"]).failed(4);
+    assert!(waits.contains("this manager is in no cluster yet: run `warren cluster init`"), "{waits}");
     let (manager_token, worker_token) = tokens(&managers[0].cluster(&["init"]).succeeded());
     until("the first leads", || managers[0].info().filter(|info| info["leaderId"] == "1"));
     let first = managers[0].address();
@@ -417,4 +418,94 @@ fn operators_work_from_machines_that_are_not_of_the_cluster() {
     let _ = ada(&["logout"]).succeeded();
     assert!(ada(&["logout"]).failed(6).contains("nobody has logged in"));
     assert!(!world.path("ada").join("identity.pem").exists());
+}
+
+#[test]
+fn scripts_need_no_pauses() {
+    let world = World::empty("scripts");
+    let mut managers: Vec<_> = ["m1", "m2", "m3"].iter().map(|name| Manager::new(&world, name)).collect();
+    managers.iter_mut().for_each(Manager::start);
+    for manager in &managers {
+        until("it waits", || manager.warren(&["node", "ls"]).stderr.contains("in no cluster yet").then_some(()));
+    }
+    let cluster = |manager: &Manager, arguments: &[&str]| {
+        let directory = manager.directory.display().to_string();
+        manager.warren(&[&["cluster"], arguments, &["--data-dir", &directory]].concat())
+    };
+    // One after the other, with nothing between them: each answers when its command has ended.
+    let (manager_token, worker_token) = tokens(&cluster(&managers[0], &["init", "--hostname", "alpha"]).succeeded());
+    let _ = managers[0].warren(&["service", "ls"]).succeeded();
+    let join = |at: usize, by: usize, name: &str| {
+        let by = managers[by].address();
+        let arguments = ["join", "--token", &manager_token, &by, "--hostname", name];
+        let _ = cluster(&managers[at], &arguments).succeeded();
+        assert!(managers[at].info().is_some());
+    };
+    join(1, 0, "beta");
+    join(2, 1, "gamma");
+    until("all are known", || {
+        let info = managers[2].warren(&["cluster", "info"]).stdout;
+        ["alpha", "beta", "gamma"].iter().all(|name| info.contains(name)).then_some(())
+    });
+    // Beside one that runs, nothing is recovered.
+    let refused = cluster(&managers[2], &["recover"]).failed(8);
+    assert!(refused.contains("a manager runs with ") && refused.contains("stop it first"), "{refused}");
+
+    // A machine that has joined, and whose agent was never started.
+    let address = managers[0].address();
+    let agent = |arguments: &[&str]| {
+        let mut join = World::binary("warren");
+        join.args(["cluster", "join", "--token", &worker_token, &address]).args(arguments);
+        World::run(&mut join)
+    };
+    let place = world.path("worker").display().to_string();
+    let joined = agent(&["--data-dir", &place]).succeeded();
+    let id = joined.split(' ').nth(4).expect("an id").to_owned();
+    let listed = managers[1].warren(&["node", "ls"]).succeeded();
+    assert!(listed.lines().any(|line| line.starts_with(&id[..12]) && line.contains("pending")), "{listed}");
+    let shown = managers[1].warren(&["node", "inspect", &id[..6]]).succeeded();
+    assert!(shown.contains("its agent was never heard of"), "{shown}");
+    let health = managers[1].warren(&["cluster", "health"]);
+    assert!(health.stdout.contains("1 joined and never started"), "{}", health.stdout);
+    let _ = managers[1].warren(&["node", "rm", &id[..6]]).succeeded();
+    assert!(!managers[1].warren(&["node", "ls"]).succeeded().contains("pending"));
+    // Waited for in vain: it says so, and what it made is there.
+    let other = world.path("other").display().to_string();
+    let late = agent(&["--data-dir", &other, "--wait", "--timeout", "1s"]).failed(1);
+    assert!(late.contains("the agent of this machine is in its place, and not at work after 1 s"), "{late}");
+    let alone = Manager::new(&world, "alone");
+    let late = cluster(&alone, &["init", "--wait", "--timeout", "1s"]);
+    assert_eq!((late.code, tokens(&late.stdout).0.is_empty()), (1, false), "{}", late.stderr);
+
+    // Another cluster's agent is told so.
+    let mut another = Manager::new(&world, "another");
+    let (_, foreign) = tokens(&another.cluster(&["init"]).succeeded());
+    another.start();
+    until("it leads", || another.info().filter(|info| info["leaderId"] == "1"));
+    let lost = world.path("lost");
+    let place = lost.display().to_string();
+    let mut join = World::binary("warren");
+    join.args(["cluster", "join", "--token", &foreign, &another.address(), "--data-dir", &place]);
+    let _ = World::run(&mut join).succeeded();
+    std::fs::write(lost.join("agent/managers.json"), format!("[{address:?}]")).expect("writable");
+    let mut world = world.and_containerd();
+    world.start_agent(&["--data-dir", &lost.join("agent").display().to_string()]);
+    let log = until("it says why", || {
+        let log = world.agent.as_ref().expect("it runs").log();
+        log.contains("no session with a manager").then_some(log)
+    });
+    assert!(log.contains("cannot be reached: it belongs to another cluster"), "{log}");
+    assert!(!log.contains("transport error") && !log.contains("UnknownIssuer"), "{log}");
+}
+
+#[test]
+fn lists_are_as_long_as_they_are() {
+    let mut world = World::empty("lists");
+    world.start_manager();
+    let label = format!("note={}", "x".repeat(60_000));
+    for i in 0..80 {
+        let _ = world.warren(&["volume", "create", &format!("v{i}"), "--label", &label]).succeeded();
+    }
+    let listed = world.warren(&["volume", "ls", "--format", "json"]).succeeded();
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&listed).expect("JSON").as_array().map(Vec::len), Some(80));
 }

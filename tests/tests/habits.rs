@@ -206,3 +206,44 @@ fn the_machines_own_resolvers_are_followed() {
     assert!(output.contains("SERVFAIL"), "{output}");
     assert!(began.elapsed() < Duration::from_millis(900), "{:?}", began.elapsed());
 }
+
+#[test]
+fn a_service_is_restarted_and_found_by_name() {
+    let world = World::with_warren("again");
+    world.create("web", 2, &[], WELL_BEHAVED);
+    world.create("other", 1, &[], WELL_BEHAVED);
+    let ids = || {
+        let mut ids: Vec<_> = Inside::all(&world, "web").into_iter().map(|inside| inside.id).collect();
+        ids.sort();
+        ids
+    };
+    let (before, other) = (ids(), Inside::only(&world, "other").id);
+    let _ = world.warren(&["service", "restart", "web", "--wait"]).succeeded();
+    let after = ids();
+    assert!(after.len() == 2 && after.iter().all(|id| !before.contains(id)), "{before:?} {after:?}");
+    assert_eq!(Inside::only(&world, "other").id, other);
+    let listed = world.warren(&["service", "ls", "--filter", "name=web"]).succeeded();
+    assert!(listed.contains(" web ") && !listed.contains("other"), "{listed}");
+    let listed = world.warren(&["node", "ls", "--filter", "name!=node-1"]).succeeded();
+    assert!(!listed.contains("node-1"), "{listed}");
+}
+
+#[test]
+fn what_is_removed_while_it_grows_costs_few_entries() {
+    let mut world = World::empty("moot");
+    world.start_manager();
+    let _ = world.warren(&["service", "create", "big", "--image", "localhost/none", "--replicas", "0"]).succeeded();
+    let entries = || world.manager_metrics().sum("warren_raft_applied_index", &[]);
+    let before = entries();
+    let _ = world.warren(&["service", "scale", "big", "10000"]).succeeded();
+    let _ = world.warren(&["service", "rm", "big"]).succeeded();
+    let end = Instant::now() + Duration::from_secs(8);
+    let mut last = entries();
+    until_within(Duration::from_secs(60), "it has settled", || {
+        let now = entries();
+        let settled = now == last && Instant::now() > end;
+        last = now;
+        settled.then_some(())
+    });
+    assert!(last - before < 300.0, "{} entries", last - before);
+}

@@ -63,3 +63,19 @@ fn up_shows_timed_containers_and_leaves_nothing() {
     assert!(log.contains("nothing is left"), "{log}");
     assert!(!world.path("up").exists() && !world.pins().exists());
 }
+
+#[test]
+fn up_cleans_up_though_nobody_reads_what_it_says() {
+    let world = World::empty("up-unread");
+    let mut command = world.up_command();
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let mut up = command.spawn().expect("it starts");
+    until("it is up", || world.warren(&["service", "ps", "demo"]).stdout.contains("running").then_some(()));
+    // As `tee` that Ctrl-C ends first.
+    drop((up.stdout.take(), up.stderr.take()));
+    let pid = rustix::process::Pid::from_raw(up.id() as i32).expect("a pid");
+    rustix::process::kill_process(pid, Signal::INT).expect("it runs");
+    let status = up.wait().expect("it ends");
+    assert!(status.success(), "{status}");
+    assert!(!world.path("up").exists() && !world.pins().exists());
+}
