@@ -93,7 +93,8 @@ pub struct World {
     pub manager_port: u16,
     /// The agent's metrics.
     pub agent_port: u16,
-    api_port: u16,
+    /// The manager's API.
+    pub api_port: u16,
     /// The port that the agent takes for DNS.
     pub dns_port: u16,
 }

@@ -247,3 +247,64 @@ fn what_is_removed_while_it_grows_costs_few_entries() {
     });
     assert!(last - before < 300.0, "{} entries", last - before);
 }
+
+/// A program's clock, which a file sets while it runs.
+fn with_clock(command: &mut std::process::Command, file: &std::path::Path) {
+    command
+        .env("LD_PRELOAD", "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+        .env("FAKETIME_TIMESTAMP_FILE", file)
+        .env("FAKETIME_NO_CACHE", "1")
+        .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+        .env("DONT_FAKE_MONOTONIC", "1");
+}
+
+#[test]
+fn a_managers_certificate_follows_its_clock() {
+    let mut world = World::empty("jump");
+    let clock = world.path("clock");
+    fs::write(&clock, "+0").expect("writable");
+    let mut command = world.manager_command();
+    with_clock(&mut command, &clock);
+    world.start_manager_as(command);
+    let ready = || world.get(world.manager_port, "/ready").map_or(0, |(status, _)| status);
+    until("it is ready", || (ready() == 200).then_some(()));
+    fs::write(&clock, "+6y").expect("writable");
+    until("it says that its certificate has run out, or has another", || {
+        let (status, body) = world.get(world.manager_port, "/ready")?;
+        let renewed = world.manager.as_ref().expect("it runs").log().contains("the certificate was renewed");
+        (renewed || status == 503 && body.contains("the certificate has run out")).then_some(())
+    });
+    until_within(Duration::from_secs(60), "it has another", || {
+        world.manager.as_ref().expect("it runs").log().contains("the certificate was renewed").then_some(())
+    });
+    until("it is ready again", || (ready() == 200).then_some(()));
+}
+
+#[test]
+fn a_node_says_that_its_certificate_has_run_out() {
+    let mut world = World::with_containerd("ran-out");
+    let clock = world.path("clock");
+    fs::write(&clock, "+0").expect("writable");
+    world.start_manager();
+    let token = world.warren(&["cluster", "token", "create", "--role", "worker"]).succeeded();
+    let mut join = World::binary("warren");
+    let address = format!("127.0.0.1:{}", world.api_port);
+    join.args(["cluster", "join", "--token", token.trim(), &address, "--data-dir"]).arg(world.directory.path());
+    let _ = World::run(&mut join).succeeded();
+    let mut agent = world.agent_command();
+    with_clock(&mut agent, &clock);
+    world.agent = Some(Process::start("agent", &mut agent, world.directory.path()));
+    world.wait_ready();
+    let _ = world.agent.take().expect("it runs").terminate();
+    fs::write(&clock, "+2y").expect("writable");
+    let mut agent = world.agent_command();
+    with_clock(&mut agent, &clock);
+    world.agent = Some(Process::start("agent", &mut agent, world.directory.path()));
+    let said = until("it says why", || {
+        let (status, body) = world.get(world.agent_port, "/ready")?;
+        (status == 503 && body.contains("certificate")).then_some(body)
+    });
+    assert!(said.contains("the certificate has run out") && said.contains("let it join again"), "{said}");
+    let log = world.agent.as_ref().expect("it runs").log();
+    assert!(log.contains("the certificate has run out") && !log.contains("transport error"), "{log}");
+}

@@ -139,14 +139,15 @@ fn each_shape_of_packet_is_counted_as_what_it_is() {
     let deepest: Vec<&[u8]> = vec![b"x"; 127];
     let mut extended = vec![60, 0, 1, 4, 0, 0, 0, 0, UDP, 0, 1, 4, 0, 0, 0, 0];
     extended.extend(udp(4000, 53, &plain));
-    let egress: [Case<'_>; 20] = [
+    let egress: [Case<'_>; 21] = [
         ("UDP over IPv4", ipv4(UDP, 0, 0, &udp(4000, 53, &plain)), &asked),
         ("IPv4 with options", ipv4(UDP, 3, 0, &udp(4000, 53, &plain)), &asked),
         ("UDP over IPv6", ipv6(UDP, &udp(4000, 53, &plain)), &asked),
         ("IPv6 with extension headers", ipv6(0, &extended), &asked),
         ("TCP with options", ipv4(TCP, 0, 0, &tcp(3, &framed(&plain))), &asked),
         ("a bare acknowledgement", ipv4(TCP, 0, 0, &tcp(0, &[])), &[]),
-        ("a length alone", ipv4(TCP, 0, 0, &tcp(0, &framed(&plain)[..2])), &[("DNS_TCP_PARTIAL", 1)]),
+        ("a length alone", ipv4(TCP, 0, 0, &tcp(0, &framed(&plain)[..2])), &[]),
+        ("half a length", ipv4(TCP, 0, 0, &tcp(0, &framed(&plain)[1..])), &[("DNS_TCP_PARTIAL", 1)]),
         ("the root's name", ipv4(UDP, 0, 0, &udp(4000, 53, &message(0, 1, &[0]))), &asked),
         ("the longest name", ipv4(UDP, 0, 0, &udp(4000, 53, &message(0, 1, &name(&longest)))), &asked),
         ("the most labels", ipv4(UDP, 0, 0, &udp(4000, 53, &message(0, 1, &name(&deepest)))), &asked),

@@ -113,6 +113,7 @@ fn services_can_be_waited_for_by_name() {
         let mut command = World::binary("warren");
         command.args(arguments);
         let waiting = scope.spawn(move || World::run(&mut command));
+        until("it is there", || (warren(&world, &["service", "inspect", "slow"]).code == 0).then_some(()));
         until("it runs", || (!Inside::all(&world, "slow").is_empty()).then_some(()));
         if let Some(manager) = world.manager.take() {
             manager.kill();

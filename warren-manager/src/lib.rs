@@ -32,6 +32,6 @@ mod validate;
 mod vault;
 
 pub use front::as_root;
-pub use manager::{Error, Options, WAITS, hostname, identity, run};
+pub use manager::{Error, Options, WAITS, hostname, identity, run, socket_of};
 pub use validate::Policy;
 pub use vault::{Error as VaultError, UnlockKey, Vault};

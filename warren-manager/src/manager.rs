@@ -203,6 +203,7 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
     let metrics_listener = endpoint::bind(options.metrics_addr).await?;
     let tcp = TcpListener::bind(options.listen_addr).await.map_err(listen_error(options.listen_addr))?;
     let unix = bind_socket(&options.socket).await?;
+    note_socket(&options);
     let socket_inode = inode(&options.socket);
 
     let credentials = Credentials::load(&options.data_dir.join(formation::IDENTITY))?;
@@ -389,6 +390,7 @@ async fn wait_for_identity(
             let directory = options.data_dir.parent().unwrap_or(&options.data_dir).display();
             tracing::info!("waiting for `warren cluster init` or `join` with `--data-dir {directory}` on this machine");
             let socket = bind_socket(&options.socket).await?;
+            note_socket(options);
             let (end, metrics) = serve_waiting(options, WAITS).await?;
             let told = end.clone();
             let task = tokio::spawn(async move {
@@ -404,6 +406,24 @@ async fn wait_for_identity(
         }
     }
 }
+
+/// Notes beside a manager's data where its socket is, for commands about that data.
+fn note_socket(options: &Options) {
+    let socket = std::path::absolute(&options.socket).unwrap_or_else(|_| options.socket.clone());
+    let noted = fs::create_dir_all(&options.data_dir)
+        .and_then(|()| fs::write(options.data_dir.join(SOCKET), socket.as_os_str().as_encoded_bytes()));
+    if let Err(error) = noted {
+        tracing::debug!(%error, "where the socket is cannot be noted");
+    }
+}
+
+/// Where the manager of a data directory has its socket, as it noted when it was started last.
+#[must_use]
+pub fn socket_of(data_dir: &Path) -> Option<PathBuf> {
+    fs::read_to_string(data_dir.join(SOCKET)).ok().map(PathBuf::from)
+}
+
+const SOCKET: &str = "socket";
 
 /// What a manager says that is in no cluster.
 pub const WAITS: &str =

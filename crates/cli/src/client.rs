@@ -1,6 +1,9 @@
 //! Reaching a manager.
 
-use std::{env, path::PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
 
 use clap::Args;
 use tonic::transport::Channel;
@@ -137,10 +140,12 @@ impl ClientArguments {
         Ok(LockClient::new(socket(address.unwrap_or(SOCKET)).await?))
     }
 
-    /// The manager of this machine, at its socket.
-    pub(crate) async fn own_cluster(&self) -> Result<ClusterClient<Channel>, Error> {
-        let address = self.manager.as_deref().filter(|address| address.starts_with("unix:"));
-        Ok(ClusterClient::new(socket(address.unwrap_or(SOCKET)).await?))
+    /// The manager of this machine with this data, at its socket.
+    pub(crate) async fn own_cluster(&self, data_dir: &Path) -> Result<ClusterClient<Channel>, Error> {
+        let given = self.manager.clone().filter(|address| address.starts_with("unix:"));
+        let noted = || Some(format!("unix://{}", warren_manager::socket_of(data_dir)?.display()));
+        let address = given.or_else(noted).unwrap_or_else(|| SOCKET.to_owned());
+        Ok(ClusterClient::new(socket(&address).await?))
     }
 
     pub(crate) async fn events(&self) -> Result<EventsClient<Channel>, Error> {

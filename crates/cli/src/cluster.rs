@@ -267,6 +267,7 @@ const SETTLES: Duration = Duration::from_secs(10);
 /// Waits until the manager of this machine answers for the cluster, if it waits for that, or if it is to be waited for.
 async fn manager_answers(
     client: &ClientArguments,
+    place: &Place,
     cluster: &str,
     waits: bool,
     settling: &Settling,
@@ -278,7 +279,7 @@ async fn manager_answers(
     let end = Instant::now() + timeout;
     loop {
         let info = async {
-            let mut own = client.own_cluster().await?;
+            let mut own = client.own_cluster(&place.manager()).await?;
             Ok::<_, Error>(own.get_cluster_info(v1::GetClusterInfoRequest {}).await?.into_inner())
         };
         let why = match info.await {
@@ -299,14 +300,14 @@ async fn manager_answers(
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Whether a manager of this machine waits to be given its place.
-async fn manager_waits(client: &ClientArguments) -> bool {
-    let Ok(mut own) = client.own_cluster().await else { return false };
+async fn manager_waits(client: &ClientArguments, place: &Place) -> bool {
+    let Ok(mut own) = client.own_cluster(&place.manager()).await else { return false };
     let answer = own.get_cluster_info(v1::GetClusterInfoRequest {}).await;
     answer.is_err_and(|status| status.message().contains(warren_manager::WAITS))
 }
 
 async fn init(client: &ClientArguments, place: &Place, settling: &Settling) -> Result<(), Error> {
-    let waits = manager_waits(client).await;
+    let waits = manager_waits(client, place).await;
     let founded = formation::found(&place.manager(), &settling.hostname())?;
 
     let directory = place.manager();
@@ -316,7 +317,7 @@ async fn init(client: &ClientArguments, place: &Place, settling: &Settling) -> R
     say!("  a machine with a manager:  warren cluster join --token {} HOST:7443", founded.manager_token);
     say!("  a machine with an agent:   warren cluster join --token {} HOST:7443", founded.worker_token);
     // The tokens are known to nobody else: they come first, whatever follows.
-    manager_answers(client, &founded.cluster_id, waits, settling).await
+    manager_answers(client, place, &founded.cluster_id, waits, settling).await
 }
 
 async fn join(
@@ -359,7 +360,7 @@ async fn join(
         joined => joined?.into_inner(),
     };
     let settled: (&str, &Path) = if joined.role() == v1::Role::Manager {
-        let waits = manager_waits(client).await;
+        let waits = manager_waits(client, place).await;
         formation::settle(&place.manager(), &joined, &request.key_pem())?;
         say!(
             "this machine is manager {} of cluster {}, in {}",
@@ -367,7 +368,7 @@ async fn join(
             joined.cluster_id,
             place.manager().display()
         );
-        return manager_answers(client, &joined.cluster_id, waits, settling).await;
+        return manager_answers(client, place, &joined.cluster_id, waits, settling).await;
     } else {
         membership::settle(&place.agent(), &joined, &request.key_pem())?;
         if let Some(hostname) = &settling.hostname {

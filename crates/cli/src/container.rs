@@ -148,6 +148,9 @@ pub(crate) async fn show(client: &ClientArguments, containers: &[v1::Container],
         } else if status.state() == v1::ContainerState::Running && !health.is_empty() {
             state.push_str(&format!(" ({health})"));
         }
+        if status.oom_killed && has_ended(container) {
+            message.push_str(" (out of memory)");
+        }
         if message.is_empty() && status.health() == v1::Health::Unhealthy {
             message.clone_from(&status.health_message);
         }

@@ -34,7 +34,7 @@ pub(crate) enum Error {
     NotPermitted { address: String },
     #[error("the manager at {address} does not answer: {why}")]
     Unreachable { address: String, why: String },
-    #[error("the manager at {address} is not believed: {why}; if its authority was replaced, log in again")]
+    #[error("the manager at {address} is not believed: {why}; if the cluster's authority was replaced, log in again")]
     Disbelieved { address: String, why: String },
     #[error("no manager of the cluster is known: say one with --manager HOST:PORT")]
     NoManagerKnown,

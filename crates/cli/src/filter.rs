@@ -58,7 +58,6 @@ fn name_of(descriptor: &MessageDescriptor) -> Option<&'static str> {
     match descriptor.name() {
         "Service" => Some("spec.name"),
         "Node" => Some("description.hostname"),
-        "Container" => Some("serviceName"),
         _ => None,
     }
 }
@@ -89,11 +88,22 @@ impl Filter {
         Ok(equal != self.negated)
     }
 
+    /// Whether a container has the wanted name, like web-1; or is of the service of this name.
+    fn is_container(&self, message: &DynamicMessage) -> bool {
+        let field = |name: &str| message.get_field_by_name(name).map(|value| value.into_owned());
+        let service = field("service_name").and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default();
+        let slot = field("slot").and_then(|value| value.as_u32()).unwrap_or(0);
+        self.value == service || (slot > 0 && self.value == format!("{service}-{slot}"))
+    }
+
     /// Whether what `path` names in a message is the wanted value; one of several is enough.
     fn finds(&self, message: &DynamicMessage, path: &str) -> Result<bool, String> {
         let (name, rest) = path.split_once('.').map_or((path, None), |(name, rest)| (name, Some(rest)));
         let descriptor = message.descriptor();
         let field = descriptor.fields().find(|field| field.json_name() == name);
+        if let (None, "name", None, "Container") = (&field, name, rest, descriptor.name()) {
+            return Ok(self.is_container(message));
+        }
         if let (None, "name", None) = (&field, name, rest)
             && let Some(own) = name_of(&descriptor)
         {

@@ -132,7 +132,13 @@ impl Written {
 }
 
 fn print(to_stderr: bool, text: &[u8]) {
-    let written = if to_stderr { io::stderr().lock().write_all(text) } else { io::stdout().lock().write_all(text) };
+    let written = if to_stderr {
+        io::stderr().lock().write_all(text)
+    } else {
+        // Also what has no end yet.
+        let mut stdout = io::stdout().lock();
+        stdout.write_all(text).and_then(|()| stdout.flush())
+    };
     if written.is_err() {
         // A reader that went away, as `head` does, has seen enough.
         std::process::exit(0);

@@ -68,7 +68,8 @@ pub struct TelemetryArguments {
 
 impl TelemetryArguments {
     fn endpoint(&self) -> Option<&str> {
-        self.otlp_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty())
+        let disabled = std::env::var("OTEL_SDK_DISABLED").is_ok_and(|value| value.eq_ignore_ascii_case("true"));
+        self.otlp_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty() && !disabled)
     }
 
     fn pushes(&self, signal: Signal) -> bool {

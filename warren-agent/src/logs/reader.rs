@@ -199,20 +199,33 @@ impl Reader {
         rest.into_iter().filter(|(time, _)| self.is_wanted(*time)).map(|(_, line)| line).collect()
     }
 
+    /// The last lines of what is there, each whole.
+    fn last(&mut self, tail: usize) -> io::Result<VecDeque<LogLine>> {
+        let (mut kept, mut ends) = (VecDeque::<(LogLine, bool)>::new(), 0);
+        let mut keep = |line: LogLine, is_end: bool| {
+            ends += usize::from(is_end);
+            kept.push_back((line, is_end));
+            // A line may be in several parts: it goes with its end.
+            while ends > tail
+                && let Some((_, was_end)) = kept.pop_front()
+            {
+                ends -= usize::from(was_end);
+            }
+        };
+        while let Some(line) = self.next()? {
+            let is_end = !line.partial;
+            keep(line, is_end);
+        }
+        if !self.query.follow {
+            self.rest().into_iter().for_each(|line| keep(line, true));
+        }
+        Ok(kept.into_iter().map(|(line, _)| line).collect())
+    }
+
     /// Reads on, not much at a time.
     fn batch(&mut self) -> io::Result<Batch> {
         if let Some(tail) = self.query.tail.take() {
-            let mut kept = VecDeque::new();
-            while let Some(line) = self.next()? {
-                kept.push_back(line);
-                if kept.len() > tail {
-                    kept.pop_front();
-                }
-            }
-            if !self.query.follow {
-                kept.extend(self.rest());
-            }
-            self.kept = kept.split_off(kept.len().saturating_sub(tail));
+            self.kept = self.last(tail)?;
         }
         let mut batch = Batch::default();
         let mut bytes = 0;
@@ -335,5 +348,7 @@ mod tests {
         let parts = lines(directory.path(), &query);
         assert_eq!(parts.iter().map(|part| part.text.len()).collect::<Vec<_>>(), [LONGEST, LONGEST / 2 + 1]);
         assert_eq!(parts.iter().map(|part| part.partial).collect::<Vec<_>>(), [true, false]);
+        assert_eq!(lines(directory.path(), &Query { tail: Some(1), ..query.clone() }), parts);
+        assert_eq!(texts(directory.path(), &Query { tail: Some(0), ..query }), [""; 0]);
     }
 }

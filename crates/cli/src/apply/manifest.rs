@@ -18,6 +18,7 @@ const SHARES_PER_CORE: i64 = 1024;
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub(super) struct ServiceSpec {
+    #[serde(deserialize_with = "or_default")]
     image: String,
     replicas: Option<i64>,
     mode: Option<ServiceMode>,
@@ -153,8 +154,8 @@ impl<'de> Deserialize<'de> for Env {
 
             fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Env, A::Error> {
                 let mut env = BTreeMap::new();
-                while let Some((name, value)) = map.next_entry::<String, Text>()? {
-                    env.insert(name, value.0);
+                while let Some((name, value)) = map.next_entry::<String, Option<Text>>()? {
+                    env.insert(name, value.unwrap_or_default().0);
                 }
                 Ok(Env(env))
             }
