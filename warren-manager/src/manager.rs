@@ -308,6 +308,7 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
     // Unless a successor has replaced it already. Whoever comes next removes it if this fails.
     if inode(&options.socket) == socket_inode {
         let _ = fs::remove_file(&options.socket);
+        let _ = fs::remove_file(options.data_dir.join(SOCKET));
     }
     Ok(())
 }
@@ -402,6 +403,7 @@ async fn wait_for_identity(
         if shutdown.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_none() {
             // Whoever comes next removes it if this fails.
             let _ = fs::remove_file(&options.socket);
+            let _ = fs::remove_file(options.data_dir.join(SOCKET));
             return Ok(None);
         }
     }

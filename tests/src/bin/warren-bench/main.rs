@@ -28,8 +28,9 @@ use warren_raft::{Disconnected, Files, Freeze, Node, Options, Profile, StateMach
 use warren_tests::{DnsServer, Transport, World, ask, image_name, until};
 
 fn main() {
-    /// What there is to measure, and the programs that it is compared with.
-    const SECTIONS: [(&str, fn(), &[&str]); 10] = [
+    /// What there is to measure, how, and the programs that it needs.
+    type Section = (&'static str, fn(), &'static [&'static str]);
+    const SECTIONS: [Section; 10] = [
         ("containers", containers, &["containerd", "runc"]),
         ("hundred", hundred::measure, &["containerd", "dockerd"]),
         ("network", network::measure, &["containerd", "iptables"]),
