@@ -510,8 +510,8 @@ impl World {
         for id in self.ctr_of(namespace, &["containers", "ls", "-q"]).stdout.lines() {
             let _ = self.ctr_of(namespace, &["tasks", "kill", "--signal", "SIGKILL", "--all", id]);
             let deleted = || self.ctr_of(namespace, &["tasks", "delete", "--force", id]).code == 0;
-            // Without a task there is nothing to delete.
-            for _ in 0..20 {
+            // Without a task there is nothing to delete. A slow machine takes its time: a record that goes before its task leaves a shim.
+            for _ in 0..200 {
                 if deleted() || !self.ctr_of(namespace, &["tasks", "ls"]).stdout.contains(id) {
                     break;
                 }
