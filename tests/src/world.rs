@@ -509,10 +509,11 @@ impl World {
     fn remove_containers(&self, namespace: &str) {
         for id in self.ctr_of(namespace, &["containers", "ls", "-q"]).stdout.lines() {
             let _ = self.ctr_of(namespace, &["tasks", "kill", "--signal", "SIGKILL", "--all", id]);
-            let deleted = || self.ctr_of(namespace, &["tasks", "delete", "--force", id]).code == 0;
-            // Without a task there is nothing to delete. A slow machine takes its time: a record that goes before its task leaves a shim.
+            // A record that goes before its task leaves a shim, and a slow machine takes its time. The list of tasks is not asked: it
+            // leaves out those whose shim is slow to answer.
             for _ in 0..200 {
-                if deleted() || !self.ctr_of(namespace, &["tasks", "ls"]).stdout.contains(id) {
+                let deleted = self.ctr_of(namespace, &["tasks", "delete", "--force", id]);
+                if deleted.code == 0 || deleted.stderr.contains("not found") {
                     break;
                 }
                 std::thread::sleep(Duration::from_millis(50));
