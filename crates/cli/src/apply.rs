@@ -99,13 +99,13 @@ fn read(path: &Path) -> Result<String, Error> {
         std::io::stdin().read_to_string(&mut text)?;
         return Ok(text);
     }
-    let text = std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
-    // A mark of byte order, as some editors write it.
-    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
+    std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })
 }
 
 /// The documents of a file, each with the number of lines before it.
 fn documents(text: &str) -> Vec<(u64, String)> {
+    // A mark of byte order, as some editors write it.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut documents = vec![(0, String::new())];
     for (i, line) in (0..).zip(text.lines()) {
         // What stands behind the dashes belongs to the document that they begin.
@@ -364,6 +364,7 @@ mod tests {
         assert_eq!(texts("---\ta: 1\n...\n--- # only words\nb: 2"), ["a: 1", "# only words\nb: 2"]);
         assert_eq!(texts("a: |\n  --- inside\n  ----\n----x"), ["a: |\n  --- inside\n  ----\n----x"]);
         assert_eq!(texts("# nothing\n---\n\n--- \n"), Vec::<String>::new());
+        assert_eq!(texts("\u{feff}# words\n---\na: 1"), ["a: 1"]);
         assert_eq!(texts("%YAML 1.1\n---\na: 1"), ["a: 1"]);
         // Where they are in the file is known.
         assert_eq!(documents("a: 1\n--- {b: 2}\n")[1].0, 1);

@@ -261,7 +261,7 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
     }
 }
 
-/// A manager that waits for its place looks for it this often.
+/// How long a manager that waits for its place may take to answer from there.
 const SETTLES: Duration = Duration::from_secs(10);
 
 /// Waits until the manager of this machine answers for the cluster, if it waits for that, or if it is to be waited for.
@@ -309,7 +309,6 @@ async fn manager_waits(client: &ClientArguments, place: &Place) -> bool {
 async fn init(client: &ClientArguments, place: &Place, settling: &Settling) -> Result<(), Error> {
     let waits = manager_waits(client, place).await;
     let founded = formation::found(&place.manager(), &settling.hostname())?;
-
     let directory = place.manager();
     say!("cluster {} is founded; its first manager is on this machine, in {}", founded.cluster_id, directory.display());
     say!("");
@@ -359,28 +358,21 @@ async fn join(
         }
         joined => joined?.into_inner(),
     };
-    let settled: (&str, &Path) = if joined.role() == v1::Role::Manager {
+    let said = |what: &str, directory: &Path| {
+        say!("this machine is {what} {} of cluster {}, in {}", joined.id, joined.cluster_id, directory.display());
+    };
+    if joined.role() == v1::Role::Manager {
         let waits = manager_waits(client, place).await;
         formation::settle(&place.manager(), &joined, &request.key_pem())?;
-        say!(
-            "this machine is manager {} of cluster {}, in {}",
-            joined.id,
-            joined.cluster_id,
-            place.manager().display()
-        );
+        said("manager", &place.manager());
         return manager_answers(client, place, &joined.cluster_id, waits, settling).await;
-    } else {
-        membership::settle(&place.agent(), &joined, &request.key_pem())?;
-        if let Some(hostname) = &settling.hostname {
-            membership::give_hostname(&place.agent(), hostname)?;
-        }
-        if settling.wait {
-            agent_is_in_session(&place.agent(), settling.timeout).await?;
-        }
-        ("node", &place.agent())
-    };
-    say!("this machine is {} {} of cluster {}, in {}", settled.0, joined.id, joined.cluster_id, settled.1.display());
-    Ok(())
+    }
+    membership::settle(&place.agent(), &joined, &request.key_pem())?;
+    if let Some(hostname) = &settling.hostname {
+        membership::give_hostname(&place.agent(), hostname)?;
+    }
+    said("node", &place.agent());
+    if settling.wait { agent_is_in_session(&place.agent(), settling.timeout).await } else { Ok(()) }
 }
 
 async fn agent_is_in_session(agent: &Path, timeout: Duration) -> Result<(), Error> {

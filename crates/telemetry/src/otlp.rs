@@ -205,16 +205,16 @@ fn parts(request: ExportMetricsServiceRequest) -> Vec<ExportMetricsServiceReques
     }
     let mut parts = Vec::new();
     for resource in request.resource_metrics {
-        for scope in resource.scope_metrics {
+        for mut scope in resource.scope_metrics {
+            let all = std::mem::take(&mut scope.metrics);
             let (mut metrics, mut bytes) = (Vec::new(), 0);
             let mut end = |metrics: Vec<Metric>| {
-                let scope_metrics =
-                    vec![ScopeMetrics { metrics, ..ScopeMetrics { metrics: Vec::new(), ..scope.clone() } }];
+                let scope_metrics = vec![ScopeMetrics { metrics, ..scope.clone() }];
                 let resource =
                     ResourceMetrics { resource: resource.resource.clone(), scope_metrics, ..Default::default() };
                 parts.push(ExportMetricsServiceRequest { resource_metrics: vec![resource] });
             };
-            for metric in scope.metrics.clone() {
+            for metric in all {
                 let length = metric.encoded_len();
                 if bytes > 0 && bytes + length > MAX_PART {
                     end(std::mem::take(&mut metrics));

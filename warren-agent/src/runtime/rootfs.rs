@@ -36,7 +36,7 @@ pub struct VolumePath {
 
 /// The files of a container that is being made. A lease keeps its snapshot until the container's record does.
 pub struct RootFs {
-    leased: Option<Containerd>,
+    leased: Containerd,
     id: String,
     mounts: Vec<Mount>,
     users: users::Users,
@@ -51,10 +51,8 @@ impl std::fmt::Debug for RootFs {
 
 impl Drop for RootFs {
     fn drop(&mut self) {
-        if let Some(leased) = self.leased.take() {
-            // Nobody waits for its end.
-            tokio::spawn(leased.end_lease());
-        }
+        // Nobody waits for its end.
+        tokio::spawn(self.leased.clone().end_lease());
     }
 }
 
@@ -68,7 +66,7 @@ impl RootFs {
     ) -> Result<Self, Error> {
         let leased = containerd.with_lease().await?;
         let mut made = Self {
-            leased: Some(leased.clone()),
+            leased: leased.clone(),
             id: id.to_owned(),
             mounts: Vec::new(),
             users: users::Users::default(),
@@ -88,8 +86,8 @@ impl RootFs {
     }
 
     /// The connection under whose lease the snapshot is.
-    pub(super) fn leased(&self) -> Option<&Containerd> {
-        self.leased.as_ref()
+    pub(super) fn leased(&self) -> &Containerd {
+        &self.leased
     }
 
     /// Who a secret's or config's file belongs to: whom its mount names, else the container's user.
@@ -120,11 +118,8 @@ impl RootFs {
     pub async fn fill(&self, spec: &v1::ContainerSpec, volumes: &BTreeMap<String, VolumePath>) -> Result<(), Error> {
         for (name, volume) in volumes.iter().filter(|(_, volume)| volume.is_new) {
             // Other containers of the service want the same one.
-            let slot = self.leased.as_ref().map(|leased| leased.filling().slot(&volume.path.to_string_lossy()));
-            let _turn = match &slot {
-                Some(slot) => Some(slot.turn.lock().await),
-                None => None,
-            };
+            let slot = self.leased.filling().slot(&volume.path.to_string_lossy());
+            let _turn = slot.turn.lock().await;
             let mounted = |mount: &&v1::Mount| mount.r#type() == v1::MountType::Volume && mount.source == *name;
             let target = spec.mounts.iter().find(mounted).map(|mount| mount.target.clone());
             let (mounts, path, owner) =

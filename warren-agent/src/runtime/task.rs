@@ -94,8 +94,7 @@ impl Containerd {
         options: &ContainerOptions,
         labels: HashMap<String, String>,
     ) -> Result<(), Error> {
-        let leased = rootfs.leased().unwrap_or(self);
-        let created = leased.create_leased(image, &rootfs.identity, options, labels).await;
+        let created = rootfs.leased().create_leased(image, &rootfs.identity, options, labels).await;
         if created.as_ref().is_err_and(|error| !error.is_transient()) {
             self.remove_container(&options.id).await?;
         }
