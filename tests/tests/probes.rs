@@ -10,6 +10,9 @@ use std::{
 use serde_json::{Value, json};
 use warren_tests::{Output, WELL_BEHAVED, World, find, until};
 
+/// SIGTERM in the masks of a process's status.
+const TERM_BIT: u64 = 1 << 14;
+
 /// A bundle with busybox as its root, and runc's own state beside it.
 struct Runc<'a> {
     world: &'a World,
@@ -71,6 +74,16 @@ impl<'a> Runc<'a> {
         let state: Value = serde_json::from_slice(&state).expect("JSON");
         state["init_process_pid"].as_u64().expect("a pid") as u32
     }
+
+    /// Waits until a container's first process handles SIGTERM: before its shell has read that far, the signal is lost.
+    fn wait_for_handler(&self, id: &str) {
+        let status = format!("/proc/{}/status", self.pid(id));
+        until("SIGTERM is handled", || {
+            let status = fs::read_to_string(&status).expect("it runs");
+            let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"))?;
+            (u64::from_str_radix(mask.trim(), 16).ok()? & TERM_BIT != 0).then_some(())
+        });
+    }
 }
 
 impl Drop for Runc<'_> {
@@ -114,6 +127,7 @@ fn create_and_start_apart_and_run_in_one() {
     until_counts(&world, [create + 1.0, start, stop]);
     assert_eq!(runc.run(&["start", "apart"]).code, 0);
     until_counts(&world, [create + 1.0, start + 1.0, stop]);
+    runc.wait_for_handler("apart");
     assert_eq!(runc.run(&["kill", "apart", "TERM"]).code, 0);
     until_counts(&world, [create + 1.0, start + 1.0, stop + 1.0]);
 
@@ -121,6 +135,7 @@ fn create_and_start_apart_and_run_in_one() {
     runc.configure("at-once", &ARGUMENTS);
     assert_eq!(runc.run(&["run", "--detach", "at-once"]).code, 0);
     until_counts(&world, [create + 1.0, start + 2.0, stop + 1.0]);
+    runc.wait_for_handler("at-once");
     assert_eq!(runc.run(&["kill", "at-once", "TERM"]).code, 0);
     until_counts(&world, [create + 1.0, start + 2.0, stop + 2.0]);
 
@@ -147,6 +162,9 @@ fn the_kernels_durations_are_those_of_the_runtimes_calls() {
         let id = format!("bounds-{i}");
         runc.configure(&id, &ARGUMENTS);
         for operation in 0..3 {
+            if operation == 2 {
+                runc.wait_for_handler(&id);
+            }
             let before = sums(&world)[operation];
             let began = Instant::now();
             match operation {
@@ -234,6 +252,7 @@ fn a_cgroup_made_inside_a_container_is_the_containers() {
     move_to(&inner, runc.pid("outer"));
     // Executions there are not another start, and the stop is still this container's.
     std::thread::sleep(Duration::from_millis(200));
+    runc.wait_for_handler("outer");
     assert_eq!(runc.run(&["kill", "outer", "TERM"]).code, 0);
     until_counts(&world, [create + 1.0, start + 1.0, stop + 1.0]);
     until("the inner group is empty", || fs::remove_dir(&inner).ok());
@@ -321,6 +340,8 @@ fn a_program_that_is_called_like_a_runtime_is_none() {
     assert_eq!(runc.run(&["create", "host"]).code, 0);
     assert_eq!(runc.run(&["start", "host"]).code, 0);
     until_counts(&world, [create + 1.0, start + 1.0, stop]);
+    // The last thing before its trap is the last that must not be counted.
+    runc.wait_for_handler("host");
     assert_eq!(runc.run(&["kill", "host", "TERM"]).code, 0);
     until_counts(&world, [create + 1.0, start + 1.0, stop + 1.0]);
     assert_eq!(failures() - failed, 0.0);

@@ -275,7 +275,10 @@ pub fn main(arguments: Arguments) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error.into()),
     };
-    match runtime.block_on(run(arguments.command)) {
+    let outcome = runtime.block_on(run(arguments.command));
+    // A thread that a file server holds up, which may be gone for good, does not hold up the end of the process.
+    runtime.shutdown_background();
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
     }

@@ -44,6 +44,8 @@ struct Made {
     rules: Option<(String, String)>,
     listeners: Listeners,
     flows: Option<conntrack::Expected>,
+    /// Whether it was said that the kernel's flows cannot be looked at.
+    flows_unknown: bool,
 }
 
 /// What tells that the kernel's rules are those that an agent loaded.
@@ -355,9 +357,19 @@ impl Network {
         let wanted = expected.clone();
         let forgotten = tokio::task::spawn_blocking(move || conntrack::forget_stale(&wanted, &own)).await;
         match forgotten.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic())) {
-            Ok(0) => {}
-            Ok(flows) => tracing::debug!(flows, "UDP flows that led nowhere are led anew"),
-            Err(error) => tracing::warn!(%error, "could not look for UDP flows that lead nowhere"),
+            Ok(flows) => {
+                tracing::debug!(flows, "UDP flows that led nowhere are led anew");
+                made.flows_unknown = false;
+            }
+            Err(error) if !made.flows_unknown => {
+                tracing::warn!(
+                    %error,
+                    "UDP senders that never pause may keep sending to containers that have ended; \
+                     is the kernel's module nf_conntrack_netlink there?"
+                );
+                made.flows_unknown = true;
+            }
+            Err(_) => {}
         }
         made.flows = Some(expected);
     }

@@ -45,7 +45,7 @@ const APPLETS: [&str; 13] = [
 
 /// What the kernels have as modules: a node's files, links and packet rules, and a file server. They are loaded beforehand,
 /// because nothing answers the kernel when it asks for one.
-const MODULES: [&str; 18] = [
+const MODULES: [&str; 19] = [
     "overlay",
     "veth",
     "vxlan",
@@ -61,6 +61,7 @@ const MODULES: [&str; 18] = [
     "nft_hash",
     "nft_counter",
     "nf_conntrack",
+    "nf_conntrack_netlink",
     "nfs",
     "nfsv4",
     "nfsd",
