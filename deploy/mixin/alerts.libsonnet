@@ -133,9 +133,9 @@
           ),
           alert(
             'WarrenOutOfMemory', 'warning', null,
-            'sum by (node) (increase(warren_container_exits_total{%s, reason="oom"}[15m])) > 0' % c.nodeSelector,
+            'sum by (service) (increase(warren_container_out_of_memory_total{%s}[15m])) > 0' % c.managerSelector,
             'Containers run out of memory',
-            'The kernel ended {{ $value | humanize }} on {{ $labels.node }} in 15 minutes: their memory limit is too low.',
+            'The kernel ended {{ $value | humanize }} of {{ $labels.service }} in 15 minutes: it needs a higher memory limit, or less memory.',
           ),
           alert(
             'WarrenStartSlow', 'warning', '10m',

@@ -36,6 +36,7 @@ use crate::{
     runtime::{self, Containerd, Images},
     secrets::{self, Secrets},
     session::{self, Link},
+    stats,
     tasks::{self, Board, Cache, NodeSettings, Supervisor, Timings, handle_kernel_event},
     volumes::Volumes,
 };
@@ -274,7 +275,9 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     meters.add_source(logs.source());
     meters.add_source(Arc::new(ProcessSource));
     meters.add_source(Arc::new(BuildInfo));
-    for source in &sources {
+    // Not for the managers, where every node's would come together: there are several of each container.
+    let used: Arc<dyn Source> = Arc::new(stats::Used::new(board.clone()));
+    for source in sources.iter().chain([&used]) {
         meters.add_source(Arc::new(Labelled { hostname: options.hostname.clone(), source: Arc::clone(source) }));
     }
     if let Some(otlp) = &options.telemetry.otlp {

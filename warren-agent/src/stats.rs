@@ -1,6 +1,7 @@
 //! What containers and the node use, as the kernel accounts for it.
 
 mod cgroup;
+mod used;
 
 use std::{fs, sync::Arc, time::Duration};
 
@@ -9,6 +10,7 @@ use warren_telemetry::Source;
 
 use crate::tasks::{Running, now};
 use cgroup::Hierarchies;
+pub(crate) use used::Used;
 
 /// Of what the probes count, what people look at.
 const SERIES: [&str; 5] = [

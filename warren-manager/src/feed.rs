@@ -50,7 +50,8 @@ pub(crate) struct Feed {
 #[derive(Debug)]
 struct Position {
     revision: u64,
-    containers: HashMap<ContainerId, ContainerState>,
+    /// Their states, and whether it is known that they have ended for want of memory.
+    containers: HashMap<ContainerId, (ContainerState, bool)>,
     nodes: LastSeen<Health>,
     /// The conditions of nodes when they were last heard of.
     conditions: HashMap<NodeId, BTreeSet<String>>,
@@ -97,6 +98,11 @@ fn container_event(state: &State, revision: u64, container: &Container, kind: &s
     }
 }
 
+/// Whether a container has ended for want of memory; its node may say so after it has said that it ended.
+fn ran_out_of_memory(container: &Container) -> bool {
+    container.status.state.is_terminal() && container.status.oom_killed
+}
+
 /// What a container's change is to who follows: the steps between are not news.
 fn step(container: &Container, before: Option<ContainerState>) -> Option<&'static str> {
     let state = container.status.state;
@@ -121,14 +127,15 @@ impl Position {
     fn of(state: &State, liveness: &Liveness) -> Self {
         Self {
             revision: state.revision(),
-            containers: state.containers().map(|c| (c.id.clone(), c.status.state)).collect(),
+            containers: state.containers().map(|c| (c.id.clone(), (c.status.state, ran_out_of_memory(c)))).collect(),
             nodes: LastSeen::of(state, |node| liveness.health(&node.id)),
             conditions: HashMap::new(),
         }
     }
 
-    /// What happened since, in order.
-    fn advance(&mut self, state: &State) -> Vec<v1::Event> {
+    /// What happened since, in order, and the service of each container that ran out of memory.
+    fn advance(&mut self, state: &State) -> (Vec<v1::Event>, Vec<String>) {
+        let mut out_of_memory = Vec::new();
         let since = self.revision;
         self.revision = state.revision();
         let changes = state.events().rev().take_while(|event| event.revision > since).map(|event| told(event));
@@ -137,8 +144,12 @@ impl Position {
         for (revision, change) in state.changes_since(since).into_iter().flatten() {
             match change {
                 ContainerChange::Changed(container) => {
-                    let before = self.containers.insert(container.id.clone(), container.status.state);
-                    if let Some(kind) = step(container, before) {
+                    let now = (container.status.state, ran_out_of_memory(container));
+                    let before = self.containers.insert(container.id.clone(), now);
+                    if now.1 && !before.is_some_and(|(_, known)| known) {
+                        out_of_memory.push(container.service_name.clone());
+                    }
+                    if let Some(kind) = step(container, before.map(|(state, _)| state)) {
                         events.push(container_event(state, *revision, container, kind));
                     }
                 }
@@ -147,7 +158,7 @@ impl Position {
         }
         // In an entry, what somebody changed comes before what became of it.
         events.sort_by_key(|event| event.revision);
-        events
+        (events, out_of_memory)
     }
 
     /// What has become of nodes.
@@ -251,6 +262,9 @@ impl Feed {
             }
             let view = state.borrow_and_update().clone();
             let mut position = Position::of(&view, &self.liveness);
+            // Of a counter that begins with 1 nobody sees that it has risen.
+            let service = |name: String| [KeyValue::new("service", name)];
+            view.services().for_each(|known| self.metrics.out_of_memory.add(0, &service(known.spec.name.clone())));
             // What its predecessors saw of containers and nodes is gone; what was changed is in the state.
             self.inner().remembered = view.events().map(|event| Arc::new(told(event))).collect();
             self.begun.send_replace(true);
@@ -265,7 +279,14 @@ impl Feed {
                     break;
                 }
                 let view = state.borrow_and_update().clone();
-                self.add(position.advance(&view));
+                let (events, out_of_memory) = position.advance(&view);
+                for event in events.iter().filter(|event| event.r#type == "service.created") {
+                    self.metrics.out_of_memory.add(0, &service(event.object_name.clone()));
+                }
+                for name in out_of_memory {
+                    self.metrics.out_of_memory.add(1, &service(name));
+                }
+                self.add(events);
                 self.add(position.look(&view, &self.liveness, self.store.now()));
             }
         }

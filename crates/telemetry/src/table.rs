@@ -137,6 +137,7 @@ metrics! {
     warren_reconciliation_cycles_total Counter Manager "{cycle}" [] &[]; "Rounds of the reconciler"
     warren_reconciliation_duration_seconds Histogram Manager "s" [] CONTROL; "Time of one round of the reconciler"
     warren_container_restarts_total Counter Manager "{restart}" ["service"] &[]; "Containers replaced because they ended, by service"
+    warren_container_out_of_memory_total Counter Manager "{container}" ["service"] &[]; "Containers that the kernel's OOM killer ended, by service, as seen by the manager that led"
     // Raft
     warren_raft_is_leader Gauge Manager "" [] &[]; "1 while this manager leads and a majority follows it"
     warren_raft_peers_total Gauge Manager "{manager}" [] &[]; "Members of the Raft group, this one included"
@@ -168,6 +169,8 @@ metrics! {
     warren_container_start_failures_total Counter Agent "{container}" ["node" "reason"] &[]; "Containers that could not be created or started"
     warren_container_sigterm_ignored_total Counter Agent "{container}" ["node"] &[]; "Containers whose first process had no handler for the stop signal"
     warren_container_stop_escalations_total Counter Agent "{container}" ["node"] &[]; "Stops that needed SIGKILL"
+    warren_container_cpu_seconds_total Counter Node "s" ["node" "service" "slot"] &[]; "Processor time of a slot's containers on the node, user and system; the slot is 0 for a global service"
+    warren_container_memory_bytes Gauge Node "By" ["node" "service" "slot" "kind"] &[]; "Memory of a slot's containers on the node: their working_set, which is what the kernel cannot take back at once, and their limit where there is one"
     // DNS, seen in the kernel
     warren_dns_queries_total Counter Agent "{query}" ["node" "service" "type" "rcode" "transport"] &[]; "DNS queries that were answered or timed out"
     warren_dns_query_duration_seconds Histogram Agent "s" ["node" "service" "type" "rcode"] KERNEL_FAST; "From a query's first packet to its answer at the socket"

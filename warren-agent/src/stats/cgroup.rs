@@ -81,32 +81,41 @@ impl Hierarchies {
         processes
     }
 
+    /// Of a process's cgroups: processor time in nanoseconds; memory in use without what can be taken back at once, and its limit,
+    /// in bytes, where it is accounted for. What cannot be read, and no limit, is 0.
+    pub(super) fn cpu_and_memory(&self, cgroups: &str) -> (u64, Option<(u64, u64)>) {
+        let files = |controller: &str| {
+            let (directory, v2) = self.directory(controller, cgroups)?;
+            Some((Files(directory), v2))
+        };
+        let cpu = match (files("cpuacct"), files("cpu")) {
+            (Some((files, false)), _) => files.number("cpuacct.usage"),
+            (_, Some((files, true))) => files.entry("cpu.stat", "usage_usec") * 1000,
+            _ => 0,
+        };
+        let Some((files, v2)) = files("memory") else { return (cpu, None) };
+        let [usage, limit, cache] = if v2 {
+            ["memory.current", "memory.max", "inactive_file"]
+        } else {
+            ["memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"]
+        };
+        let memory = files.number(usage).saturating_sub(files.entry("memory.stat", cache));
+        (cpu, Some((memory, Some(files.number(limit)).filter(|limit| *limit < NO_LIMIT).unwrap_or(0))))
+    }
+
     /// What a process's cgroups have used. What cannot be read is 0.
     pub(super) fn usage(&self, cgroups: &str) -> v1::ContainerStats {
         let files = |controller: &str| {
             let (directory, v2) = self.directory(controller, cgroups)?;
             Some((Files(directory), v2))
         };
-        let mut stats = v1::ContainerStats::default();
+        let (cpu_usage_nanos, memory) = self.cpu_and_memory(cgroups);
+        let (memory_bytes, memory_limit_bytes) = memory.unwrap_or_default();
+        let mut stats = v1::ContainerStats { cpu_usage_nanos, memory_bytes, memory_limit_bytes, ..Default::default() };
         match files("cpu") {
-            Some((files, true)) => {
-                stats.cpu_usage_nanos = files.entry("cpu.stat", "usage_usec") * 1000;
-                stats.cpu_throttled_nanos = files.entry("cpu.stat", "throttled_usec") * 1000;
-            }
+            Some((files, true)) => stats.cpu_throttled_nanos = files.entry("cpu.stat", "throttled_usec") * 1000,
             Some((files, false)) => stats.cpu_throttled_nanos = files.entry("cpu.stat", "throttled_time"),
             None => {}
-        }
-        if let Some((files, false)) = files("cpuacct") {
-            stats.cpu_usage_nanos = files.number("cpuacct.usage");
-        }
-        if let Some((files, v2)) = files("memory") {
-            let [usage, limit, cache] = if v2 {
-                ["memory.current", "memory.max", "inactive_file"]
-            } else {
-                ["memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"]
-            };
-            stats.memory_bytes = files.number(usage).saturating_sub(files.entry("memory.stat", cache));
-            stats.memory_limit_bytes = Some(files.number(limit)).filter(|limit| *limit < NO_LIMIT).unwrap_or(0);
         }
         if let Some((files, _)) = files("pids") {
             (stats.pids, stats.pids_limit) = (files.number("pids.current"), files.number("pids.max"));

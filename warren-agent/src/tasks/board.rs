@@ -11,6 +11,8 @@ use warren_proto::v1;
 #[derive(Debug, Default)]
 struct Entries {
     statuses: BTreeMap<String, v1::ContainerStatus>,
+    /// Whose they are: service and slot.
+    owners: BTreeMap<String, (String, u32)>,
     unsent: BTreeSet<String>,
 }
 
@@ -20,6 +22,10 @@ pub(crate) struct Running {
     pub(crate) id: String,
     /// Its first process, in the node's PID namespace.
     pub(crate) pid: u32,
+    /// Its service's name; empty where nobody has said it.
+    pub(crate) service: String,
+    /// 0 of a global service.
+    pub(crate) slot: u32,
 }
 
 /// Where workers post statuses and the session picks them up. Cheap to clone.
@@ -33,6 +39,11 @@ impl Board {
     fn entries(&self) -> MutexGuard<'_, Entries> {
         // Every change is one insertion or removal: a panic leaves the board whole.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes whose a container is.
+    pub(crate) fn introduce(&self, id: &str, service: &str, slot: u32) {
+        self.entries().owners.insert(id.to_owned(), (service.to_owned(), slot));
     }
 
     /// Changes a container's status; one that has none begins with an empty one. Returns it.
@@ -61,6 +72,7 @@ impl Board {
     pub fn forget(&self, id: &str) {
         let mut entries = self.entries();
         entries.statuses.remove(id);
+        entries.owners.remove(id);
         entries.unsent.remove(id);
     }
 
@@ -75,7 +87,11 @@ impl Board {
     pub(crate) fn running(&self) -> Vec<Running> {
         let entries = self.entries();
         let running = entries.statuses.iter().filter(|(_, status)| status.state() == v1::ContainerState::Running);
-        running.map(|(id, status)| Running { id: id.clone(), pid: status.pid }).collect()
+        let running = running.map(|(id, status)| {
+            let (service, slot) = entries.owners.get(id).cloned().unwrap_or_default();
+            Running { id: id.clone(), pid: status.pid, service, slot }
+        });
+        running.collect()
     }
 
     /// Everything is to be sent again: there is a new session.

@@ -229,6 +229,7 @@ impl Supervisor {
             }
             return;
         }
+        self.shared.board.introduce(&id, &assignment.service_name, assignment.slot);
         if let Some(status) = cached {
             self.shared.board.update(&id, |known| *known = status.clone());
         }
