@@ -180,7 +180,7 @@ impl Manager {
     #[must_use]
     pub fn running(&self, service: &str) -> Vec<(String, u64)> {
         let shown = until("a manager answers", || {
-            let shown = self.warren(&["service", "ps", service, "--format", "json"]);
+            let shown = self.warren(&["service", "ps", "--all", service, "--format", "json"]);
             (shown.code != 4).then_some(shown)
         });
         let containers: Value = serde_json::from_str(&shown.succeeded()).expect("JSON");

@@ -32,6 +32,8 @@ pub struct RegistryOptions<'a> {
     pub tokens: bool,
     /// HTTPS, with a certificate of an authority of its own.
     pub tls: bool,
+    /// Where it listens, for other nodes; 127.0.0.1 unless given.
+    pub address: Option<&'a str>,
 }
 
 /// The blobs of an archive (an OCI layout), by path.
@@ -54,7 +56,7 @@ impl Registry {
         let root = world.path(name);
         fs::create_dir(&root).expect("writable");
         let port = free_port();
-        let host = format!("127.0.0.1:{port}");
+        let host = format!("{}:{port}", options.address.unwrap_or("127.0.0.1"));
         let mut config = format!(
             "version: 0.1\nlog: {{level: info, accesslog: {{disabled: false}}}}\nstorage: {{filesystem: {{rootdirectory: {}}}, \
              delete: {{enabled: true}}}}\nhttp:\n  addr: {host}\n",

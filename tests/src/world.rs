@@ -462,7 +462,7 @@ impl World {
     /// A service's containers as JSON.
     #[must_use]
     pub fn containers(&self, service: &str) -> Vec<Value> {
-        let listed = self.warren(&["service", "ps", service, "--format", "json"]).succeeded();
+        let listed = self.warren(&["service", "ps", "--all", service, "--format", "json"]).succeeded();
         match serde_json::from_str(&listed).expect("JSON") {
             Value::Array(containers) => containers,
             other => panic!("not a list: {other}"),

@@ -24,8 +24,10 @@ fn every_verb_shows_what_it_should() {
     assert_eq!(service["spec"]["container"]["env"]["COLOUR"], "blue");
     assert_eq!(service["status"]["running"], 2);
     let yaml = world.warren(&["service", "inspect", "web", "--format", "yaml"]).succeeded();
-    assert!(yaml.starts_with("id: "), "{yaml}");
-    assert_eq!(serde_saphyr::from_str::<Value>(&yaml).expect("YAML"), service);
+    assert!(yaml.starts_with("apiVersion: warren.io/v1\nkind: Service\n"), "{yaml}");
+    let manifest = serde_saphyr::from_str::<Value>(&yaml).expect("YAML");
+    assert_eq!(manifest["spec"]["image"], service["spec"]["container"]["image"]);
+    assert_eq!(manifest["status"]["id"], service["id"]);
     for (filter, found) in [("spec.labels.tier=front", 1), ("spec.labels.tier!=front", 0), ("status.running=2", 1)] {
         let services = json(&world.warren(&["service", "ls", "--filter", filter, "--format", "json"]).succeeded());
         assert_eq!(services.as_array().map(Vec::len), Some(found), "{filter}");
@@ -60,6 +62,20 @@ fn every_verb_shows_what_it_should() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(world.warren(&["completion", shell]).succeeded().contains("warren"), "{shell}");
     }
+    // What a shell's script asks at the end of a word: options, and names as the cluster has them.
+    let completed = |words: &[&str]| {
+        let mut command = World::binary("warren");
+        command.env("WARREN_COMPLETE", "bash").env("WARREN_MANAGER", world.manager_address());
+        let index = words.len().to_string();
+        command.env("_CLAP_COMPLETE_INDEX", index).env("_CLAP_IFS", "\n").args(["--", "warren"]).args(words);
+        World::run(&mut command).succeeded()
+    };
+    assert_eq!(completed(&["service", "inspect", "we"]), "web");
+    assert_eq!(completed(&["container", "logs", "web-"]), "web-1\nweb-2");
+    assert_eq!(completed(&["node", "drain", ""]).lines().next(), Some("node-1"));
+    assert_eq!(completed(&["secret", "rm", "nothing"]), "");
+    assert!(completed(&["--manager", "unix:///nowhere", "service", "rm", "we"]).is_empty());
+    assert!(completed(&["service", "ps", "--a"]).contains("--all"));
 
     // What the service says has reached the container.
     let (running, pid) = world.tasks().pop().expect("a task");
@@ -83,4 +99,41 @@ fn scaling_touches_no_container_that_stays() {
     assert!(before.iter().all(|task| world.tasks().contains(task)));
     let _ = world.warren(&["service", "scale", "web", "0", "--wait"]).succeeded();
     until("nothing is left", || world.leftovers().is_empty().then_some(()));
+}
+
+#[test]
+fn what_inspect_writes_can_be_applied() {
+    let world = World::with_warren("written");
+    let options = [
+        "--env",
+        "A=b: c",
+        "--label",
+        "tier=front",
+        "--publish",
+        "name=http,published=18461,target=80",
+        "--limit-memory",
+        "64M",
+    ];
+    world.create(
+        "web",
+        2,
+        &[&options[..], &["--health", "exec:true", "--stop-timeout", "3s", "--restart-delay", "1m30s"]].concat(),
+        WELL_BEHAVED,
+    );
+    let manifest = world.warren(&["service", "inspect", "web", "--format", "yaml"]).succeeded();
+    let file = world.path("web.yaml");
+    let apply = |text: &str| {
+        std::fs::write(&file, text).expect("writable");
+        world.warren(&["apply", "-f", &file.display().to_string(), "--wait"]).succeeded()
+    };
+    let before = world.tasks();
+    assert_eq!(apply(&manifest), "service web unchanged\n", "{manifest}");
+    assert_eq!(world.tasks(), before, "nothing is replaced");
+    // It is what the service was made by.
+    let _ = world.warren(&["service", "rm", "web", "--wait"]).succeeded();
+    assert_eq!(apply(&manifest.replace("replicas: 2", "replicas: 1")), "service web created\n");
+    assert_eq!(world.tasks().len(), 1);
+    let again = world.warren(&["service", "inspect", "web", "--format", "yaml"]).succeeded();
+    let spec = |text: &str| text.split("\nstatus:").next().map(str::to_owned);
+    assert_eq!(spec(&again), spec(&manifest.replace("replicas: 2", "replicas: 1")));
 }

@@ -3,11 +3,13 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
+    os::unix::fs::PermissionsExt as _,
     process::{Child, Stdio},
     thread,
+    time::Duration,
 };
 
-use warren_tests::{Inside, Terminal, World, until};
+use warren_tests::{Inside, Terminal, World, image_name, until};
 
 fn exec(world: &World, arguments: &[&str]) -> warren_tests::Output {
     world.warren(&[&["container", "exec"], arguments].concat())
@@ -97,7 +99,7 @@ fn what_cannot_be_run_is_said_in_one_sentence() {
     // The container is none the worse for it.
     assert_eq!(Inside::only(&world, "web").id, web.id);
 
-    let once = ["service", "create", "once", "--image", warren_tests::image_name(), "--restart", "never"];
+    let once = ["service", "create", "once", "--image", image_name(), "--restart", "never"];
     let _ = world.warren(&[&once[..], &["--", "true"]].concat()).succeeded();
     let ended = world.container_when("once", "it ended", |c| c["status"]["exitCode"].is_number());
     let id = ended["id"].as_str().expect("an id");
@@ -178,4 +180,128 @@ fn a_command_ends_with_whoever_wanted_it() {
     assert_eq!(Inside::only(&world, "web").pid, web.pid, "the container goes on");
     left = spawn(&world, &["web-1", "true"]);
     assert!(left.wait().expect("a child").success());
+}
+
+#[test]
+fn a_reader_that_is_slow_loses_nothing() {
+    let world = World::with_warren("exec-slow");
+    let _web = Inside::of(&world, "web", &[]);
+    const BYTES: usize = 8 << 20;
+    // It ends while most of what it wrote is still on its way, and nobody takes it for longer than silence is waited for.
+    let mut slow = spawn(&world, &["web-1", "sh", "-c", "head -c 8388608 /dev/zero; exit 3"]);
+    let mut stdout = slow.stdout.take().expect("a pipe");
+    let mut received = vec![0; BYTES / 2];
+    stdout.read_exact(&mut received).expect("readable");
+    thread::sleep(Duration::from_secs(8));
+    stdout.read_to_end(&mut received).expect("readable");
+    assert_eq!((slow.wait().expect("a child").code(), received.len()), (Some(3), BYTES));
+}
+
+#[test]
+fn containers_are_signalled_and_waited_for() {
+    let world = World::with_warren("kill");
+    let script =
+        "trap 'echo hup' HUP; trap 'exit 9' USR1; trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done";
+    world.create("web", 2, &["--restart-delay-ms", "100"], script);
+    let first = Inside::all(&world, "web").into_iter().map(|container| container.id).collect::<Vec<_>>();
+    until("both handle signals", || {
+        (world.warren(&["service", "logs", "web"]).stdout.matches("ready").count() == 2).then_some(())
+    });
+    let container = |arguments: &[&str]| world.warren(&[&["container"], arguments].concat());
+    assert_eq!(container(&["kill", "--signal", "SIGHUP", "web-1", "web-2"]).succeeded(), "web-1\nweb-2\n");
+    until("both have heard it", || {
+        (world.warren(&["service", "logs", "web"]).stdout.matches("hup").count() == 2).then_some(())
+    });
+    assert!(container(&["kill", "-s", "NOPE", "web-1"]).failed(2).contains("start.signal: \"NOPE\" is no signal"));
+    assert!(container(&["kill", "web-3"]).failed(3).contains("\"web-3\""));
+    assert!(
+        container(&["wait", "--timeout", "1", "web-1"])
+            .failed(1)
+            .contains("web-1 has not ended after 1 s: it is running")
+    );
+
+    // Whoever waits for it is told how it ended, also when its name means its replacement by then.
+    let waiting = World::binary("warren")
+        .args(["--manager", &world.manager_address(), "container", "wait", "web-1"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("warren");
+    thread::sleep(Duration::from_millis(300));
+    let _ = container(&["kill", "-s", "USR1", "web-1"]).succeeded();
+    let output = waiting.wait_with_output().expect("a child");
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stdout).as_ref()), (Some(0), "9\n"));
+    let _ = container(&["kill", "web-2"]).succeeded();
+    let killed = first.iter().map(|id| container(&["wait", id]).succeeded()).collect::<Vec<_>>();
+    assert_eq!(killed.concat().lines().collect::<std::collections::BTreeSet<_>>(), ["137", "9"].into());
+    until("both are replaced", || {
+        let running = Inside::all(&world, "web");
+        (running.len() == 2 && running.iter().all(|container| !first.contains(&container.id))).then_some(())
+    });
+
+    // What was replaced is shown to whoever asks for it.
+    let listed = |arguments: &[&str]| world.warren(&[&["service", "ps", "web"], arguments].concat()).succeeded();
+    until("only the latest are listed", || (listed(&[]).lines().count() == 3).then_some(()));
+    let all = listed(&["--all"]);
+    assert!(all.lines().count() == 5 && all.contains("exited with code 9") && all.contains(image_name()), "{all}");
+
+    // One that keeps failing says when it is tried again.
+    let _ = world
+        .warren(&[
+            "service",
+            "create",
+            "bad",
+            "--image",
+            image_name(),
+            "--restart-delay",
+            "50s",
+            "--",
+            "sh",
+            "-c",
+            "exit 3",
+        ])
+        .succeeded();
+    let shown = until("it has failed", || {
+        let shown = world.warren(&["service", "ps", "bad"]).succeeded();
+        shown.contains("failed").then_some(shown)
+    });
+    let left = shown.split("exited with code 3; next try in ").nth(1).and_then(|rest| rest.split('s').next());
+    let left: u32 = left.and_then(|left| left.parse().ok()).unwrap_or_else(|| panic!("{shown}"));
+    assert!((30..=50).contains(&left), "{shown}");
+}
+
+#[test]
+fn files_are_copied_into_and_out_of_containers() {
+    let world = World::with_warren("cp");
+    let web = Inside::of(&world, "web", &["--user", "1000:1000", "--mount", "type=tmpfs,target=/work,mode=1777"]);
+    let local = world.path("copied");
+    fs::create_dir_all(local.join("tree/empty")).expect("writable");
+    let content: Vec<u8> = (0..3_000_000_u32).map(|i| (i % 251) as u8).collect();
+    fs::write(local.join("tree/large"), &content).expect("writable");
+    fs::write(local.join("tree/script.sh"), "#!/bin/sh\n").expect("writable");
+    fs::set_permissions(local.join("tree/script.sh"), fs::Permissions::from_mode(0o750)).expect("its own");
+    std::os::unix::fs::symlink("large", local.join("tree/link")).expect("writable");
+    let here = |name: &str| local.join(name).display().to_string();
+    let copy = |from: &str, to: &str| world.warren(&["container", "cp", from, to]);
+
+    // Into a directory that is there, and as a name that is not.
+    let _ = copy(&here("tree"), "web-1:/work").succeeded();
+    let _ = copy(&here("tree/script.sh"), "web-1:/work/other").succeeded();
+    let shown = web
+        .shell(&world, "cd /work; stat -c '%a %u %g %n' tree/script.sh other; readlink tree/link; ls -d tree/empty")
+        .1;
+    assert_eq!(shown, "750 1000 1000 tree/script.sh\n750 1000 1000 other\nlarge\ntree/empty\n");
+    let _ = copy("web-1:/work/tree", &here("back")).succeeded();
+    assert!(fs::read(local.join("back/large")).expect("copied") == content);
+    assert_eq!(fs::read_link(local.join("back/link")).expect("copied"), std::path::Path::new("large"));
+    assert_eq!(fs::metadata(local.join("back/script.sh")).expect("copied").permissions().mode() & 0o7777, 0o750);
+    assert!(local.join("back/empty").is_dir());
+    let _ = copy("web-1:/etc/hostname", &here("back")).succeeded();
+    assert_eq!(fs::read_to_string(local.join("back/hostname")).expect("copied").trim(), &web.id[..12]);
+
+    assert!(copy("web-1:/none", &here("x")).failed(1).contains("/none") || !local.join("x").exists());
+    assert!(copy(&here("none"), "web-1:/work").failed(1).contains("none"));
+    assert!(copy(&here("tree"), "web-1:/none/there").failed(1).contains("/none"));
+    assert!(copy("web-1:/etc/passwd", "web-1:/tmp").failed(2).contains("copy to this machine first"));
+    assert!(copy("/etc/passwd", "/tmp/x").failed(2).contains("CONTAINER:PATH"));
+    assert!(copy("web-9:/etc/passwd", &here("x")).failed(3).contains("web-9"));
 }

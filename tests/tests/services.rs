@@ -169,6 +169,13 @@ fn what_ends_a_container_is_told_apart() {
         state(c) == "CONTAINER_STATE_FAILED" && c["status"]["oomKilled"] == Value::Bool(true)
     });
     assert_eq!(killed["status"]["exitCode"], 137);
+    until("it is counted for its service", || {
+        let count = |service: &str| {
+            world.manager_metrics().get(&format!("warren_container_out_of_memory_total{{service=\"{service}\"}}"))
+        };
+        // The others are there with 0: who sees a counter begin with 1 sees no rise.
+        (count("hungry") == Some(1.0) && count("deaf") == Some(0.0)).then_some(())
+    });
     // A child's end that its parent survives is not the container's.
     let script = "trap '' TERM; sh -c 'x=a; while :; do x=$x$x; done'; echo survived; while :; do sleep 0.05; done";
     let mut arguments =

@@ -67,6 +67,26 @@ fn what_containers_use_is_what_the_kernel_says() {
         assert!((20_000.0..30_000.0).contains(&grown), "{field}: {grown}");
     }
     assert_eq!(look(&world, &["--service", "busy"]).len(), 1);
+    // The agent exports the same.
+    let of = |service: &str, more: &str| format!("{{{more}node=\"node-1\",service=\"{service}\",slot=\"1\"}}");
+    let memory = |service: &str, kind: &str| {
+        let labels = of(service, &format!("kind=\"{kind}\","));
+        world.agent_metrics().get(&format!("warren_container_memory_bytes{labels}"))
+    };
+    assert_eq!(memory("busy", "limit"), Some(f64::from(64 << 20)));
+    assert_eq!(memory("fat", "limit"), None);
+    assert!(memory("fat", "working_set").is_some_and(|bytes| (32e6..60e6).contains(&bytes)));
+    let cpu = || {
+        let series = format!("warren_container_cpu_seconds_total{}", of("busy", ""));
+        world.agent_metrics().get(&series).expect("it is exported")
+    };
+    let before = cpu();
+    assert!(before > 0.1, "{before}");
+    // A container killed and replaced goes on with what its slot has used.
+    let _ = world.warren(&["container", "kill", "busy-1"]).succeeded();
+    until("it is replaced", || (Inside::all(&world, "busy").first()?.id != busy.id).then_some(()));
+    let after = cpu();
+    assert!(after >= before, "{after} after {before}");
     assert!(world.warren(&["container", "stats", "nobody", "--once"]).failed(3).contains("\"nobody\""));
     let refused = world.warren(&["container", "stats", "--interval", "1ms"]).failed(2);
     assert!(refused.contains("interval: it is 100 ms to 1 h"), "{refused}");

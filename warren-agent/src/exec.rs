@@ -4,7 +4,10 @@ use std::{
     collections::HashMap,
     fs, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -30,7 +33,7 @@ const AHEAD: usize = 16;
 const SIGHUP: u32 = 1;
 /// How long a command has to end after a hangup.
 const HANGUP_PATIENCE: Duration = Duration::from_secs(2);
-/// How long what an ended command's children still write is waited for.
+/// How long nothing may come of what an ended command's children still write.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// All commands. Cheap to clone.
@@ -96,10 +99,12 @@ impl Execs {
                     let _ = caller.send(Response::Failed(v1::ExecFailed { message, not_found })).await;
                 }
                 let _ = fs::remove_dir_all(&directory);
-                // To let go of the call before the manager does would take back what is still on its way.
-                drop(caller);
-                let _ = tokio::time::timeout(LAST_WORDS, async { while let Ok(Some(_)) = requests.message().await {} })
-                    .await;
+                let Caller { to_manager, cancelled } = caller;
+                drop(to_manager);
+                // To let go of the call before the manager does would take back what is still on its way, and who reads it may be
+                // slow.
+                let taken = async { while let Ok(Some(_)) = requests.message().await {} };
+                cancelled.run_until_cancelled(taken).await;
             }
             Err(status) => tracing::debug!(message = status.message(), "nobody waits for a command"),
         }
@@ -114,6 +119,17 @@ impl Execs {
         requests: &mut Streaming<v1::ExecRequest>,
         caller: &Caller,
     ) -> Result<(), Error> {
+        if !start.signal.is_empty() {
+            let signal = warren_spec::signal(&start.signal);
+            let signal = signal.ok_or_else(|| Error::BadSpec(format!("{:?} is no signal", start.signal)))?;
+            // A process without an id is the container's first.
+            if !Execution::new(self.containerd.clone(), &start.container, "").signal(signal).await? {
+                return Err(Error::BadSpec("the container does not run any more".to_owned()));
+            }
+            let _ = caller.send(Response::Started(v1::ExecStarted {})).await;
+            let _ = caller.send(Response::ExitCode(0)).await;
+            return Ok(());
+        }
         let pipe_error = |source| Error::Io { action: "making pipes in", path: directory.to_owned(), source };
         let streams = pipes(directory, &start).map_err(pipe_error)?;
         let stdin = streams.stdin.as_deref().map(open_stdin).transpose().map_err(pipe_error)?;
@@ -128,9 +144,10 @@ impl Execs {
         }
         let _ = caller.send(Response::Started(v1::ExecStarted {})).await;
         // Only now: without anyone at their other ends, the pipes would seem to be over.
+        let sent = AtomicU64::new(0);
         let output = async {
-            let stdout = copy(stdout, caller, Response::Stdout);
-            let stderr = copy(stderr, caller, Response::Stderr);
+            let stdout = copy(stdout, caller, &sent, Response::Stdout);
+            let stderr = copy(stderr, caller, &sent, Response::Stderr);
             tokio::join!(stdout, stderr)
         };
         let input = feed(requests, stdin, &execution);
@@ -149,11 +166,25 @@ impl Execs {
             hang_up(&execution).await;
             return Ok(());
         };
-        // The shim passes everything on before it lets go.
-        execution.delete().await;
-        if !written {
-            let _ = tokio::time::timeout(LAST_WORDS, output).await;
+        // Before it is deleted: the shim has two seconds from then to pass on what it still has.
+        let mut in_time = 0;
+        while !written {
+            let before = sent.load(Ordering::Relaxed);
+            tokio::select! {
+                _ = &mut output => written = true,
+                () = caller.left() => break,
+                () = tokio::time::sleep(LAST_WORDS) => {
+                    // Whoever reads may be slow. Where all is taken in time, what comes is not the command's any more, but of what
+                    // it has left behind with its pipes.
+                    in_time = if caller.has_room() { in_time + 1 } else { 0 };
+                    let is_silent = sent.load(Ordering::Relaxed) == before;
+                    if in_time >= 3 || (is_silent && in_time > 0) {
+                        break;
+                    }
+                }
+            }
         }
+        execution.delete().await;
         let _ = caller.send(Response::ExitCode(ended?)).await;
         Ok(())
     }
@@ -169,6 +200,11 @@ impl Caller {
     async fn send(&self, message: Response) -> Result<(), ()> {
         let response = Some(v1::ExecResponse { message: Some(message) });
         self.to_manager.send(v1::ServeExecRequest { id: String::new(), response }).await.map_err(|_| ())
+    }
+
+    /// Whether it has taken what it was sent, but for the last.
+    fn has_room(&self) -> bool {
+        self.to_manager.capacity() > 0
     }
 
     async fn left(&self) {
@@ -200,7 +236,7 @@ fn open_stdin(path: &Path) -> io::Result<pipe::Sender> {
 }
 
 /// Sends what a command writes until it has closed the pipe.
-async fn copy(from: Option<pipe::Receiver>, to: &Caller, message: impl Fn(Vec<u8>) -> Response) {
+async fn copy(from: Option<pipe::Receiver>, to: &Caller, sent: &AtomicU64, message: impl Fn(Vec<u8>) -> Response) {
     let Some(mut from) = from else { return };
     loop {
         let mut chunk = Vec::with_capacity(CHUNK);
@@ -210,6 +246,7 @@ async fn copy(from: Option<pipe::Receiver>, to: &Caller, message: impl Fn(Vec<u8
                 if to.send(message(chunk)).await.is_err() {
                     return;
                 }
+                sent.fetch_add(1, Ordering::Relaxed);
             }
         }
     }

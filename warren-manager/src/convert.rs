@@ -229,6 +229,8 @@ pub(crate) fn container(container: &Container) -> v1::Container {
         resources: Some(wire_resources(&container.resources)),
         revision: container.generation,
         failures: container.failures,
+        // Who asks for it knows what time it is.
+        next_try_at: None,
     }
 }
 

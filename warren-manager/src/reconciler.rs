@@ -295,22 +295,8 @@ fn vacant(
     // What was removed on purpose or lost with its node did not end by itself: its slot is filled at once.
     let ended_by_itself =
         slot.first().filter(|last| last.desired == Desired::Running && last.generation == service.generation);
-    let mut failures = 0;
     if let Some(last) = ended_by_itself {
-        let policy = service.spec.restart;
-        let wanted = match policy.condition {
-            RestartCondition::Any => true,
-            RestartCondition::OnFailure => last.status.state.is_failure(),
-            RestartCondition::Never => false,
-        };
-        failures = failures_in_a_row(last);
-        if !wanted || (policy.max_attempts > 0 && failures >= policy.max_attempts) {
-            return false;
-        }
-        let doublings = failures.saturating_sub(1).min(16);
-        let delay = policy.delay.saturating_mul(1 << doublings).min(MAX_DELAY.max(policy.delay));
-        // When its node said so, by the leader's clock; when it ended is by whatever clock the runtime has.
-        let due = last.status.changed_at.after(delay);
+        let Some(due) = replaced_at(service, last) else { return false };
         if due > now {
             plan.wake(service, due);
             return true;
@@ -321,9 +307,41 @@ fn vacant(
         slot: key.0,
         pinned: key.1.clone(),
         replaces: ended_by_itself.is_some(),
-        failures,
+        failures: ended_by_itself.map_or(0, |last| failures_in_a_row(last)),
     });
     true
+}
+
+/// When the slot of a container that ended by itself gets another, by the restart policy; `None` is never.
+fn replaced_at(service: &Service, ended: &Container) -> Option<Timestamp> {
+    let policy = service.spec.restart;
+    let wanted = match policy.condition {
+        RestartCondition::Any => true,
+        RestartCondition::OnFailure => ended.status.state.is_failure(),
+        RestartCondition::Never => false,
+    };
+    let failures = failures_in_a_row(ended);
+    if !wanted || (policy.max_attempts > 0 && failures >= policy.max_attempts) {
+        return None;
+    }
+    let doublings = failures.saturating_sub(1).min(16);
+    let delay = policy.delay.saturating_mul(1 << doublings).min(MAX_DELAY.max(policy.delay));
+    // When its node said so, by the leader's clock; when it ended is by whatever clock the runtime has.
+    Some(ended.status.changed_at.after(delay))
+}
+
+/// When a container's slot gets another, if the restart policy has that wait: `None` of one that has not ended, that is not
+/// replaced, or that has been.
+#[must_use]
+pub fn next_try(service: &Service, container: &Container, now: Timestamp) -> Option<Timestamp> {
+    let is_last = container.status.state.is_terminal()
+        && container.desired == Desired::Running
+        && container.generation == service.generation;
+    let is_wanted = match service.spec.mode {
+        Mode::Replicated(replicas) => container.slot <= replicas,
+        Mode::Global => true,
+    };
+    replaced_at(service, container).filter(|at| is_last && is_wanted && *at > now)
 }
 
 /// Failures in a row, counting the one that just ended. One that ran well first begins a new row.

@@ -93,10 +93,14 @@ pub(crate) fn service_spec(spec: Option<v1::ServiceSpec>, policy: Policy) -> Res
     if text(&spec.labels) > MAX_TEXT {
         return invalid("spec.labels", format!("are longer than {MAX_TEXT} bytes together"));
     }
-    let container = container::check(spec.container, policy)?;
-    let ports = ports(spec.ports)?;
+    let mut container = container::check(spec.container, policy)?;
+    say_in_full(&mut container);
+    let mut ports = ports(spec.ports)?;
+    for port in &mut ports {
+        port.protocol = said(port.protocol(), v1::Protocol::Unspecified, v1::Protocol::Tcp).into();
+        port.publish_mode = said(port.publish_mode(), v1::PublishMode::Unspecified, v1::PublishMode::Ingress).into();
+    }
     if container.network() != v1::NetworkMode::Cluster
-        && container.network() != v1::NetworkMode::Unspecified
         && let Some(i) = ports.iter().position(|port| port.host_port != 0)
     {
         let why = "cannot be published: its containers have no network of their own";
@@ -123,6 +127,22 @@ pub(crate) fn service_spec(spec: Option<v1::ServiceSpec>, policy: Policy) -> Res
             Some(wire) => convert::duration(&wire),
         },
     })
+}
+
+/// What somebody said, or what goes without saying.
+fn said<T: PartialEq>(value: T, unspecified: T, default: T) -> T {
+    if value == unspecified { default } else { value }
+}
+
+/// Says what goes without saying, so that the same spec by flags, by a manifest and by another client is the same: a difference would
+/// replace containers.
+pub(crate) fn say_in_full(container: &mut v1::ContainerSpec) {
+    container.network = said(container.network(), v1::NetworkMode::Unspecified, v1::NetworkMode::Cluster).into();
+    let pull = said(container.pull_policy(), v1::PullPolicy::Unspecified, v1::PullPolicy::IfNotPresent);
+    container.pull_policy = pull.into();
+    for mount in container.secrets.iter_mut().chain(&mut container.configs) {
+        mount.on_update = said(mount.on_update(), v1::OnUpdate::Unspecified, v1::OnUpdate::Restart).into();
+    }
 }
 
 const MAX_CONSTRAINTS: usize = 32;

@@ -42,7 +42,7 @@ const TOOLS: [Tool; 9] = [
     tool("git", "git", "names the commit a binary is built from"),
 ];
 
-const TEST_TOOLS: [Tool; 11] = [
+const TEST_TOOLS: [Tool; 14] = [
     tool("prometheus", "prometheus", "scrapes Warren in tests"),
     tool("promtool", "prometheus", "checks metrics in tests"),
     tool("dig", "bind9-dnsutils", "asks DNS queries in tests"),
@@ -54,6 +54,9 @@ const TEST_TOOLS: [Tool; 11] = [
     tool("dnsmasq", "dnsmasq-base", "answers DNS queries in tests"),
     tool("faketime", "faketime", "gives programs another clock in tests"),
     tool("python3", "python3", "sends and receives datagrams in tests"),
+    tool("nginx", "nginx", "is the front of an application in tests"),
+    tool("redis-server", "redis-server", "is what it counts in"),
+    tool("pg_lsclusters", "postgresql", "is its database"),
 ];
 
 const BENCH_TOOLS: [Tool; 4] = [

@@ -4,6 +4,9 @@
 mod manifest;
 mod mistakes;
 mod places;
+mod write;
+
+pub(crate) use write::manifest_of;
 
 use std::{
     collections::BTreeSet,
@@ -43,6 +46,9 @@ struct Document<T> {
     kind: String,
     metadata: Metadata,
     spec: T,
+    /// What `inspect` says beside what is wanted.
+    #[serde(default, rename = "status")]
+    _status: Option<IgnoredAny>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -70,6 +70,21 @@ async fn socket(address: &str) -> Result<Channel, Error> {
 }
 
 impl ClientArguments {
+    /// Those that words of a command line say that may not be complete, or the environment.
+    pub(crate) fn of_words(words: &[String]) -> Self {
+        let said = |option: &str, variable: &str| {
+            let of = |(at, word): (usize, &String)| match word.strip_prefix(option)?.strip_prefix('=') {
+                Some(value) => Some(value.to_owned()),
+                None => words.get(at + 1).filter(|_| word == option).cloned(),
+            };
+            words.iter().enumerate().rev().find_map(of).or_else(|| env::var(variable).ok())
+        };
+        Self {
+            manager: said("--manager", "WARREN_MANAGER"),
+            identity: said("--identity", "WARREN_IDENTITY").map(PathBuf::from),
+        }
+    }
+
     /// Where whoever has logged in is kept.
     ///
     /// # Errors

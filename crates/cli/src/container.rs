@@ -1,18 +1,19 @@
 //! `warren container ...`
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use clap::Subcommand;
 use warren_proto::v1;
 
 use crate::{
     client::{ClientArguments, all_pages},
+    complete, copy,
     error::Error,
     exec,
     filter::ListArguments,
     logs::{self, LogArguments},
-    output::{self, Format, FormatArguments},
-    stats,
+    output::{self, Format, FormatArguments, say},
+    parse, stats, wait,
 };
 
 #[derive(Debug, Subcommand)]
@@ -35,17 +36,39 @@ pub(crate) enum Command {
     /// Shows what a container writes.
     Logs {
         /// Id, unique beginning of it, or name, like web-1.
+        #[arg(add = complete::containers())]
         container: String,
         #[command(flatten)]
         logs: LogArguments,
     },
     /// Runs a command in a container that runs, and ends with its exit code.
     Exec(exec::Arguments),
+    /// Copies files out of or into a container that runs: `web-1:/etc/hosts .`, or `file web-1:/tmp`. Its image needs `tar`.
+    Cp(copy::Arguments),
+    /// Sends containers' first processes a signal. What ends is replaced as its service's restart policy has it.
+    Kill {
+        /// Ids, unique beginnings of them, or names, like web-1.
+        #[arg(required = true, add = complete::containers())]
+        containers: Vec<String>,
+        /// A name, like TERM or SIGTERM, or a number.
+        #[arg(long, short, default_value = "KILL")]
+        signal: String,
+    },
+    /// Waits until containers have ended, and writes the exit code of each.
+    Wait {
+        /// Ids, unique beginnings of them, or names, like web-1.
+        #[arg(required = true, add = complete::containers())]
+        containers: Vec<String>,
+        /// How long to wait at most: a number of seconds, or 90s, 5m [default: no limit]
+        #[arg(long, value_name = "DURATION", value_parser = parse::seconds)]
+        timeout: Option<u64>,
+    },
     /// Shows what containers use.
     Stats(stats::Arguments),
     /// Shows one container.
     Inspect {
         /// Id, unique beginning of it, or name, like web-1.
+        #[arg(add = complete::containers())]
         container: String,
         #[command(flatten)]
         format: FormatArguments,
@@ -61,17 +84,47 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         }
         Command::Logs { container, logs } => logs::show(client, String::new(), container, logs).await,
         Command::Exec(arguments) => exec::run(arguments, client).await,
+        Command::Cp(arguments) => copy::run(arguments, client).await,
+        Command::Kill { containers, signal } => {
+            let mut outcomes = Vec::new();
+            for container in containers {
+                outcomes.push(exec::signal(client, &container, &signal).await.map(|()| say!("{container}")));
+            }
+            Error::all(outcomes)
+        }
+        Command::Wait { containers, timeout } => wait::containers_end(client, containers, timeout).await,
         Command::Stats(arguments) => stats::run(arguments, client).await,
         Command::Inspect { container, format } => {
-            let request = v1::GetContainerRequest { container };
-            let container = client.containers().await?.get_container(request).await?.into_inner().container;
-            let container = container.unwrap_or_default();
+            let container = get(client, container).await?;
             if !output::to_program(format.format, &container)? {
                 inspect(&container);
             }
             Ok(())
         }
     }
+}
+
+pub(crate) async fn get(client: &ClientArguments, container: String) -> Result<v1::Container, Error> {
+    let request = v1::GetContainerRequest { container };
+    Ok(client.containers().await?.get_container(request).await?.into_inner().container.unwrap_or_default())
+}
+
+/// Leaves out those that have ended and have a newer one in their slot; a global service's has its node's.
+pub(crate) fn leave_out_replaced(containers: &mut Vec<v1::Container>) {
+    let slot = |container: &v1::Container| {
+        let node = if container.slot == 0 { container.node_id.clone() } else { String::new() };
+        (container.service_id.clone(), container.slot, node)
+    };
+    let age = |container: &v1::Container| {
+        let at = container.created_at.unwrap_or_default();
+        (at.seconds, at.nanos, container.id.clone())
+    };
+    let mut newest = HashMap::new();
+    for container in containers.iter() {
+        let known = newest.entry(slot(container)).or_insert_with(|| age(container));
+        *known = age(container).max(known.clone());
+    }
+    containers.retain(|it| !has_ended(it) || newest.get(&slot(it)) == Some(&age(it)));
 }
 
 pub(crate) fn has_ended(container: &v1::Container) -> bool {
@@ -154,9 +207,15 @@ pub(crate) async fn show(client: &ClientArguments, containers: &[v1::Container],
         if message.is_empty() && status.health() == v1::Health::Unhealthy {
             message.clone_from(&status.health_message);
         }
+        if let Some(left) = output::left(container.next_try_at.as_ref()) {
+            let words = if message.is_empty() { "" } else { "; " };
+            // Not too early by what is cut off.
+            message.push_str(&format!("{words}next try in {}", output::coarse(left + Duration::from_millis(999))));
+        }
         [
             output::short(&container.id),
             name(container),
+            container.spec.as_ref().map(|spec| spec.image.clone()).unwrap_or_default(),
             node.map_or_else(|| "-".to_owned(), |node| hostname(node)),
             state,
             output::ago(status.changed_at.as_ref()),
@@ -166,7 +225,7 @@ pub(crate) async fn show(client: &ClientArguments, containers: &[v1::Container],
             message,
         ]
     };
-    let header = ["ID", "NAME", "NODE", "STATE", "SINCE", "CREATE", "START", "STOP", "MESSAGE"];
+    let header = ["ID", "NAME", "IMAGE", "NODE", "STATE", "SINCE", "CREATE", "START", "STOP", "MESSAGE"];
     output::table(header, containers.iter().map(row));
     Ok(())
 }
@@ -184,6 +243,8 @@ fn inspect(container: &v1::Container) {
             output::ms(*stop_nanos)
         )
     };
+    let next_try = output::left(container.next_try_at.as_ref());
+    let next_try = next_try.map_or_else(|| "-".to_owned(), |left| format!("in {}", output::coarse(left)));
     output::fields(&[
         ("id", container.id.clone()),
         ("name", name(container)),
@@ -196,7 +257,8 @@ fn inspect(container: &v1::Container) {
         ("health", [health_name(status.health()), status.health_message.as_str()].join(" ").trim().to_owned()),
         ("created", output::ago(container.created_at.as_ref())),
         ("exit code", status.exit_code.map_or_else(|| "-".to_owned(), |code| code.to_string())),
-        ("pid", status.pid.to_string()),
+        ("next try", next_try),
+        ("pid", if status.pid == 0 { "-".to_owned() } else { status.pid.to_string() }),
         ("oom killed", status.oom_killed.to_string()),
         ("signal ignored", status.signal_ignored.to_string()),
         ("kernel", timing(&kernel)),

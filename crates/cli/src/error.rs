@@ -96,6 +96,14 @@ pub(crate) enum Error {
     Vault(#[from] warren_manager::VaultError),
     #[error("the command cannot be started: {}", failed.message)]
     NotStarted { failed: v1::ExecFailed },
+    #[error("{container} cannot be sent the signal: {why}")]
+    NotSignalled { container: String, why: String },
+    #[error("{container} has not ended after {} s: it is {state}", timeout.as_secs())]
+    Running { container: String, state: String, timeout: Duration },
+    #[error("{container} has no exit code: {why}")]
+    NoExitCode { container: String, why: String },
+    #[error("{0}")]
+    Copy(String),
     #[error("the manager has no more to say, and no exit code")]
     NoAnswer,
     #[error("the command ended with exit code {0}")]
@@ -188,6 +196,10 @@ impl Error {
             | Self::NotSettled { .. }
             | Self::NotEnded { .. }
             | Self::ServiceFailed { .. }
+            | Self::NotSignalled { .. }
+            | Self::Running { .. }
+            | Self::NoExitCode { .. }
+            | Self::Copy(_)
             | Self::Io(_)
             | Self::File { .. }
             | Self::Json(_)

@@ -8,7 +8,7 @@ use std::{
 
 use clap::Args;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{self, SignalKind},
     sync::mpsc,
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,6 +16,7 @@ use warren_proto::v1::{self, exec_request::Message as Request, exec_response::Me
 
 use crate::{
     client::ClientArguments,
+    complete,
     error::Error,
     parse,
     terminal::{self, Raw},
@@ -44,6 +45,7 @@ pub(crate) struct Arguments {
     #[arg(long, short, value_name = "USER")]
     user: Option<String>,
     /// Id, unique beginning of it, or name, like web-1.
+    #[arg(add = complete::containers())]
     container: String,
     /// The command: no shell is around it.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
@@ -70,6 +72,7 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
         user: arguments.user.unwrap_or_default(),
         input: arguments.interactive,
         terminal: arguments.tty.then(|| terminal::size().unwrap_or_default()),
+        signal: String::new(),
     };
     let (requests, receiver) = mpsc::channel(AHEAD);
     // The queue is empty: this does not wait.
@@ -87,7 +90,7 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
         // Nobody waits for it: it may be in a read that never ends.
         thread::spawn(move || read_input(&input));
     }
-    let mut resized = signal(SignalKind::window_change())?;
+    let mut resized = unix::signal(SignalKind::window_change())?;
     let code = loop {
         let response = tokio::select! {
             response = responses.message() => response?.ok_or(Error::NoAnswer)?,
@@ -112,6 +115,25 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
     };
     drop(raw);
     if code == 0 { Ok(()) } else { Err(Error::Exited(u8::try_from(code).unwrap_or(u8::MAX))) }
+}
+
+/// Sends a container's first process a signal.
+pub(crate) async fn signal(client: &ClientArguments, container: &str, signal: &str) -> Result<(), Error> {
+    let start = v1::ExecStart { container: container.to_owned(), signal: signal.to_owned(), ..Default::default() };
+    let (requests, receiver) = mpsc::channel(1);
+    // The queue is empty: this does not wait.
+    let _ = requests.send(request(Request::Start(start))).await;
+    let mut responses = client.exec().await?.exec(ReceiverStream::new(receiver)).await?.into_inner();
+    while let Some(response) = responses.message().await? {
+        match response.message {
+            Some(Response::ExitCode(_)) => return Ok(()),
+            Some(Response::Failed(failed)) => {
+                return Err(Error::NotSignalled { container: container.to_owned(), why: failed.message });
+            }
+            _ => {}
+        }
+    }
+    Err(Error::NoAnswer)
 }
 
 fn request(message: Request) -> v1::ExecRequest {

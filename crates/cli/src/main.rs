@@ -5,7 +5,9 @@
 mod apply;
 mod client;
 mod cluster;
+mod complete;
 mod container;
+mod copy;
 mod error;
 mod events;
 mod exec;
@@ -101,7 +103,8 @@ enum Command {
         #[command(flatten)]
         format: FormatArguments,
     },
-    /// Writes a shell's completion script.
+    /// Writes a shell's completion script, which completes commands, options and the names of what the cluster has:
+    /// `source <(warren completion bash)`.
     Completion {
         /// Which shell.
         shell: clap_complete::Shell,
@@ -116,6 +119,8 @@ fn main() -> ExitCode {
     if let Some(code) = warren_agent::cli::beside_an_agent() {
         return code;
     }
+    // A shell that wants to know how a word may end.
+    clap_complete::CompleteEnv::with_factory(Arguments::command).var(complete::VARIABLE).complete();
     let arguments = warren_config::parse(FILE);
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
@@ -124,7 +129,10 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(run(arguments)) {
+    let outcome = runtime.block_on(run(arguments));
+    // A thread that a file server holds up, which may be gone for good, does not hold up the end of the process.
+    runtime.shutdown_background();
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // containerd's and files' errors keep their cause apart.
@@ -159,7 +167,12 @@ async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Image(command) => image::run(command).await,
         Command::Version { format } => version(&client, format.format).await,
         Command::Completion { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "warren", &mut std::io::stdout());
+            let shells = clap_complete::env::Shells::builtins();
+            let completer = shells.completer(&shell.to_string());
+            let completer = completer.ok_or_else(|| Error::Usage(format!("no completion for {shell}")))?;
+            let mut script = Vec::new();
+            completer.write_registration(complete::VARIABLE, "warren", "warren", "warren", &mut script)?;
+            say!("{}", String::from_utf8_lossy(&script).trim_end());
             Ok(())
         }
     }

@@ -7,10 +7,11 @@ use warren_proto::v1;
 
 use crate::{
     client::{ClientArguments, all_pages},
-    cluster,
+    cluster, complete,
     error::Error,
     filter::ListArguments,
     output::{self, FormatArguments, say},
+    parse,
 };
 
 #[derive(Debug, Subcommand)]
@@ -24,6 +25,7 @@ pub(crate) enum Command {
     /// Shows one node.
     Inspect {
         /// Hostname, id, or unique beginning of an id.
+        #[arg(add = complete::nodes())]
         node: String,
         #[command(flatten)]
         format: FormatArguments,
@@ -31,27 +33,31 @@ pub(crate) enum Command {
     /// Has a node take no more containers; those that it has stay.
     Cordon {
         /// Hostname, id, or unique beginning of an id.
+        #[arg(add = complete::nodes())]
         node: String,
     },
     /// Has a node take containers again.
     Uncordon {
         /// Hostname, id, or unique beginning of an id.
+        #[arg(add = complete::nodes())]
         node: String,
     },
     /// Empties a node: its containers move to others, of each service one after the other, each when all of its service are up.
     Drain {
         /// Hostname, id, or unique beginning of an id.
+        #[arg(add = complete::nodes())]
         node: String,
         /// Wait until the node has no containers left.
         #[arg(long)]
         wait: bool,
-        /// How long to wait.
-        #[arg(long, value_name = "SECONDS", default_value_t = 300, requires = "wait")]
+        /// How long to wait: a number of seconds, or 90s, 5m.
+        #[arg(long, value_name = "DURATION", default_value = "300", requires = "wait", value_parser = parse::seconds)]
         timeout: u64,
     },
     /// Sets labels of a node, over those of its agent's configuration.
     Label {
         /// Hostname, id, or unique beginning of an id.
+        #[arg(add = complete::nodes())]
         node: String,
         /// NAME=VALUE sets a label, NAME- removes it.
         #[arg(required = true, value_name = "LABEL", value_parser = label)]
@@ -70,6 +76,7 @@ pub(crate) enum Command {
     /// Removes the record of a node that is down; its containers are replaced elsewhere.
     Rm {
         /// Hostname, id, or unique beginning of an id.
+        #[arg(add = complete::nodes())]
         node: String,
     },
 }

@@ -195,20 +195,41 @@ pub(crate) fn std_duration(text: &str) -> Result<std::time::Duration, String> {
     Ok(std::time::Duration::new(wire.seconds.unsigned_abs(), wire.nanos.unsigned_abs()))
 }
 
-/// `10s`, `500ms`, `2m`, `1h`, `7d`; a number alone is seconds.
+/// Whole seconds, of what [`duration`] takes; parts of one count as one.
+pub(crate) fn seconds(text: &str) -> Result<u64, String> {
+    let duration = std_duration(text)?;
+    let seconds = duration.as_secs() + u64::from(duration.subsec_nanos() > 0);
+    /// A year.
+    const MOST: u64 = 31_536_000;
+    if seconds <= MOST { Ok(seconds) } else { Err(format!("{text:?} is more than a year")) }
+}
+
+/// `10s`, `500ms`, `2m`, `1h30m`, `7d`; a number alone is seconds.
 pub(crate) fn duration(text: &str) -> Result<pbjson_types::Duration, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let factor = match &text[digits.len()..] {
-        "ms" => 0.001,
-        "" | "s" => 1.0,
-        "m" => 60.0,
-        "h" => 3600.0,
-        "d" => 86_400.0,
-        _ => return Err(format!("{text:?} is not a duration like 10s, 500ms, 2m, 1h or 7d")),
-    };
-    let seconds = digits.parse::<f64>().ok().map(|number| number * factor);
-    let seconds = seconds.filter(|seconds| (0.0..1e9).contains(seconds));
-    let seconds = seconds.ok_or_else(|| format!("{text:?} is not a duration like 10s, 500ms, 2m, 1h or 7d"))?;
+    let wrong = || format!("{text:?} is not a duration like 10s, 500ms, 2m, 1h30m or 7d");
+    let (mut rest, mut seconds) = (text, 0.0);
+    while !rest.is_empty() {
+        let unit = rest.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(rest.len());
+        let (digits, behind) = rest.split_at(unit);
+        let end = behind.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(behind.len());
+        let (unit, next) = behind.split_at(end);
+        let factor = match unit {
+            "ms" => 0.001,
+            "s" => 1.0,
+            // Alone.
+            "" if digits.len() == text.len() => 1.0,
+            "m" => 60.0,
+            "h" => 3600.0,
+            "d" => 86_400.0,
+            _ => return Err(wrong()),
+        };
+        let number = digits.parse::<f64>().ok().filter(|number| *number >= 0.0).ok_or_else(wrong)?;
+        seconds += number * factor;
+        rest = next;
+    }
+    if text.is_empty() || !(0.0..1e9).contains(&seconds) {
+        return Err(wrong());
+    }
     let nanos = ((seconds.fract() * 1e9).round() as i32).min(999_999_999);
     Ok(pbjson_types::Duration { seconds: seconds.trunc() as i64, nanos })
 }
@@ -255,7 +276,12 @@ mod tests {
         assert_eq!(parsed("7d"), Ok((604_800, 0)));
         assert_eq!(parsed("500ms"), Ok((0, 500_000_000)));
         assert_eq!((parsed("2m"), parsed("3")), (Ok((120, 0)), Ok((3, 0))));
-        assert!(duration("soon").is_err() && duration("-1s").is_err() && duration("1w").is_err());
+        assert_eq!((parsed("1h30m"), parsed("1m500ms")), (Ok((5400, 0)), Ok((60, 500_000_000))));
+        for wrong in ["soon", "-1s", "1w", "", "s", "1h30", "1 s", "NaN", "1h-5m", "1e12"] {
+            assert!(duration(wrong).is_err(), "{wrong:?}");
+        }
+        assert_eq!((seconds("60"), seconds("2m"), seconds("1.2s")), (Ok(60), Ok(120), Ok(2)));
+        assert!(seconds("400d").is_err());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use warren_proto::v1::{self, SecretKind};
 
 use crate::{
     client::{ClientArguments, all_pages},
+    complete,
     error::Error,
     filter::ListArguments,
     output::{self, FormatArguments, say},
@@ -39,6 +40,7 @@ pub(crate) enum Command {
     /// Shows one; what a secret holds is not shown.
     Inspect {
         /// Name, id, or unique beginning of an id.
+        #[arg(add = complete::secrets())]
         name: String,
         #[command(flatten)]
         format: FormatArguments,
@@ -46,6 +48,7 @@ pub(crate) enum Command {
     /// Gives one another value.
     Update {
         /// Name, id, or unique beginning of an id.
+        #[arg(add = complete::secrets())]
         name: String,
         /// What it is to hold; - is stdin.
         file: PathBuf,
@@ -53,7 +56,7 @@ pub(crate) enum Command {
     /// Removes those that no service uses.
     Rm {
         /// Names, ids, or unique beginnings of ids.
-        #[arg(required = true)]
+        #[arg(required = true, add = complete::secrets())]
         names: Vec<String>,
     },
 }
@@ -67,9 +70,19 @@ fn read(file: PathBuf) -> Result<Vec<u8>, Error> {
     std::fs::read(&file).map_err(|source| Error::File { path: file, source })
 }
 
-pub(crate) async fn run(kind: SecretKind, command: Command, client: &ClientArguments) -> Result<(), Error> {
+pub(crate) async fn list(client: &ClientArguments, kind: SecretKind) -> Result<Vec<v1::Secret>, Error> {
     let mut api = client.secrets().await?;
-    let kind = i32::from(kind);
+    all_pages(async |page_token| {
+        let request = v1::ListSecretsRequest { kind: kind.into(), page_size: 0, page_token };
+        let page = api.list_secrets(request).await?.into_inner();
+        Ok((page.secrets, page.next_page_token))
+    })
+    .await
+}
+
+pub(crate) async fn run(which: SecretKind, command: Command, client: &ClientArguments) -> Result<(), Error> {
+    let mut api = client.secrets().await?;
+    let kind = i32::from(which);
     match command {
         Command::Create { name, file, label } => {
             let (data, labels) = (read(file)?, label.into_iter().collect());
@@ -77,15 +90,9 @@ pub(crate) async fn run(kind: SecretKind, command: Command, client: &ClientArgum
             let made = api.create_secret(request).await?.into_inner().secret.unwrap_or_default();
             say!("{}", made.id);
         }
-        Command::Ls { list } => {
-            let secrets = all_pages(async |page_token| {
-                let request = v1::ListSecretsRequest { kind, page_size: 0, page_token };
-                let page = api.list_secrets(request).await?.into_inner();
-                Ok((page.secrets, page.next_page_token))
-            })
-            .await?;
-            let secrets = list.apply(secrets)?;
-            if output::to_program(list.format(), &secrets)? {
+        Command::Ls { list: wanted } => {
+            let secrets = wanted.apply(list(client, which).await?)?;
+            if output::to_program(wanted.format(), &secrets)? {
                 return Ok(());
             }
             let row = |secret: &v1::Secret| {

@@ -6,8 +6,9 @@ use clap::Subcommand;
 use warren_proto::v1::{self, service_spec::Mode};
 
 use crate::{
+    apply::manifest_of,
     client::{ClientArguments, all_pages},
-    container,
+    complete, container,
     error::Error,
     filter::ListArguments,
     logs::{self, LogArguments},
@@ -25,23 +26,29 @@ pub(crate) enum Command {
         #[command(flatten)]
         list: ListArguments,
     },
-    /// Shows one service.
+    /// Shows one service; with --format yaml as a manifest that `warren apply` takes.
     Inspect {
         /// Name, id, or unique beginning of an id.
+        #[arg(add = complete::services())]
         service: String,
         #[command(flatten)]
         format: FormatArguments,
     },
-    /// Lists a service's containers, ended ones included.
+    /// Lists a service's containers: of each slot the latest, and whatever still runs.
     Ps {
         /// Name, id, or unique beginning of an id.
+        #[arg(add = complete::services())]
         service: String,
+        /// Also those that were replaced, as far as they are remembered.
+        #[arg(long, short)]
+        all: bool,
         #[command(flatten)]
         list: ListArguments,
     },
     /// Shows what a service's containers write.
     Logs {
         /// Name, id, or unique beginning of an id.
+        #[arg(add = complete::services())]
         service: String,
         #[command(flatten)]
         logs: LogArguments,
@@ -49,6 +56,7 @@ pub(crate) enum Command {
     /// Changes the number of a service's containers.
     Scale {
         /// Name, id, or unique beginning of an id.
+        #[arg(add = complete::services())]
         service: String,
         /// How many.
         #[arg(allow_negative_numbers = true)]
@@ -59,6 +67,7 @@ pub(crate) enum Command {
     /// Replaces a service's containers by others of the same spec.
     Restart {
         /// Name, id, or unique beginning of an id.
+        #[arg(add = complete::services())]
         service: String,
         #[command(flatten)]
         wait: WaitArguments,
@@ -68,7 +77,7 @@ pub(crate) enum Command {
     /// Removes services and their containers.
     Rm {
         /// Names, ids, or unique beginnings of ids.
-        #[arg(required = true)]
+        #[arg(required = true, add = complete::services())]
         services: Vec<String>,
         #[command(flatten)]
         wait: WaitArguments,
@@ -80,8 +89,11 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         Command::Create(arguments) => create::run(*arguments, client).await,
         Command::Ls { list } => ls(client, &list).await,
         Command::Inspect { service, format } => inspect(client, service, format.format).await,
-        Command::Ps { service, list } => {
-            let (containers, _) = container::list(client, service, String::new()).await?;
+        Command::Ps { service, all, list } => {
+            let (mut containers, _) = container::list(client, service, String::new()).await?;
+            if !all {
+                container::leave_out_replaced(&mut containers);
+            }
             container::show(client, &list.apply(containers)?, list.format()).await
         }
         Command::Logs { service, logs } => logs::show(client, service, String::new(), logs).await,
@@ -112,15 +124,18 @@ pub(crate) async fn get(client: &ClientArguments, service: &str) -> Result<v1::S
     Ok(client.services().await?.get_service(request).await?.into_inner().service.unwrap_or_default())
 }
 
-async fn ls(client: &ClientArguments, list: &ListArguments) -> Result<(), Error> {
+pub(crate) async fn list(client: &ClientArguments) -> Result<Vec<v1::Service>, Error> {
     let mut api = client.services().await?;
-    let services = all_pages(async |page_token| {
+    all_pages(async |page_token| {
         let page = api.list_services(v1::ListServicesRequest { page_size: 0, page_token }).await?.into_inner();
         Ok((page.services, page.next_page_token))
     })
-    .await?;
-    let services = list.apply(services)?;
-    if output::to_program(list.format(), &services)? {
+    .await
+}
+
+async fn ls(client: &ClientArguments, wanted: &ListArguments) -> Result<(), Error> {
+    let services = wanted.apply(list(client).await?)?;
+    if output::to_program(wanted.format(), &services)? {
         return Ok(());
     }
     let row = |service: &v1::Service| {
@@ -148,7 +163,11 @@ fn mode(mode: Option<&Mode>) -> String {
 
 async fn inspect(client: &ClientArguments, service: String, format: Format) -> Result<(), Error> {
     let service = get(client, &service).await?;
-    if output::to_program(format, &service)? {
+    let shown = match format {
+        Format::Yaml => output::to_program(format, &manifest_of(&service))?,
+        Format::Table | Format::Json => output::to_program(format, &service)?,
+    };
+    if shown {
         return Ok(());
     }
     let spec = service.spec.unwrap_or_default();

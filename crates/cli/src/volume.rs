@@ -5,6 +5,7 @@ use warren_proto::v1;
 
 use crate::{
     client::{ClientArguments, all_pages},
+    complete,
     error::Error,
     filter::ListArguments,
     node,
@@ -45,6 +46,7 @@ pub(crate) enum Command {
     /// Shows one volume.
     Inspect {
         /// Name, id, or unique beginning of an id.
+        #[arg(add = complete::volumes())]
         volume: String,
         #[command(flatten)]
         format: FormatArguments,
@@ -52,7 +54,7 @@ pub(crate) enum Command {
     /// Removes volumes and their data.
     Rm {
         /// Names, ids, or unique beginnings of ids.
-        #[arg(required = true)]
+        #[arg(required = true, add = complete::volumes())]
         volumes: Vec<String>,
         /// Also those that services use.
         #[arg(long, short)]

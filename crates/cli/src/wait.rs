@@ -11,11 +11,11 @@ use std::{
 };
 
 use clap::Args;
-use futures::future::join_all;
+use futures::{StreamExt as _, future::join_all, stream::FuturesOrdered};
 use tonic::Streaming;
 use warren_proto::v1::{self, RestartCondition, WatchContainersResponse, watch_containers_response::Change};
 
-use crate::{client::ClientArguments, container, error::Error, service};
+use crate::{client::ClientArguments, complete, container, error::Error, output::say, parse, service};
 use assess::{Assessment, End, assess};
 
 #[derive(Args, Clone, Copy, Debug)]
@@ -24,8 +24,8 @@ pub(crate) struct WaitArguments {
     /// reason otherwise
     #[arg(long)]
     pub(crate) wait: bool,
-    /// Seconds to wait at most, for everything together
-    #[arg(long, default_value_t = 60, requires = "wait", value_parser = clap::value_parser!(u64).range(..=86_400))]
+    /// How long to wait at most, for everything together: a number of seconds, or 90s, 5m
+    #[arg(long, default_value = "60", value_name = "DURATION", requires = "wait", value_parser = parse::seconds)]
     pub(crate) timeout: u64,
     /// Seconds that a container without a health check must run to count as well
     #[arg(long, default_value_t = 5, env = "WARREN_STABLE_S", value_parser = clap::value_parser!(u64).range(..=3600))]
@@ -278,12 +278,13 @@ pub(crate) enum Until {
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
     /// Name, id, or unique prefix of an id
+    #[arg(add = complete::services())]
     service: String,
     /// What to wait for [default: ended if the restart policy lets containers end, else ready]
     #[arg(long = "for", value_name = "WHAT")]
     until: Option<Until>,
-    /// Seconds to wait at most [default: no limit]
-    #[arg(long, value_parser = clap::value_parser!(u64).range(..=31_536_000))]
+    /// How long to wait at most: a number of seconds, or 90s, 5m [default: no limit]
+    #[arg(long, value_name = "DURATION", value_parser = parse::seconds)]
     timeout: Option<u64>,
     /// Seconds that a container without a health check must run to count as well
     #[arg(long, default_value_t = 5, env = "WARREN_STABLE_S", value_parser = clap::value_parser!(u64).range(..=3600))]
@@ -327,6 +328,80 @@ async fn ended(
                     return Err(Error::NotEnded { service: name, timeout: Duration::from_secs(timeout), why });
                 }
                 End::NotYet(_) => {}
+            }
+            let until = Instant::now() + LOOK_AGAIN;
+            match follower.changed(deadline.map_or(until, |deadline| until.min(deadline))).await {
+                Err(error) if error.is_transient() && !is_over(deadline) => break,
+                other => other?,
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Waits until these containers have ended, and writes the exit code of each.
+pub(crate) async fn containers_end(
+    client: &ClientArguments,
+    containers: Vec<String>,
+    timeout: Option<u64>,
+) -> Result<(), Error> {
+    let timeout = timeout.map(Duration::from_secs);
+    let deadline = timeout.map(|timeout| Instant::now() + timeout);
+    // A name means another container once this one is replaced.
+    let mut known = Vec::new();
+    for container in containers {
+        known.push(patiently(deadline, async || container::get(client, container.clone()).await).await?);
+    }
+    // Each is told as soon as those before it are.
+    let mut ends: FuturesOrdered<_> = known.into_iter().map(|it| container_ends(client, it, deadline)).collect();
+    let mut outcomes = Vec::new();
+    while let Some(end) = ends.next().await {
+        outcomes.push(end.and_then(|container| {
+            let (status, name) = (container::status(&container), container::name(&container));
+            match status.exit_code {
+                Some(code) => say!("{code}"),
+                None if container::has_ended(&container) => {
+                    return Err(Error::NoExitCode { container: name, why: status.message });
+                }
+                None => {
+                    let state = container::state_name(status.state());
+                    return Err(Error::Running { container: name, state, timeout: timeout.unwrap_or_default() });
+                }
+            }
+            Ok(())
+        }));
+    }
+    Error::all(outcomes)
+}
+
+/// A container as it is at its end, or at the deadline.
+async fn container_ends(
+    client: &ClientArguments,
+    mut container: v1::Container,
+    deadline: Option<Instant>,
+) -> Result<v1::Container, Error> {
+    let id = container.id.clone();
+    // Its record goes with its service, or when there are enough newer ones.
+    let forgotten = |container: &v1::Container| Error::NoExitCode {
+        container: container::name(container),
+        why: "it is gone, and nobody remembers its end".to_owned(),
+    };
+    loop {
+        if container::has_ended(&container) || is_over(deadline) {
+            return Ok(container);
+        }
+        let started = patiently(deadline, async || Follower::start(client, &container.service_id).await).await;
+        let mut follower = match started {
+            Err(Error::Refused(status)) if status.code() == tonic::Code::NotFound => return Err(forgotten(&container)),
+            other => other?,
+        };
+        loop {
+            match follower.containers.get(&id) {
+                Some(known) => container = known.clone(),
+                None => return Err(forgotten(&container)),
+            }
+            if container::has_ended(&container) || is_over(deadline) {
+                return Ok(container);
             }
             let until = Instant::now() + LOOK_AGAIN;
             match follower.changed(deadline.map_or(until, |deadline| until.min(deadline))).await {

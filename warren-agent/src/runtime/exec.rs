@@ -71,8 +71,8 @@ impl Execution {
         Ok(answer.map_err(Error::call("waiting for a process"))?.into_inner().exit_status as i32)
     }
 
-    /// Signals it; one that has exited is no error.
-    pub(crate) async fn signal(&self, signal: u32) -> Result<(), Error> {
+    /// Signals it. Returns whether it was there: one that has exited is no error.
+    pub(crate) async fn signal(&self, signal: u32) -> Result<bool, Error> {
         let request = self.containerd.request(api::KillRequest {
             container_id: self.container.clone(),
             exec_id: self.id.clone(),
@@ -80,8 +80,9 @@ impl Execution {
             all: false,
         });
         match self.containerd.client().tasks().kill(request).await {
-            Err(status) if status.code() != Code::NotFound => Err(Error::call("killing a process")(status)),
-            _ => Ok(()),
+            Err(status) if status.code() == Code::NotFound => Ok(false),
+            Err(status) => Err(Error::call("killing a process")(status)),
+            Ok(_) => Ok(true),
         }
     }
 

@@ -7,8 +7,10 @@ use warren_proto::v1::{self, containers_server, watch_containers_response};
 
 use super::{Context, Error, lookup, pages::page};
 use crate::{
+    clock::Timestamp,
     convert,
     ids::ServiceId,
+    reconciler,
     state::{Container, ContainerChange, State},
 };
 
@@ -36,11 +38,18 @@ impl Containers {
             containers.retain(|container| container.node.as_ref() == Some(&node.id));
         }
         containers.sort_by_cached_key(sort_key);
-        let shown = |container: Arc<Container>| Ok(convert::container(&container));
+        let now = self.0.store.now();
+        let shown = |container: Arc<Container>| Ok(as_read(&state, &container, now));
         let (containers, next_page_token) =
             page(containers, sort_key, (request.page_size, &request.page_token), shown)?;
         Ok(v1::ListContainersResponse { containers, next_page_token, revision: state.revision() })
     }
+}
+
+/// With what is known of it at this moment.
+fn as_read(state: &State, container: &Container, now: Timestamp) -> v1::Container {
+    let next_try = state.service(&container.service).and_then(|service| reconciler::next_try(service, container, now));
+    v1::Container { next_try_at: next_try.map(Timestamp::to_proto), ..convert::container(container) }
 }
 
 fn changed(revision: u64, container: &Container) -> v1::WatchContainersResponse {
@@ -79,7 +88,8 @@ impl containers_server::Containers for Containers {
     ) -> Result<Response<v1::GetContainerResponse>, Status> {
         let state = self.0.store.read().await.map_err(super::status)?;
         let container = lookup::container(&state, &request.into_inner().container)?;
-        Ok(Response::new(v1::GetContainerResponse { container: Some(convert::container(&container)) }))
+        let container = as_read(&state, &container, self.0.store.now());
+        Ok(Response::new(v1::GetContainerResponse { container: Some(container) }))
     }
 
     type WatchContainersStream = Pin<Box<dyn Stream<Item = Result<v1::WatchContainersResponse, Status>> + Send>>;

@@ -18,6 +18,18 @@ pub(super) struct Exec(pub(super) Context, pub(super) Relay);
 
 /// What can be known to be wrong before a node is asked.
 fn check(start: &v1::ExecStart) -> Result<(), Invalid> {
+    if !start.signal.is_empty() {
+        return match warren_spec::signal(&start.signal) {
+            _ if !start.command.is_empty() => {
+                Err(Invalid::new("start.signal", "is for the container, and not for a command"))
+            }
+            Some(_) => Ok(()),
+            None => {
+                let why = format!("{:?} is no signal: a name like TERM or SIGTERM, or a number", start.signal);
+                Err(Invalid::new("start.signal", why))
+            }
+        };
+    }
     if start.command.first().is_none_or(String::is_empty) {
         return Err(Invalid::new("start.command", "is missing: it is the program and its arguments"));
     }
@@ -75,7 +87,14 @@ impl exec_server::Exec for Exec {
         let (node, start) = Self::find(&state, start)?;
         // Arguments may be anybody's secrets.
         let by = Caller::current().map(|caller| caller.actor().id).unwrap_or_default();
-        tracing::info!(container = start.container, program = start.command[0], by, "a command is run in a container");
+        match start.command.first() {
+            Some(program) => {
+                tracing::info!(container = start.container, program, by, "a command is run in a container");
+            }
+            None => {
+                tracing::info!(container = start.container, signal = start.signal, by, "a container is sent a signal");
+            }
+        }
         let wish = v1::ExecWish { id: format!("{:032x}", self.0.environment.random()), start: Some(start) };
         match self.1.exec(node.clone(), wish, requests).await {
             Some(responses) => Ok(Response::new(Box::pin(responses))),
@@ -108,6 +127,10 @@ mod tests {
             check(&start).expect_err("it is refused").field.into_owned()
         };
         assert_eq!(refused(|start| start.command.clear()), "start.command");
+        let signal = |name: &str| check(&v1::ExecStart { signal: name.to_owned(), ..Default::default() });
+        assert!(signal("SIGHUP").is_ok() && signal("9").is_ok());
+        assert_eq!(signal("NOPE").expect_err("it is refused").field, "start.signal");
+        assert_eq!(refused(|start| start.signal = "HUP".to_owned()), "start.signal");
         assert_eq!(refused(|start| start.command[0].clear()), "start.command");
         assert_eq!(refused(|start| start.command.push("a\0b".to_owned())), "start");
         assert_eq!(refused(|start| drop(start.env.insert("A=B".to_owned(), String::new()))), "start.env");

@@ -341,7 +341,10 @@ fn share_a_node(state: &State, one: &Service, other: &Service) -> bool {
 /// Whether containers of the old spec must be replaced. How many there are, and what happens when one ends, they need not
 /// know.
 fn runs_something_else(old: &ServiceSpec, new: &ServiceSpec) -> bool {
-    (&old.container, &old.resources, &old.name) != (&new.container, &new.resources, &new.name)
+    // As an earlier manager has stored it.
+    let mut container = v1::ContainerSpec::clone(&old.container);
+    validate::say_in_full(&mut container);
+    (&container, &old.resources, &old.name) != (&*new.container, &new.resources, &new.name)
 }
 
 #[tonic::async_trait]

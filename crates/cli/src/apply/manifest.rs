@@ -316,6 +316,9 @@ struct HealthCheck {
     r#type: CheckType,
     #[serde(default, deserialize_with = "or_default")]
     endpoint: String,
+    /// Of a request by HTTP.
+    #[serde(default, deserialize_with = "or_default")]
+    headers: BTreeMap<String, Text>,
     #[serde(default, deserialize_with = "or_default")]
     command: Vec<String>,
     interval: Option<Duration>,
@@ -590,7 +593,11 @@ impl Secret {
 impl HealthCheck {
     fn into_proto(self) -> Result<v1::HealthCheck, Mistake> {
         let endpoint = |why: String| at("spec.healthCheck.endpoint")(why);
+        let headers: BTreeMap<_, _> = self.headers.into_iter().map(|(name, value)| (name, value.0)).collect();
         let check = match self.r#type {
+            _ if !headers.is_empty() && !matches!(self.r#type, CheckType::Http | CheckType::Https) => {
+                return Err(Mistake::new("spec.healthCheck.headers", "only requests by HTTP have headers"));
+            }
             CheckType::Exec => Check::Exec(v1::ExecCheck { command: self.command }),
             kind => {
                 let scheme = match kind {
@@ -603,7 +610,10 @@ impl HealthCheck {
                 let rest = self.endpoint.split_once("://").map_or(self.endpoint.as_str(), |(_, rest)| rest);
                 let port = rest.find(':').map(|at| &rest[at + 1..]);
                 let port = port.ok_or_else(|| endpoint(format!("{:?} has no port", self.endpoint)))?;
-                parse::health(&format!("{scheme}://:{port}")).map_err(endpoint)?
+                match parse::health(&format!("{scheme}://:{port}")).map_err(endpoint)? {
+                    Check::Http(check) => Check::Http(v1::HttpCheck { headers, ..check }),
+                    check => check,
+                }
             }
         };
         Ok(v1::HealthCheck {

@@ -87,8 +87,11 @@ pub(crate) struct Arguments {
     /// When a container that ended is replaced.
     #[arg(long, value_enum, default_value = "any")]
     restart: Restart,
-    /// Milliseconds before the first replacement; doubles with each failure in a row.
-    #[arg(long)]
+    /// How long before the first replacement, like 5s; doubles with each failure in a row.
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    restart_delay: Option<pbjson_types::Duration>,
+    /// The same in milliseconds.
+    #[arg(long, hide = true, conflicts_with = "restart_delay")]
     restart_delay_ms: Option<u64>,
     /// Failures in a row after which a container is no longer replaced; 0 is never.
     #[arg(long, default_value_t = 0)]
@@ -96,9 +99,9 @@ pub(crate) struct Arguments {
     /// The signal that stops a container; the image's, or SIGTERM, unless given.
     #[arg(long, default_value = "")]
     stop_signal: String,
-    /// Seconds from that signal to SIGKILL; 10 unless given.
-    #[arg(long)]
-    stop_timeout: Option<u64>,
+    /// From that signal to SIGKILL, like 30s or 2m, or a number of seconds; 10s unless given.
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    stop_timeout: Option<pbjson_types::Duration>,
     /// Processes and threads that a container may have; 0 is no limit.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     limit_pids: i64,
@@ -200,7 +203,6 @@ pub(crate) struct Arguments {
 }
 
 fn spec(arguments: &Arguments) -> v1::ServiceSpec {
-    let seconds = |seconds: u64| pbjson_types::Duration { seconds: seconds as i64, nanos: 0 };
     let amounts = |cpu: Option<i64>, memory: Option<i64>| {
         Some(v1::ResourceAmounts { cpu_millis: cpu.unwrap_or(0), memory_bytes: memory.unwrap_or(0) })
     };
@@ -223,9 +225,8 @@ fn spec(arguments: &Arguments) -> v1::ServiceSpec {
         EndpointMode::Dnsrr => v1::EndpointMode::Dnsrr,
         EndpointMode::Vip => v1::EndpointMode::Vip,
     };
-    let delay = arguments
-        .restart_delay_ms
-        .map(|ms| pbjson_types::Duration { seconds: (ms / 1000) as i64, nanos: (ms % 1000) as i32 * 1_000_000 });
+    let of_ms = |ms| pbjson_types::Duration { seconds: (ms / 1000) as i64, nanos: (ms % 1000) as i32 * 1_000_000 };
+    let delay = arguments.restart_delay.or(arguments.restart_delay_ms.map(of_ms));
     v1::ServiceSpec {
         name: arguments.name.clone(),
         labels: arguments.label.iter().cloned().collect(),
@@ -240,7 +241,7 @@ fn spec(arguments: &Arguments) -> v1::ServiceSpec {
             args: arguments.args.clone(),
             env: arguments.env.iter().cloned().collect(),
             stop_signal: arguments.stop_signal.clone(),
-            stop_timeout: arguments.stop_timeout.map(seconds),
+            stop_timeout: arguments.stop_timeout,
             working_dir: arguments.workdir.clone(),
             user: arguments.user.clone(),
             labels: arguments.container_label.iter().cloned().collect(),
