@@ -10,6 +10,7 @@ use std::{
 
 use rustix::process::Signal;
 
+use warren_agent::probes::{Groups, Maps, Options};
 use warren_tests::{
     Answer, DnsServer, Metrics, Process, Transport, World, ask, ask_silently, find, framed_query, script_that_asks,
     until,
@@ -317,4 +318,34 @@ fn messages_are_counted_however_tcp_cuts_them() {
         let by = (after.0 - before.0, after.1 - before.1, after.2 - before.2, after.3 - before.3);
         assert_eq!(by, (counted, counted, lost, 0.0), "case {i}");
     }
+}
+
+/// A node that has had thousands of services goes on naming those that it has.
+#[test]
+fn groups_of_services_that_are_gone_make_room() {
+    let world = World::empty("dns-groups");
+    let options = Options {
+        pin_dir: world.pins(),
+        dns_cgroup: "/".into(),
+        registered_only: true,
+        dns_timeout: Duration::from_secs(1),
+        dns_slow: Duration::ZERO,
+        dns_ports: vec![world.dns_port],
+    };
+    let maps = Maps::open(&options).expect("the probes load");
+    let mut groups = Groups::load(&maps);
+    let number = |groups: &mut Groups, name: &str| groups.number(&maps, name).expect("there is room");
+    let kept = number(&mut groups, "kept");
+    maps.register("0123456789", kept, 0).expect("there is room");
+    assert_eq!(groups.forget_unused(&maps).expect("readable"), 0, "there is room: nothing is forgotten");
+    let last = (0..3_200).map(|i| number(&mut groups, &format!("service-{i}"))).last().expect("many");
+    assert_eq!(groups.forget_unused(&maps).expect("writable"), 3_200);
+    assert_eq!((groups.name(kept), groups.name(last)), ("kept", "unknown"));
+    // A number is not used again, and what was forgotten is in the kernel, too.
+    let next = number(&mut groups, "next");
+    assert!(next > last, "{next} after {last}");
+    let again = Groups::load(&maps);
+    assert_eq!((again.name(kept), again.name(next), again.name(last)), ("kept", "next", "unknown"));
+    drop(maps);
+    Maps::remove(&world.pins()).expect("removable");
 }

@@ -17,6 +17,7 @@ const TERM_BIT: u64 = 1 << 14;
 struct Runc<'a> {
     world: &'a World,
     bundle: PathBuf,
+    program: PathBuf,
 }
 
 impl<'a> Runc<'a> {
@@ -31,7 +32,7 @@ impl<'a> Runc<'a> {
         for directory in ["proc", "sys", "dev"] {
             fs::create_dir_all(bundle.join("rootfs").join(directory)).expect("writable");
         }
-        Self { world, bundle }
+        Self { world, bundle, program: find("runc") }
     }
 
     fn configure(&self, id: &str, args: &[&str]) {
@@ -52,7 +53,7 @@ impl<'a> Runc<'a> {
     }
 
     fn run(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(find("runc"));
+        let mut command = Command::new(&self.program);
         command.arg("--root").arg(self.world.path("runc")).args(arguments).current_dir(&self.bundle);
         // A container that goes on would keep a pipe open.
         command.stdin(std::process::Stdio::null());
@@ -211,6 +212,40 @@ fn the_oom_killer_is_seen_whatever_its_tracepoint_carries() {
     assert_eq!(runc.run(&["create", "greedy"]).code, 0);
     assert_eq!(runc.run(&["start", "greedy"]).code, 0);
     until("it is counted", || (killed() == before + 1.0).then_some(()));
+
+    // The limit may be that of what the container is in, a pod for one.
+    runc.configure("in-a-pod", &["/bin/tail", "/dev/zero"]);
+    assert_eq!(runc.run(&["create", "in-a-pod"]).code, 0);
+    let parent = world.cgroup_parent();
+    let parent = parent.trim_start_matches('/');
+    let v1 = Path::new("/sys/fs/cgroup/memory").join(parent).join("memory.limit_in_bytes");
+    let limit = if v1.exists() { v1 } else { v2_mount().join(parent).join("memory.max") };
+    fs::write(limit, (16 << 20).to_string()).expect("the pod's limit can be set");
+    assert_eq!(runc.run(&["start", "in-a-pod"]).code, 0);
+    until("it is counted", || (killed() == before + 2.0).then_some(()));
+}
+
+/// gVisor keeps its containers' processes from the host: that none was seen is no failure.
+#[test]
+fn what_cannot_be_seen_of_a_sandbox_is_not_taken_for_a_failure() {
+    let mut world = World::empty("sandbox");
+    world.start_observer(&[]);
+    let mut runc = Runc::new(&world);
+    let named = world.path("runsc");
+    fs::copy(find("runc"), &named).expect("runc can be copied");
+    runc.program = named;
+    let [create, start, stop] = counts(&world);
+    let failed = || world.agent_metrics().sum("warren_container_start_failures_total", &[]);
+    let before = failed();
+    runc.configure("boxed", &ARGUMENTS);
+    assert_eq!(runc.run(&["create", "boxed"]).code, 0);
+    until_counts(&world, [create + 1.0, start, stop]);
+    assert_eq!(runc.run(&["delete", "--force", "boxed"]).code, 0);
+    let log = || world.agent.as_ref().expect("it runs").log();
+    until("its removal is seen", || {
+        log().lines().any(|line| line.contains("container=\"boxed\"") && line.contains("Removed")).then_some(())
+    });
+    assert_eq!((counts(&world), failed()), ([create + 1.0, start, stop], before));
 }
 
 #[test]

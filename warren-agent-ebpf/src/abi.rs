@@ -136,7 +136,7 @@ pub struct SweepIntent {
 pub const RUNTIMES: [&str; 4] = ["runc", "crun", "youki", "runsc"];
 
 /// Changes whenever a layout keeps its size but not its meaning.
-const REVISION: u64 = 1;
+const REVISION: u64 = 2;
 
 const fn fnv1a(hash: u64, value: u64) -> u64 {
     let bytes = value.to_le_bytes();
@@ -197,6 +197,8 @@ mod user {
     unsafe impl Pod for SweepIntent {}
     // SAFETY: see the module.
     unsafe impl Pod for container::Container {}
+    // SAFETY: see the module.
+    unsafe impl Pod for container::Operation {}
     // SAFETY: see the module.
     unsafe impl Pod for dns::HistogramKey {}
     // SAFETY: see the module.

@@ -31,9 +31,10 @@ pub(crate) static DNS_RING: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);
 /// Container id to what the agent knows of it beforehand.
 #[map]
 pub(crate) static REGISTRY: HashMap<ContainerId, Registration> = HashMap::with_max_entries(CONTAINERS_MAX, 0);
-/// Process id of a runtime to what it is doing. Least recently used go first: a runtime's exit may be missed.
+/// Process id of a runtime to what it is doing. Not LRU: what finds no room is counted, and the agent removes what is left of those
+/// whose exit was missed.
 #[map]
-pub(crate) static OPERATIONS: LruHashMap<u32, container::Operation> = LruHashMap::with_max_entries(1024, 0);
+pub(crate) static OPERATIONS: HashMap<u32, container::Operation> = HashMap::with_max_entries(1024, 0);
 /// Cgroup id to container. Not LRU: state must not vanish in silence.
 #[map]
 pub(crate) static CONTAINERS: HashMap<u64, container::Container> = HashMap::with_max_entries(CONTAINERS_MAX, 0);
@@ -42,7 +43,7 @@ pub(crate) static CONTAINERS: HashMap<u64, container::Container> = HashMap::with
 pub(crate) static IDS: HashMap<ContainerId, u64> = HashMap::with_max_entries(CONTAINERS_MAX, 0);
 /// A cgroup made inside a container's cgroup, to the container's.
 #[map]
-pub(crate) static ALIASES: LruHashMap<u64, u64> = LruHashMap::with_max_entries(CONTAINERS_MAX, 0);
+pub(crate) static ALIASES: HashMap<u64, u64> = HashMap::with_max_entries(CONTAINERS_MAX, 0);
 /// Cgroup id, of containers and cgroups inside them, to whom their DNS queries are accounted.
 #[map]
 pub(crate) static GROUPS: HashMap<u64, u32> = HashMap::with_max_entries(2 * CONTAINERS_MAX, 0);

@@ -237,7 +237,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let probes = match &probing {
         Probing::Kernel(maps, groups) => {
             sources.push(Arc::new(ProbeSource::new(Arc::clone(maps), Arc::clone(groups))));
-            tasks.spawn(sweep(Arc::clone(maps), options.dns_timeout, shutdown.clone()));
+            tasks.spawn(sweep(Arc::clone(maps), Arc::clone(groups), options.dns_timeout, shutdown.clone()));
             Some((Arc::clone(maps), Arc::clone(groups)))
         }
         Probing::Absent(_) => {

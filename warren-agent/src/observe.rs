@@ -76,7 +76,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let tracker = TaskTracker::new();
     tracker.spawn(drain_lifecycle(lifecycle_ring, lifecycle_sender));
     tracker.spawn(drain_dns(dns_ring, dns_sender));
-    tracker.spawn(sweep(Arc::clone(&maps), options.dns_timeout, shutdown.clone()));
+    tracker.spawn(sweep(Arc::clone(&maps), Arc::clone(&groups), options.dns_timeout, shutdown.clone()));
     match tokio::time::timeout(NAMING_TIMEOUT, runtime::all_containers(&options.containerd_socket)).await {
         Ok(found) => tasks::seed(&maps, &groups, &found),
         Err(_) => tracing::warn!("containerd does not answer: stops of containers that run already are not timed"),
@@ -100,12 +100,29 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     Ok(())
 }
 
-/// Counts unanswered DNS queries, once a second.
-pub(crate) async fn sweep(maps: Arc<Maps>, timeout: Duration, shutdown: CancellationToken) {
+/// Counts unanswered DNS queries, once a second, and tidies the maps up once a minute.
+pub(crate) async fn sweep(maps: Arc<Maps>, groups: Arc<Mutex<Groups>>, timeout: Duration, shutdown: CancellationToken) {
+    const TIDY: u32 = 60;
     let mut tick = tokio::time::interval(Duration::from_secs(1));
+    let mut ticks: u32 = 0;
     while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
-        let maps = Arc::clone(&maps);
-        let swept = tokio::task::spawn_blocking(move || Sweep { timeout }.run(&maps, probes::monotonic_now()));
+        let (maps, groups) = (Arc::clone(&maps), Arc::clone(&groups));
+        ticks = ticks.wrapping_add(1);
+        let swept = tokio::task::spawn_blocking(move || {
+            let now = probes::monotonic_now();
+            Sweep { timeout }.run(&maps, now)?;
+            if ticks % TIDY == 0 {
+                maps.remove_stale_operations(now);
+                let forgotten = groups.lock().unwrap_or_else(PoisonError::into_inner).forget_unused(&maps)?;
+                if forgotten > 0 {
+                    tracing::info!(
+                        services = forgotten,
+                        "DNS counts of services that are gone from the node make room"
+                    );
+                }
+            }
+            Ok::<_, probes::Error>(())
+        });
         if let Ok(Err(error)) = swept.await {
             tracing::warn!(error = probes::describe(&error), "unanswered DNS queries could not be counted");
         }

@@ -49,6 +49,8 @@ pub mod flag {
     pub const OOM_FIRST: u32 = 1 << 7;
     /// The OOM killer chose another of its processes, which it may well survive.
     pub const OOM_OTHER: u32 = 1 << 8;
+    /// Its processes are not the host's, as gVisor's are: nothing but its creation can be seen.
+    pub const SANDBOXED: u32 = 1 << 9;
 }
 
 /// Kinds of [`Event`].
@@ -100,8 +102,8 @@ pub struct Operation {
     pub group: u32,
     /// Depth of the container's cgroup.
     pub level: u32,
-    /// Always 0.
-    pub _reserved: u32,
+    /// Bits of [`flag`] that its container begins with.
+    pub flags: u32,
     /// The container's id.
     pub id: ContainerId,
 }

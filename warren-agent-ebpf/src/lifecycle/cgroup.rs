@@ -77,6 +77,7 @@ unsafe fn link(operation: *mut Operation, cgroup: Cgroup) {
         (*container).state = state::CREATING;
         (*container).operation = (*operation).kind;
         (*container).group = (*operation).group;
+        (*container).flags = (*operation).flags;
         (*container).stop_signals =
             if (*operation).stop_signals == 0 { DEFAULT_STOP_SIGNALS } else { (*operation).stop_signals };
         core::ptr::copy_nonoverlapping(
@@ -99,8 +100,9 @@ fn inherit(cgroup: Cgroup) {
     let Some(parent) = cgroup.parent() else { return };
     let Some((owner, container)) = container_of(parent.id()) else { return };
     let id = cgroup.id();
-    // SAFETY: a map value.
-    let group = unsafe { (*container).group };
+    // The agent may have named it since it was made.
+    // SAFETY: map values.
+    let group = unsafe { GROUPS.get(owner).copied().unwrap_or((*container).group) };
     if ALIASES.insert(id, owner, BPF_ANY.into()).is_err() || GROUPS.insert(id, group, BPF_ANY.into()).is_err() {
         count(counter::LIFECYCLE_MAP_FULL);
     }
@@ -137,8 +139,10 @@ unsafe fn emptied(id: u64, container: *mut Container) {
             if (*container).state == state::CREATING {
                 return;
             }
-            (*container).flags |= flag::START_FAILED;
-            count(counter::START_FAILURES);
+            if (*container).flags & flag::SANDBOXED == 0 {
+                (*container).flags |= flag::START_FAILED;
+                count(counter::START_FAILURES);
+            }
         } else {
             let status = (*container).exit_status;
             if (*container).flags & flag::OOM != 0 {

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use warren_agent_ebpf::abi::{
     ContainerId, ID_LEN, RUNTIMES as RUNTIME_NAMES,
-    container::{Operation, duration, event, operation, state},
+    container::{Operation, duration, event, flag, operation, state},
     counter, group,
 };
 
@@ -50,9 +50,10 @@ fn operation_named(first_bytes: u64) -> u32 {
     }
 }
 
+/// The name of the task, if it is a runtime's.
 #[inline(always)]
-fn is_runtime() -> bool {
-    let Ok(comm) = bpf_get_current_comm() else { return false };
+fn runtime() -> Option<u64> {
+    let Ok(comm) = bpf_get_current_comm() else { return None };
     let name = u64::from_ne_bytes([comm[0], comm[1], comm[2], comm[3], comm[4], comm[5], comm[6], comm[7]]);
     let mut i = 0;
     while i < RUNTIME_NAMES.len() as u32 {
@@ -60,20 +61,20 @@ fn is_runtime() -> bool {
             && *runtime == name
             && name != 0
         {
-            return true;
+            return Some(name);
         }
         i += 1;
     }
-    false
+    None
 }
 
 #[btf_tracepoint(function = "sched_process_exec")]
 pub(crate) fn on_exec(ctx: BtfTracePointContext) -> i32 {
     let task = Task(pointer_argument(&ctx, 0));
-    if is_runtime() {
+    if let Some(runtime) = runtime() {
         // Anybody may name a program `runc`, root of an ordinary container too.
         if bpf_get_current_uid_gid() as u32 == 0 && task.may_make_containers() {
-            runtime_executed(task);
+            runtime_executed(task, runtime);
         }
     } else {
         payload_executed(task);
@@ -82,7 +83,7 @@ pub(crate) fn on_exec(ctx: BtfTracePointContext) -> i32 {
 }
 
 #[inline(always)]
-fn runtime_executed(task: Task) -> Option<()> {
+fn runtime_executed(task: Task, runtime: u64) -> Option<()> {
     // SAFETY: no arguments, no requirements.
     let now = unsafe { bpf_ktime_get_ns() };
     let scratch = OPERATION_SCRATCH.get_ptr_mut(0)?;
@@ -95,7 +96,7 @@ fn runtime_executed(task: Task) -> Option<()> {
         (*scratch).kind = 0;
         (*scratch).group = group::UNASSIGNED;
         (*scratch).level = 0;
-        (*scratch)._reserved = 0;
+        (*scratch).flags = if runtime == const { word(b"runsc") } { flag::SANDBOXED } else { 0 };
         let id = &raw mut (*scratch).id;
         let mut argument = start;
         let mut i = 0;

@@ -1,6 +1,6 @@
 //! Names of the groups that DNS queries are accounted to.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use warren_agent_ebpf::abi::{GROUP_NAME_LEN, GroupName, group};
 
@@ -11,6 +11,8 @@ use super::{Error, Maps};
 pub struct Groups {
     by_name: HashMap<String, u32>,
     names: HashMap<u32, String>,
+    /// The highest number that was forgotten.
+    last: u32,
 }
 
 impl Groups {
@@ -36,7 +38,8 @@ impl Groups {
         if let Some(number) = self.by_name.get(&name) {
             return Ok(*number);
         }
-        let number = self.names.keys().max().map_or(group::FIRST_ASSIGNED, |last| last + 1);
+        let last = self.names.keys().copied().max().unwrap_or(0).max(self.last);
+        let number = (last + 1).max(group::FIRST_ASSIGNED);
         let mut bytes: GroupName = [0; GROUP_NAME_LEN];
         bytes[..name.len()].copy_from_slice(name.as_bytes());
         maps.written()
@@ -46,6 +49,26 @@ impl Groups {
         self.by_name.insert(name.clone(), number);
         self.names.insert(number, name);
         Ok(number)
+    }
+
+    /// Makes room, once there is little: forgets the groups that no container is accounted to any more, with their series. Returns how
+    /// many.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written.
+    pub fn forget_unused(&mut self, maps: &Maps) -> Result<usize, Error> {
+        if !maps.is_filling_up() {
+            return Ok(0);
+        }
+        let used = maps.used_groups();
+        let unused: BTreeSet<u32> = self.names.keys().copied().filter(|number| !used.contains(number)).collect();
+        maps.forget_groups(&unused)?;
+        // Numbers are not used again: a query on its way may still have one.
+        self.last = self.last.max(self.names.keys().copied().max().unwrap_or(0));
+        self.names.retain(|number, _| !unused.contains(number));
+        self.by_name.retain(|_, number| !unused.contains(number));
+        Ok(unused.len())
     }
 
     /// The name of a group, as the `service` label shows it.

@@ -1,13 +1,15 @@
 //! The maps, as the agent reads and writes them.
 
 use std::{
-    fmt,
+    collections::BTreeSet,
+    fmt, io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
@@ -63,6 +65,9 @@ pub(super) struct Written {
     pub(super) ids: Hash<ContainerId, u64>,
     pub(super) groups: Hash<u64, u32>,
     pub(super) group_names: Hash<u32, GroupName>,
+    pub(super) operations: Hash<u32, container::Operation>,
+    /// The programs write what is in them.
+    dns_durations: Hash<dns::HistogramKey, Histogram>,
     pub(super) dns_pending: Hash<dns::PendingKey, dns::Pending>,
     pub(super) dns_timeouts: Hash<dns::HistogramKey, u64>,
     pub(super) sweep_intent: Array<MapData, SweepIntent>,
@@ -133,6 +138,8 @@ impl Maps {
                 ids: open(directory, "IDS")?,
                 groups: open(directory, "GROUPS")?,
                 group_names: open(directory, "GROUP_NAMES")?,
+                operations: open(directory, "OPERATIONS")?,
+                dns_durations: open(directory, "DNS_DURATIONS")?,
                 dns_pending: open(directory, "DNS_PENDING")?,
                 dns_timeouts: open(directory, "DNS_TIMEOUTS")?,
                 sweep_intent: open(directory, "SWEEP_INTENT")?,
@@ -284,15 +291,80 @@ impl Maps {
         written.containers.insert(cgroup, entry, 0).map_err(failed("CONTAINERS"))
     }
 
-    /// Accounts a container's DNS queries to `group` from now on.
+    /// Accounts a container's DNS queries to `group` from now on. One that is gone by now stays gone: nobody would remove it again.
     ///
     /// # Errors
     ///
-    /// When the map is full.
+    /// When the kernel refuses it.
     pub fn set_group(&self, cgroup: u64, group: u32) -> Result<(), Error> {
-        self.written().groups.insert(cgroup, group, 0).map_err(|source| Error::Map { map: "GROUPS", source })
+        match self.written().groups.insert(cgroup, group, BPF_EXIST) {
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other.map_err(|source| Error::Map { map: "GROUPS", source }),
+        }
+    }
+
+    /// Removes operations of runtimes that began long before `now`, whose exit must have been missed. Returns how many.
+    pub fn remove_stale_operations(&self, now: Duration) -> usize {
+        let mut written = self.written();
+        let oldest = u64::try_from(now.saturating_sub(LONGEST_OPERATION).as_nanos()).unwrap_or(u64::MAX);
+        let stale: Vec<_> = written.operations.iter().flatten().filter(|(_, it)| it.began_ns < oldest).collect();
+        stale.iter().filter(|(process, _)| written.operations.remove(process).is_ok()).count()
+    }
+
+    /// The groups that containers are accounted to, those that are known beforehand included.
+    #[must_use]
+    pub fn used_groups(&self) -> BTreeSet<u32> {
+        let written = self.written();
+        let registered = written.registry.iter().flatten().map(|(_, registration)| registration.group);
+        registered.chain(written.groups.iter().flatten().map(|(_, group)| group)).collect()
+    }
+
+    /// Whether the maps that hold something of each group are filling up.
+    #[must_use]
+    pub fn is_filling_up(&self) -> bool {
+        let written = self.written();
+        let full = MAX_HISTOGRAMS * 3 / 4;
+        written.dns_durations.keys().count() > full
+            || written.dns_timeouts.keys().count() > full
+            || written.group_names.keys().count() > full
+    }
+
+    /// Forgets groups, with what was counted of them. Their unanswered queries are the overflow group's from then on: what was
+    /// sent stays accounted for.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written; the next time takes it up.
+    pub fn forget_groups(&self, groups: &BTreeSet<u32>) -> Result<(), Error> {
+        let failed = |map| move |source| Error::Map { map, source };
+        let mut written = self.written();
+        let durations: Vec<_> =
+            written.dns_durations.keys().flatten().filter(|key| groups.contains(&key.group)).collect();
+        for key in durations {
+            // Not there is what is wanted, here and below.
+            let _ = written.dns_durations.remove(&key);
+        }
+        let timeouts: Vec<_> =
+            written.dns_timeouts.iter().flatten().filter(|(key, _)| groups.contains(&key.group)).collect();
+        for (key, count) in timeouts {
+            let overflow = dns::HistogramKey { group: group::OVERFLOW, ..key };
+            let all = written.dns_timeouts.get(&overflow, 0).unwrap_or(0) + count;
+            written.dns_timeouts.insert(overflow, all, 0).map_err(failed("DNS_TIMEOUTS"))?;
+            let _ = written.dns_timeouts.remove(&key);
+        }
+        for number in groups {
+            let _ = written.group_names.remove(number);
+        }
+        Ok(())
     }
 }
+
+/// For as long a runtime may make a container.
+const LONGEST_OPERATION: Duration = Duration::from_secs(600);
+/// The size of the maps of histograms, timeouts and groups' names.
+const MAX_HISTOGRAMS: usize = 4096;
+/// The kernel's flag: only what is there is written.
+const BPF_EXIST: u64 = 2;
 
 /// A container id as the maps key it; longer ones are cut as the programs cut them.
 pub(super) fn container_key(id: &str) -> ContainerId {
