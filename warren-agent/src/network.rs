@@ -28,6 +28,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use defguard_wireguard_rs::key::Key;
@@ -40,7 +41,7 @@ pub(crate) use files::{Files, Mounted};
 use listeners::Listeners;
 use netlink::{Netlink, Veth};
 use overlay::{Overlay, VXLAN_OVERHEAD};
-use pool::Pool;
+use pool::{Lack, Pool};
 
 /// Where every node's resolver answers, and containers' way out: the same on all nodes, so that every container's
 /// configuration is the same.
@@ -332,18 +333,32 @@ impl Network {
         self.0.options.run_dir.join(container)
     }
 
+    /// A container's addresses, or for how long the next ones still rest.
+    fn take_addresses(&self, container: &str) -> Result<Result<Vec<IpAddr>, Duration>, Error> {
+        let mut changing = self.changing();
+        let pool = changing.pool.as_mut().ok_or(Error::NoSubnet)?;
+        match pool.take(container, Instant::now()) {
+            Ok(addresses) => {
+                changing.owners.insert(container.to_owned(), addresses.clone());
+                Ok(Ok(addresses))
+            }
+            Err(Lack::Resting(left)) => Ok(Err(left)),
+            Err(Lack::Taken) => Err(Error::Exhausted),
+        }
+    }
+
     /// Gives a container its namespace and addresses. What an attempt that was cut short left is made anew.
     ///
     /// # Errors
     ///
     /// When there is no address, or the kernel refuses; nothing is left then.
     pub async fn attach(&self, container: &str) -> Result<Attachment, Error> {
-        let addresses = {
-            let mut changing = self.changing();
-            let pool = changing.pool.as_mut().ok_or(Error::NoSubnet)?;
-            let addresses = pool.take(container).ok_or(Error::Exhausted)?;
-            changing.owners.insert(container.to_owned(), addresses.clone());
-            addresses
+        let addresses = loop {
+            match self.take_addresses(container)? {
+                Ok(addresses) => break addresses,
+                // Nobody else's names lead to it then.
+                Err(left) => tokio::time::sleep(left).await,
+            }
         };
         let namespace = self.namespace(container);
         if host::exists(&namespace) {
@@ -404,7 +419,7 @@ impl Network {
         let mut changing = self.changing();
         changing.owners.remove(container);
         if let Some(pool) = &mut changing.pool {
-            pool.give_back(container);
+            pool.give_back(container, Instant::now());
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::{Duration, Instant},
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -10,13 +11,27 @@ const NODE: u8 = 1;
 /// Containers' places: neither the subnet's first address, nor the node's, nor the broadcast address.
 const CONTAINERS: std::ops::RangeInclusive<u8> = 2..=254;
 
-/// The addresses of one node's containers. Places are taken in turn, so that an address that was given back is not at
-/// once another container's.
+/// For how long an address that was given back is nobody's: longer than names lead to it that were answered before (five seconds).
+const REST: Duration = Duration::from_secs(10);
+
+/// Why there is no address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lack {
+    /// All are containers'.
+    Taken,
+    /// One has rested by then.
+    Resting(Duration),
+}
+
+/// The addresses of one node's containers. Places are taken in turn, and rest after they were given back: whoever has looked a
+/// name up before would reach another service.
 #[derive(Clone, Debug)]
 pub(super) struct Pool {
     v4: Ipv4Net,
     v6: Option<Ipv6Net>,
     taken: BTreeMap<u8, String>,
+    /// When those were given back that rest.
+    resting: BTreeMap<u8, Instant>,
     next: u8,
 }
 
@@ -25,7 +40,7 @@ impl Pool {
     pub(super) fn new(subnets: &[IpNet]) -> Option<Self> {
         let v4 = subnets.iter().find_map(|subnet| if let IpNet::V4(v4) = subnet { Some(*v4) } else { None })?;
         let v6 = subnets.iter().find_map(|subnet| if let IpNet::V6(v6) = subnet { Some(*v6) } else { None });
-        Some(Self { v4, v6, taken: BTreeMap::new(), next: *CONTAINERS.start() })
+        Some(Self { v4, v6, taken: BTreeMap::new(), resting: BTreeMap::new(), next: *CONTAINERS.start() })
     }
 
     fn addresses(&self, place: u8) -> Vec<IpAddr> {
@@ -39,16 +54,21 @@ impl Pool {
         self.addresses(NODE)
     }
 
-    /// Gives a container its addresses, one of each family: those that it has already, if it has. `None` when none is left.
-    pub(super) fn take(&mut self, container: &str) -> Option<Vec<IpAddr>> {
+    /// Gives a container its addresses, one of each family: those that it has already, if it has.
+    pub(super) fn take(&mut self, container: &str, now: Instant) -> Result<Vec<IpAddr>, Lack> {
         if let Some((place, _)) = self.taken.iter().find(|(_, owner)| *owner == container) {
-            return Some(self.addresses(*place));
+            return Ok(self.addresses(*place));
         }
+        self.resting.retain(|_, since| now.saturating_duration_since(*since) < REST);
         let (first, last) = (*CONTAINERS.start(), *CONTAINERS.end());
-        let place = (self.next..=last).chain(first..self.next).find(|place| !self.taken.contains_key(place))?;
+        let is_free = |place: &u8| !self.taken.contains_key(place) && !self.resting.contains_key(place);
+        let Some(place) = (self.next..=last).chain(first..self.next).find(is_free) else {
+            let first_back = self.resting.values().min().ok_or(Lack::Taken)?;
+            return Err(Lack::Resting(REST.saturating_sub(now.saturating_duration_since(*first_back))));
+        };
         self.taken.insert(place, container.to_owned());
         self.next = if place == last { first } else { place + 1 };
-        Some(self.addresses(place))
+        Ok(self.addresses(place))
     }
 
     /// Notes the addresses of a container that has them from an earlier agent. Those of another subnet are left alone.
@@ -64,8 +84,13 @@ impl Pool {
         }
     }
 
-    pub(super) fn give_back(&mut self, container: &str) {
-        self.taken.retain(|_, owner| owner != container);
+    pub(super) fn give_back(&mut self, container: &str, now: Instant) {
+        let places: Vec<_> =
+            self.taken.iter().filter(|(_, owner)| *owner == container).map(|(place, _)| *place).collect();
+        for place in places {
+            self.taken.remove(&place);
+            self.resting.insert(place, now);
+        }
     }
 }
 
@@ -78,22 +103,29 @@ mod tests {
         Pool::new(&subnets).expect("a pool")
     }
 
+    fn text(list: Vec<IpAddr>) -> String {
+        list.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    }
+
     #[test]
     fn containers_have_addresses_of_their_own() {
-        let mut pool = pool();
-        let text = |list: Vec<IpAddr>| list.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        let (mut pool, now) = (pool(), Instant::now());
+        let take = |pool: &mut Pool, container: &str, now| pool.take(container, now).map(text);
+        let shown = |place: u8| Ok(format!("10.128.3.{place} fd00:0:0:3::{place}"));
         assert_eq!(text(pool.node()), "10.128.3.1 fd00:0:0:3::1");
-        assert_eq!(text(pool.take("a").expect("left")), "10.128.3.2 fd00:0:0:3::2");
-        assert_eq!(text(pool.take("b").expect("left")), "10.128.3.3 fd00:0:0:3::3");
-        assert_eq!(text(pool.take("a").expect("its own")), "10.128.3.2 fd00:0:0:3::2");
-        pool.give_back("a");
-        assert_eq!(text(pool.take("c").expect("left")), "10.128.3.4 fd00:0:0:3::4", "not the one just given back");
-        for i in 0..251 {
-            assert!(pool.take(&format!("x{i}")).is_some(), "{i}");
+        assert_eq!(take(&mut pool, "a", now), shown(2));
+        assert_eq!(take(&mut pool, "b", now), shown(3));
+        assert_eq!(take(&mut pool, "a", now), shown(2), "its own");
+        pool.give_back("a", now);
+        assert_eq!(take(&mut pool, "c", now), shown(4), "not the one just given back");
+        for i in 0..250 {
+            assert!(pool.take(&format!("x{i}"), now).is_ok(), "{i}");
         }
-        assert_eq!(pool.take("late"), None);
-        pool.give_back("b");
-        assert_eq!(text(pool.take("late").expect("left")), "10.128.3.3 fd00:0:0:3::3");
+        assert_eq!(take(&mut pool, "late", now), Err(Lack::Resting(REST)));
+        let later = now + Duration::from_secs(7);
+        assert_eq!(take(&mut pool, "late", later), Err(Lack::Resting(REST - Duration::from_secs(7))));
+        assert_eq!(take(&mut pool, "late", now + REST), shown(2));
+        assert_eq!(take(&mut pool, "later", now + REST), Err(Lack::Taken));
     }
 
     #[test]
@@ -101,7 +133,8 @@ mod tests {
         let mut pool = pool();
         pool.keep("old", &["10.128.3.2".parse().expect("an address"), "fd00:0:0:3::2".parse().expect("an address")]);
         pool.keep("moved", &["10.128.9.3".parse().expect("an address")]);
-        let given: Vec<_> = (0..252).filter_map(|i| pool.take(&format!("x{i}"))).map(|both| both[0]).collect();
+        let given = (0..252).filter_map(|i| pool.take(&format!("x{i}"), Instant::now()).ok());
+        let given: Vec<_> = given.map(|both| both[0]).collect();
         assert_eq!(given.len(), 252);
         assert!(!given.contains(&"10.128.3.2".parse().expect("an address")));
     }
