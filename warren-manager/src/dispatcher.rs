@@ -60,7 +60,7 @@ impl Dispatcher {
         leads: watch::Receiver<bool>,
     ) -> Self {
         let reports = Reports::start(store.clone());
-        let directory = directory::keep(&store);
+        let directory = directory::keep(&store, liveness.clone(), leads.clone());
         Self { store, liveness, collected, metrics, reports, directory, vault, relay, leads, seen: Arc::default() }
     }
 

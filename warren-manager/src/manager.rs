@@ -37,6 +37,7 @@ use crate::{
     front::Front,
     liveness, lock,
     peers::Peers,
+    pinning::Asking,
     signing::{self, Signed},
     state::{InvalidNetwork, State},
     validate::Policy,
@@ -220,7 +221,7 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
         newest_schema: options.newest_schema,
         policy: options.policy,
         founding: formation::founding(&options.data_dir, options.networks)?,
-        registries: Arc::new(Registries::new(options.registries.clone())?),
+        registries: Arc::new(Asking::new(Registries::new(options.registries.clone())?)),
         vault: vault.clone(),
     };
     let seams = Seams {

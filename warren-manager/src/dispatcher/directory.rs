@@ -11,6 +11,7 @@ use warren_proto::v1;
 use crate::{
     convert::text,
     ids::{NodeId, ServiceId},
+    liveness::{Health, Liveness},
     state::{Container, ContainerChange, ContainerState, Desired, Node, Service, State},
     store::Store,
 };
@@ -38,6 +39,8 @@ pub(super) struct Directory {
     nodes: OrdMap<NodeId, Arc<v1::NodeEntry>>,
     /// The services' records that the entries were made from.
     versions: OrdMap<ServiceId, u64>,
+    /// Nodes that are down, while this manager leads and so knows: nobody is led to what was on them.
+    down: BTreeSet<NodeId>,
     /// Who asks for changes since before this one must be told everything.
     forgotten: u64,
 }
@@ -71,21 +74,7 @@ impl Directory {
         let changed = |service: &&Arc<Service>| self.versions.get(&service.id) != Some(&service.version);
         stale.extend(new.services().filter(changed).map(|service| service.id.clone()));
         stale.extend(self.services.keys().filter(|id| new.service(id).is_none()).cloned());
-        for id in stale {
-            let Some(service) = new.service(&id) else {
-                self.versions.remove(&id);
-                if self.services.remove(&id).is_some() {
-                    self.touch(Key::Service(id));
-                }
-                continue;
-            };
-            self.versions.insert(id.clone(), service.version);
-            let entry = service_entry(new, service);
-            if self.services.get(&id).is_none_or(|known| **known != entry) {
-                self.services.insert(id.clone(), Arc::new(entry));
-                self.touch(Key::Service(id));
-            }
-        }
+        self.renew(new, stale);
         let gone: Vec<_> = self.nodes.keys().filter(|id| new.node(id).is_none()).cloned().collect();
         for id in gone {
             self.nodes.remove(&id);
@@ -102,6 +91,38 @@ impl Directory {
             }
         }
         self.forget();
+    }
+
+    /// Takes note of which nodes are down.
+    fn set_down(&mut self, state: &State, down: BTreeSet<NodeId>) {
+        if down == self.down {
+            return;
+        }
+        let changed = down.symmetric_difference(&self.down);
+        let stale =
+            changed.flat_map(|node| state.containers_on(node)).map(|container| container.service.clone()).collect();
+        self.down = down;
+        self.renew(state, stale);
+        self.forget();
+    }
+
+    /// Makes these services' entries anew.
+    fn renew(&mut self, new: &State, stale: BTreeSet<ServiceId>) {
+        for id in stale {
+            let Some(service) = new.service(&id) else {
+                self.versions.remove(&id);
+                if self.services.remove(&id).is_some() {
+                    self.touch(Key::Service(id));
+                }
+                continue;
+            };
+            self.versions.insert(id.clone(), service.version);
+            let entry = service_entry(new, service, &self.down);
+            if self.services.get(&id).is_none_or(|known| **known != entry) {
+                self.services.insert(id.clone(), Arc::new(entry));
+                self.touch(Key::Service(id));
+            }
+        }
     }
 
     fn is_gone(&self, key: &Key) -> bool {
@@ -171,9 +192,10 @@ fn add<T: prost::Message>(to: &mut Vec<T>, item: T) -> usize {
     size
 }
 
-fn service_entry(state: &State, service: &Service) -> v1::ServiceEntry {
-    let mut endpoints: Vec<_> =
-        state.containers_of(&service.id).filter_map(|container| endpoint(state, container)).collect();
+fn service_entry(state: &State, service: &Service, down: &BTreeSet<NodeId>) -> v1::ServiceEntry {
+    let is_up = |container: &&Arc<Container>| !container.node.as_ref().is_some_and(|node| down.contains(node));
+    let reached = state.containers_of(&service.id).filter(is_up);
+    let mut endpoints: Vec<_> = reached.filter_map(|container| endpoint(state, container)).collect();
     endpoints.sort_by(|a, b| (a.slot, &a.container_id).cmp(&(b.slot, &b.container_id)));
     v1::ServiceEntry {
         id: service.id.to_string(),
@@ -214,20 +236,33 @@ fn node_entry(state: &State, node: &Node) -> v1::NodeEntry {
     }
 }
 
-/// Keeps a directory of the store's state, until the store is gone.
-pub(super) fn keep(store: &Store) -> watch::Receiver<Directory> {
+/// Keeps a directory of the store's state and, while this manager leads, of which nodes are down, until the store is gone.
+pub(super) fn keep(store: &Store, liveness: Liveness, leads: watch::Receiver<bool>) -> watch::Receiver<Directory> {
+    /// Silence tells nobody.
+    const LOOK: Duration = Duration::from_secs(1);
     let mut views = store.watch();
     let mut known = views.borrow_and_update().clone();
     let mut directory = Directory::default();
     directory.update(&State::default(), &known);
     let (sender, receiver) = watch::channel(directory.clone());
     tokio::spawn(async move {
-        while views.changed().await.is_ok() {
+        let mut heard = liveness.watch();
+        loop {
+            tokio::select! {
+                changed = views.changed() => if changed.is_err() { return },
+                changed = heard.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(LOOK) => {}
+            }
             tokio::time::sleep(QUIET).await;
             let state = views.borrow_and_update().clone();
+            heard.borrow_and_update();
             let before = directory.sequence;
             directory.update(&known, &state);
             known = state;
+            let is_down = |node: &&Arc<Node>| liveness.health(&node.id) == Health::Down;
+            let down = known.nodes().filter(is_down).map(|node| node.id.clone());
+            let down = if *leads.borrow() { down.collect() } else { BTreeSet::new() };
+            directory.set_down(&known, down);
             if directory.sequence != before {
                 sender.send_replace(directory.clone());
             }
@@ -312,6 +347,17 @@ mod tests {
         ];
         assert_eq!(world.apply(made), 0, "nothing to reach yet");
         assert_eq!(world.apply(vec![running("c", "10.128.0.2")]), 1);
+        assert_eq!(world.heard["web"], ["10.128.0.2"]);
+        // Of a node that is down nothing can be reached, whatever the state has of it.
+        let down = |world: &mut World, nodes: &[&str]| {
+            let nodes = nodes.iter().map(|node| (*node).into()).collect();
+            world.directory.set_down(&world.state.clone(), nodes);
+            world.apply(Vec::new())
+        };
+        assert_eq!(down(&mut world, &["n"]), 1);
+        assert!(world.heard["web"].is_empty());
+        assert_eq!(down(&mut world, &["n"]), 0);
+        assert_eq!(down(&mut world, &[]), 1);
         assert_eq!(world.heard["web"], ["10.128.0.2"]);
         assert!(world.heard["db"].is_empty());
         assert_eq!(world.apply(vec![Change::Remove { id: "c".into() }]), 1, "it leaves before it is stopped");
