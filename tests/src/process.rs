@@ -129,6 +129,9 @@ pub fn find_program(program: &str) -> Option<PathBuf> {
     directories.map(|directory| directory.join(program)).find(|candidate| candidate.is_file())
 }
 
+/// The kernel knows no such kind of address.
+const EAFNOSUPPORT: i32 = 97;
+
 /// A port that nobody uses now, on all addresses and for UDP as well, and that the kernel gives to no connection meanwhile: a
 /// manager that is started again finds it free.
 #[must_use]
@@ -139,7 +142,12 @@ pub fn free_port() -> u16 {
     static NEXT: LazyLock<AtomicU16> = LazyLock::new(|| AtomicU16::new(RandomState::new().hash_one(()) as u16));
     for _ in 0..100 {
         let port = PORTS.start + NEXT.fetch_add(1, Ordering::Relaxed) % (PORTS.end - PORTS.start);
-        if TcpListener::bind(("::", port)).is_ok() && std::net::UdpSocket::bind(("0.0.0.0", port)).is_ok() {
+        let tcp = match TcpListener::bind(("::", port)) {
+            // A kernel without IPv6.
+            Err(error) if error.raw_os_error() == Some(EAFNOSUPPORT) => TcpListener::bind(("0.0.0.0", port)),
+            other => other,
+        };
+        if tcp.is_ok() && std::net::UdpSocket::bind(("0.0.0.0", port)).is_ok() {
             return port;
         }
     }

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{SUITES, Tests, package::Package};
+use super::{NO_IPV6, SUITES, Tests, WITHOUT_IPV6, package::Package};
 use crate::run::{cargo, find, output, step, target};
 
 /// What a node has of Debian's.
@@ -93,7 +93,11 @@ pub(super) fn of_programs(directory: &Path) -> Result<PathBuf> {
         symlink("busybox", root.join("bin").join(applet))?;
     }
     let mut script = String::from(SECOND);
-    for suite in SUITES {
+    script.push_str(&format!("read -r told < /proc/cmdline\ncase \"$told\" in *{NO_IPV6}*)\n"));
+    for (i, suite) in [WITHOUT_IPV6].into_iter().chain(SUITES).enumerate() {
+        if i == 1 {
+            script.push_str(";; *)\n");
+        }
         let name = suite.name;
         let executable = test_executable(name)?;
         strip(&executable, &root.join("t/deps").join(name))?;
@@ -104,7 +108,7 @@ pub(super) fn of_programs(directory: &Path) -> Result<PathBuf> {
         };
         script.push_str(&format!("/t/deps/{name} --test-threads 1{tests} && echo 'PASSED {name}'\n"));
     }
-    script.push_str("poweroff -f\n");
+    script.push_str(";; esac\npoweroff -f\n");
     for binary in ["warren", "warren-agent", "warren-manager"] {
         let built = target().join("debug").join(binary);
         strip(&built, &root.join("t").join(binary))?;
