@@ -239,7 +239,10 @@ spec:
     let spec = service(&world, "web")["spec"].clone();
     let protocol = |name: &str| format!("PROTOCOL_{name}");
     for (path, expected) in [
-        ("/ports/0", json!({"containerPort": 80, "hostPort": 8080, "protocol": protocol("TCP")})),
+        (
+            "/ports/0",
+            json!({"containerPort": 80, "hostPort": 8080, "protocol": protocol("TCP"), "publishMode": "PUBLISH_MODE_INGRESS"}),
+        ),
         (
             "/ports/1",
             json!({"containerPort": 53, "hostPort": 5353, "protocol": protocol("UDP"), "publishMode": "PUBLISH_MODE_HOST"}),
