@@ -4,7 +4,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use serde_json::{Value, json};
@@ -286,7 +286,13 @@ fn a_cgroup_made_inside_a_container_is_the_containers() {
     fs::create_dir(&inner).expect("writable");
     move_to(&inner, runc.pid("outer"));
     // Executions there are not another start, and the stop is still this container's.
-    std::thread::sleep(Duration::from_millis(200));
+    let children = format!("/proc/{0}/task/{0}/children", runc.pid("outer"));
+    let mut seen = std::collections::BTreeSet::new();
+    until("it has executed some", || {
+        let now = fs::read_to_string(&children).expect("it runs");
+        seen.extend(now.split_whitespace().map(str::to_owned));
+        (seen.len() > 3).then_some(())
+    });
     runc.wait_for_handler("outer");
     assert_eq!(runc.run(&["kill", "outer", "TERM"]).code, 0);
     until_counts(&world, [create + 1.0, start + 1.0, stop + 1.0]);
@@ -323,7 +329,6 @@ fn another_stop_signal_begins_a_stop() {
     // A signal that does not stop this service is no stop, TERM included.
     let (id, _) = world.tasks().pop().expect("a task");
     assert_eq!(world.ctr(&["tasks", "kill", "--signal", "SIGTERM", &id]).code, 0);
-    std::thread::sleep(Duration::from_millis(300));
     let _ = world.warren(&["service", "rm", "web", "--wait"]).succeeded();
     let metrics = until("the stop is counted", || {
         let metrics = world.agent_metrics();

@@ -149,10 +149,14 @@ fn containers_and_counts_survive_a_restart_of_containerd() {
 fn an_idle_cluster_writes_nothing() {
     let world = World::with_warren("idle");
     world.create("web", 1, &[], WELL_BEHAVED);
-    // The last report of the container's timing is written.
-    thread::sleep(Duration::from_secs(2));
     let index = || world.manager_metrics().sum("warren_raft_log_index", &[]);
-    let before = index();
+    // The last report of the container's timing is written, and the node's first.
+    let mut before = index();
+    until("nothing more is to be written", || {
+        thread::sleep(Duration::from_secs(1));
+        let now = index();
+        (std::mem::replace(&mut before, now) == now).then_some(())
+    });
     thread::sleep(Duration::from_secs(8));
     assert_eq!(index(), before, "heartbeats and telemetry must not reach the log");
     // Longer than any timeout after its election, the manager is still fine.

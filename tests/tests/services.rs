@@ -277,10 +277,12 @@ fn a_failing_container_is_replaced_with_growing_delays_until_it_is_given_up() {
         let exits = world.manager_metrics().sum("warren_container_exits_total", &["reason=\"error\""]);
         (exits == 3.0).then_some(())
     });
-    std::thread::sleep(Duration::from_millis(1500));
-    assert_eq!(world.manager_metrics().sum("warren_container_restarts_total", &[]), 2.0);
-    let last = world.containers("crash").pop().expect("a record");
+    let last = world.container_when("crash", "the third is known to have failed", |container| {
+        container["failures"] == 2 && container["status"]["state"] == "CONTAINER_STATE_FAILED"
+    });
     assert_eq!(last["status"]["message"], "exited with code 3");
+    assert!(last["nextTryAt"].is_null(), "{last}");
+    assert_eq!(world.manager_metrics().sum("warren_container_restarts_total", &[]), 2.0);
 }
 
 #[test]

@@ -268,6 +268,9 @@ pub fn beside_an_agent() -> Option<ExitCode> {
     Some(run(&arguments.next().unwrap_or_default()))
 }
 
+/// How long a process that ends waits for its threads.
+pub const LAST_THREADS: std::time::Duration = std::time::Duration::from_secs(3);
+
 /// Runs a command; what goes wrong is one line on stderr. Exit codes are those of [`agent::Error::exit_code`].
 #[must_use]
 pub fn main(arguments: Arguments) -> ExitCode {
@@ -276,8 +279,8 @@ pub fn main(arguments: Arguments) -> ExitCode {
         Err(error) => return fail(&error.into()),
     };
     let outcome = runtime.block_on(run(arguments.command));
-    // A thread that a file server holds up, which may be gone for good, does not hold up the end of the process.
-    runtime.shutdown_background();
+    // What is being written is; but a thread that a file server holds up, which may be gone for good, does not hold up the end.
+    runtime.shutdown_timeout(LAST_THREADS);
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),

@@ -31,7 +31,7 @@ use mistakes::{Mistake, Source, parse, path_in_manifest};
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// A file, a directory with files named .yaml or .yml, or - for stdin; may be repeated.
+    /// A file, a directory with files named .yaml, .yml or .json, or - for stdin; may be repeated.
     #[arg(long, short, required = true, value_name = "FILE|DIR|-")]
     file: Vec<PathBuf>,
     #[command(flatten)]
@@ -88,7 +88,8 @@ fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
         let failed = |source| Error::File { path: path.clone(), source };
         if path.as_os_str() != "-" && std::fs::metadata(path).map_err(failed)?.is_dir() {
             let entries = std::fs::read_dir(path).map_err(failed)?.flatten().map(|entry| entry.path());
-            let is_manifest = |path: &PathBuf| path.extension().is_some_and(|e| e == "yaml" || e == "yml");
+            let is_manifest =
+                |path: &PathBuf| path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
             let mut found: Vec<_> = entries.filter(is_manifest).collect();
             found.sort();
             files.extend(found);

@@ -130,8 +130,8 @@ fn main() -> ExitCode {
         }
     };
     let outcome = runtime.block_on(run(arguments));
-    // A thread that a file server holds up, which may be gone for good, does not hold up the end of the process.
-    runtime.shutdown_background();
+    // What is being written is; but a thread that a file server holds up, which may be gone for good, does not hold up the end.
+    runtime.shutdown_timeout(warren_agent::cli::LAST_THREADS);
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -64,11 +64,11 @@ pub(crate) enum Command {
         #[command(flatten)]
         wait: WaitArguments,
     },
-    /// Replaces a service's containers by others of the same spec.
+    /// Replaces services' containers by others of the same spec.
     Restart {
-        /// Name, id, or unique beginning of an id.
-        #[arg(add = complete::services())]
-        service: String,
+        /// Names, ids, or unique beginnings of ids.
+        #[arg(required = true, add = complete::services())]
+        services: Vec<String>,
         #[command(flatten)]
         wait: WaitArguments,
     },
@@ -98,7 +98,17 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         }
         Command::Logs { service, logs } => logs::show(client, service, String::new(), logs).await,
         Command::Scale { service, replicas, wait } => scale(client, service, replicas, wait).await,
-        Command::Restart { service, wait } => restart(client, &service, wait).await,
+        Command::Restart { services, wait } => {
+            let (mut outcomes, mut restarted) = (Vec::new(), Vec::new());
+            for service in services {
+                match restart(client, &service).await {
+                    Ok(service) => restarted.push(service),
+                    Err(error) => outcomes.push(Err(error)),
+                }
+            }
+            outcomes.push(wait::ready(client, restarted, wait).await);
+            Error::all(outcomes)
+        }
         Command::Wait(arguments) => wait::run(arguments, client).await,
         Command::Rm { services, wait } => {
             // One that is not there keeps none of the others, and all go together.
@@ -189,14 +199,28 @@ async fn inspect(client: &ClientArguments, service: String, format: Format) -> R
         ("command", container.command.join(" ")),
         ("args", container.args.join(" ")),
         ("env", output::pairs(&container.env)),
+        ("mounts", container.mounts.iter().map(mount).collect::<Vec<_>>().join(", ")),
+        ("secrets", container.secrets.iter().map(|it| it.source.clone()).collect::<Vec<_>>().join(", ")),
+        ("configs", container.configs.iter().map(|it| it.source.clone()).collect::<Vec<_>>().join(", ")),
+        ("constraints", spec.constraints.join(", ")),
         ("labels", output::pairs(&spec.labels)),
         ("reserved", amounts(resources.reservations)),
         ("limits", amounts(resources.limits)),
         ("created", output::ago(service.created_at.as_ref())),
         ("updated", output::ago(service.updated_at.as_ref())),
         ("version", service.version.to_string()),
+        ("revision", service.revision.to_string()),
     ]);
     Ok(())
+}
+
+/// As `volumes` and `tmpfs` of a manifest have it.
+fn mount(mount: &v1::Mount) -> String {
+    let read_only = if mount.read_only { ":ro" } else { "" };
+    match mount.r#type() {
+        v1::MountType::Tmpfs => format!("tmpfs:{}", mount.target),
+        _ => format!("{}:{}{read_only}", mount.source, mount.target),
+    }
 }
 
 /// As `--publish` takes it.
@@ -226,7 +250,7 @@ async fn scale(client: &ClientArguments, service: String, replicas: i64, wait: W
     wait::ready(client, vec![updated], wait).await
 }
 
-async fn restart(client: &ClientArguments, service: &str, wait: WaitArguments) -> Result<(), Error> {
+async fn restart(client: &ClientArguments, service: &str) -> Result<v1::Service, Error> {
     let known = get(client, service).await?;
     let request = v1::UpdateServiceRequest {
         service: known.id,
@@ -236,7 +260,8 @@ async fn restart(client: &ClientArguments, service: &str, wait: WaitArguments) -
         restart: true,
     };
     let updated = client.services().await?.update_service(request).await?.into_inner().service.unwrap_or_default();
-    wait::ready(client, vec![updated], wait).await
+    say!("{}", updated.spec.clone().unwrap_or_default().name);
+    Ok(updated)
 }
 
 /// Deletes a service; returns its containers, if they are to be waited for.
