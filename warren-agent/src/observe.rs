@@ -111,7 +111,7 @@ pub(crate) async fn sweep(maps: Arc<Maps>, groups: Arc<Mutex<Groups>>, timeout: 
         let swept = tokio::task::spawn_blocking(move || {
             let now = probes::monotonic_now();
             Sweep { timeout }.run(&maps, now)?;
-            if ticks % TIDY == 0 {
+            if ticks.is_multiple_of(TIDY) {
                 maps.remove_stale_operations(now);
                 let forgotten = groups.lock().unwrap_or_else(PoisonError::into_inner).forget_unused(&maps)?;
                 if forgotten > 0 {
