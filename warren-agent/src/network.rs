@@ -20,6 +20,7 @@ mod tables;
 pub(crate) mod wireguard;
 
 pub(crate) use namespace::tcp_socket;
+pub(crate) use tables::Leaving;
 pub use tables::{Parts, Place, Tables};
 
 use std::{

@@ -72,6 +72,19 @@ impl Tables {
         self.nodes.extend(update.nodes.into_iter().map(|entry| (entry.id.clone(), entry)));
     }
 
+    /// Whether others are still led to a container of a service that is to go, and whether there is anybody else to lead them to.
+    pub(crate) fn leaving(&self, service: &str, container: &str) -> Leaving {
+        let endpoints = self.services.get(service).map(|entry| entry.endpoints.as_slice()).unwrap_or_default();
+        // As long as it is listed, whoever is to take its place may not be known yet.
+        if endpoints.iter().any(|endpoint| endpoint.container_id == container) {
+            Leaving::Listed
+        } else if endpoints.iter().any(|endpoint| endpoint.healthy) {
+            Leaving::Left
+        } else {
+            Leaving::Alone
+        }
+    }
+
     /// Leaves out all that is IPv6, on a node that has none.
     pub(super) fn without_ipv6(&mut self) {
         let is_v4 = |address: &String| !address.contains(':');
@@ -107,6 +120,17 @@ impl Tables {
     }
 }
 
+/// What is known of a container that is to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leaving {
+    /// Connections are led to it.
+    Listed,
+    /// They are led to others.
+    Left,
+    /// There are no others.
+    Alone,
+}
+
 /// An endpoint's addresses.
 pub(super) fn addresses(endpoint: &v1::Endpoint) -> impl Iterator<Item = IpAddr> {
     endpoint.addresses.iter().filter_map(|address| address.parse().ok())
@@ -133,6 +157,25 @@ mod tests {
         assert_eq!(names(&tables), ["renamed", "c"]);
         tables.apply(v1::NetworkUpdate { complete: true, ..Default::default() });
         assert!(tables.services.is_empty());
+    }
+
+    #[test]
+    fn who_leaves_is_listed_left_or_alone() {
+        let endpoint = |id: &str, healthy| v1::Endpoint { container_id: id.to_owned(), healthy, ..Default::default() };
+        for (endpoints, leaving) in [
+            (vec![endpoint("a", true), endpoint("b", true)], Leaving::Listed),
+            (vec![endpoint("b", true)], Leaving::Left),
+            (vec![endpoint("a", true), endpoint("b", false)], Leaving::Listed),
+            (vec![endpoint("a", true)], Leaving::Listed),
+            (vec![endpoint("b", false)], Leaving::Alone),
+            (Vec::new(), Leaving::Alone),
+        ] {
+            let mut tables = Tables::default();
+            let services = vec![v1::ServiceEntry { endpoints, ..service("1", "web") }];
+            tables.apply(v1::NetworkUpdate { complete: true, services, ..Default::default() });
+            assert_eq!(tables.leaving("1", "a"), leaving, "{tables:?}");
+        }
+        assert_eq!(Tables::default().leaving("1", "a"), Leaving::Alone, "the service is gone");
     }
 
     #[test]

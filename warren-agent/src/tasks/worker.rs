@@ -18,7 +18,7 @@ use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Pha
 use crate::{
     health::{Checks, Health, Subject},
     logs::{self, Logs},
-    network::{Files, Mounted, Network},
+    network::{Files, Leaving, Mounted, Network, Tables},
     runtime::{self, ContainerOptions, Containerd, Images, LocalImage, NetworkNamespace, VolumePath, Wanted},
     secrets::Secrets,
     volumes::Volumes,
@@ -281,6 +281,7 @@ impl Worker {
             }
             Action::Stop => {
                 self.ended.cancel();
+                self.leave().await;
                 self.stop_began = Some(Instant::now());
                 self.signal(self.stop.signal, false).await;
                 self.kill_later(self.stop.timeout);
@@ -294,6 +295,34 @@ impl Worker {
                 self.tell(Event::Cleaned);
             }
         }
+    }
+
+    /// Waits until connections are led to other containers of its service, here and, in all likelihood, elsewhere: those that come
+    /// meanwhile it still takes. Where there are no others, and where nobody is led to it, there is nothing to wait for.
+    async fn leave(&self) {
+        /// For the manager's word that it has left. Without a manager there is none.
+        const WORD: Duration = Duration::from_secs(2);
+        /// For the other nodes, which have the same word.
+        const OTHERS: Duration = Duration::from_millis(750);
+
+        let Some(assignment) = self.assignment.as_ref().filter(|_| self.removing.is_cancelled()) else { return };
+        let status = self.shared.board.get(&self.id).unwrap_or_default();
+        let is_host = assignment.spec.as_ref().is_some_and(|spec| spec.network() == v1::NetworkMode::Host);
+        let serves = matches!(status.health(), v1::Health::Unspecified | v1::Health::Healthy);
+        if !serves || (status.addresses.is_empty() && !is_host) {
+            return;
+        }
+        let mut tables = self.shared.network.tables();
+        let leaving = |tables: &Tables| tables.leaving(&assignment.service_id, &self.id);
+        let left = async {
+            let known = tables.wait_for(|tables| leaving(tables) != Leaving::Listed).await;
+            let is_alone = known.is_ok_and(|tables| leaving(&tables) == Leaving::Alone);
+            if !is_alone {
+                tokio::time::sleep(OTHERS).await;
+            }
+        };
+        let left = tokio::time::timeout(WORD + OTHERS, left);
+        let _ = self.shared.stopping.run_until_cancelled(left).await;
     }
 
     fn tell(&self, event: Event) {
