@@ -212,7 +212,7 @@ fn containers_are_signalled_and_waited_for() {
     until("both have heard it", || {
         (world.warren(&["service", "logs", "web"]).stdout.matches("hup").count() == 2).then_some(())
     });
-    assert!(container(&["kill", "-s", "NOPE", "web-1"]).failed(2).contains("start.signal: \"NOPE\" is no signal"));
+    assert!(container(&["kill", "-s", "NOPE", "web-1"]).failed(2).contains("\"NOPE\" is not a signal"));
     assert!(container(&["kill", "web-3"]).failed(3).contains("\"web-3\""));
     assert!(
         container(&["wait", "--timeout", "1", "web-1"])
@@ -302,6 +302,15 @@ fn files_are_copied_into_and_out_of_containers() {
     assert!(copy(&here("none"), "web-1:/work").failed(1).contains("none"));
     assert!(copy(&here("tree"), "web-1:/none/there").failed(1).contains("/none"));
     assert!(copy("web-1:/etc/passwd", "web-1:/tmp").failed(2).contains("copy to this machine first"));
+    // What is in a directory goes into another, also twice.
+    for _ in 0..2 {
+        let _ = copy(&format!("{}/.", here("tree")), "web-1:/work/tree").succeeded();
+    }
+    let listed = web.shell(&world, "ls /work/tree").1;
+    assert_eq!(listed.split_whitespace().collect::<Vec<_>>(), ["empty", "large", "link", "script.sh"]);
+    assert!(copy("web-1:/etc/passwd", &here("nodir/x")).failed(1).contains("nodir: "));
+    assert!(copy("web-1:/dev/null", &here("null")).failed(1).contains("is not a file"));
+    assert!(copy("/dev/null", "web-1:/work").failed(1).contains("is not a file"));
     assert!(copy("/etc/passwd", "/tmp/x").failed(2).contains("CONTAINER:PATH"));
     assert!(copy("web-9:/etc/passwd", &here("x")).failed(3).contains("web-9"));
 }

@@ -2,7 +2,7 @@
 
 use std::{ffi::OsStr, time::Duration};
 
-use clap_complete::engine::{ArgValueCompleter, CompletionCandidate};
+use clap_complete::engine::{ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter as _};
 use warren_proto::v1;
 
 use crate::{
@@ -31,6 +31,20 @@ pub(crate) fn services() -> ArgValueCompleter {
 
 pub(crate) fn containers() -> ArgValueCompleter {
     of(Kind::Containers)
+}
+
+/// Files of this machine, and containers with the colon that a path in them stands behind.
+pub(crate) fn places() -> ArgValueCompleter {
+    ArgValueCompleter::new(|current: &OsStr| {
+        let mut candidates = PathCompleter::any().complete(current);
+        let current = current.to_string_lossy();
+        if !current.contains(['/', ':']) {
+            let names = names(Kind::Containers).unwrap_or_default().into_iter();
+            let names = names.filter(|name| name.starts_with(&*current)).map(|name| format!("{name}:"));
+            candidates.extend(names.map(CompletionCandidate::new));
+        }
+        candidates
+    })
 }
 
 pub(crate) fn nodes() -> ArgValueCompleter {
@@ -76,7 +90,8 @@ async fn fetch(kind: Kind, client: &ClientArguments) -> Result<Vec<String>, Erro
         }
         Kind::Containers => {
             let (containers, _) = container::list(client, String::new(), String::new()).await?;
-            Ok(containers.iter().filter(|it| !container::has_ended(it)).map(container::name).collect())
+            // Ended ones, too: their logs are what is looked for.
+            Ok(containers.iter().map(container::name).collect())
         }
         Kind::Nodes => {
             let nodes = crate::node::list(client).await?;

@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::AbortOnDropHandle;
 use warren_proto::v1::{self, exec_request::Message as Request, exec_response::Message as Response};
 
-use crate::{client::ClientArguments, error::Error};
+use crate::{client::ClientArguments, complete, error::Error};
 
 /// Bytes that travel together.
 const CHUNK: usize = 32 << 10;
@@ -23,9 +23,11 @@ const AHEAD: usize = 16;
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Arguments {
-    /// What to copy: a file or directory, of this machine or as CONTAINER:PATH
+    /// A file or directory of this machine, or CONTAINER:PATH; DIRECTORY/. is what is in it
+    #[arg(add = complete::places())]
     source: String,
-    /// Where to: a directory that is there, to copy into it, or the copy's own name
+    /// Where to: a directory that exists, to copy into it, or the name of the copy
+    #[arg(add = complete::places())]
     destination: String,
 }
 
@@ -54,11 +56,11 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
         (Place::Inside { container, path }, Place::Here(to)) => out_of(client, &container, &path, &to).await,
         (Place::Here(from), Place::Inside { container, path }) => into(client, &container, &from, &path).await,
         (Place::Here(_), Place::Here(_)) => {
-            Err(Error::Usage("neither is in a container: say CONTAINER:PATH for one of the two".to_owned()))
+            Err(Error::Usage("one of the two must be in a container: CONTAINER:PATH".to_owned()))
         }
-        (Place::Inside { .. }, Place::Inside { .. }) => {
-            Err(Error::Usage("both are in containers: copy to this machine first".to_owned()))
-        }
+        (Place::Inside { .. }, Place::Inside { .. }) => Err(Error::Usage(
+            "both are in containers: copy to this machine first (a file with a colon in its name is ./NAME)".to_owned(),
+        )),
     }
 }
 
@@ -80,12 +82,24 @@ fn ends_in_slash(path: &str) -> bool {
     path.ends_with('/')
 }
 
+/// The directory of a path like `/srv/.`: what is in it is meant, and not itself.
+fn contents(path: &str) -> Option<&str> {
+    path.strip_suffix("/.").map(|directory| if directory.is_empty() { "/" } else { directory })
+}
+
 async fn out_of(client: &ClientArguments, container: &str, path: &str, to: &Path) -> Result<(), Error> {
-    let (directory, name) = split(path)?;
+    let (directory, name) = match contents(path) {
+        Some(directory) if path.starts_with('/') => (directory.to_owned(), ".".to_owned()),
+        _ => split(path)?,
+    };
     if ends_in_slash(&to.to_string_lossy()) && !to.is_dir() {
         return Err(Error::Usage(format!("there is no directory {}", to.display())));
     }
-    let target = if to.is_dir() { to.join(&name) } else { to.to_owned() };
+    let target = match (to.is_dir(), name.as_str()) {
+        (true, ".") => to.canonicalize().map_err(|source| Error::File { path: to.to_owned(), source })?,
+        (true, name) => to.join(name),
+        (false, _) => to.to_owned(),
+    };
     let (sender, receiver) = mpsc::channel(AHEAD);
     let command = ["tar", "cf", "-", "-C", &directory, "--", &name].map(str::to_owned).to_vec();
     let unpacking = tokio::task::spawn_blocking(move || unpack(Chunks::new(receiver), OsStr::new(&name), &target));
@@ -109,7 +123,9 @@ async fn into(client: &ClientArguments, container: &str, from: &Path, path: &str
     let failed = |source| Error::File { path: from.to_owned(), source };
     // A link is followed, and the copy is called what it is.
     let real = from.canonicalize().map_err(failed)?;
-    let own = from.file_name().or_else(|| real.file_name()).map(OsStr::to_owned).ok_or_else(|| {
+    let is_contents = contents(&from.to_string_lossy()).is_some() || from == Path::new(".");
+    let own = if is_contents { Some(OsStr::new(".")) } else { from.file_name().or_else(|| real.file_name()) };
+    let own = own.map(OsStr::to_owned).ok_or_else(|| {
         Error::Usage(format!("{} has no name of its own: copy what is in it one by one", from.display()))
     })?;
     let is_directory = ["test", "-d", path].map(str::to_owned).to_vec();
@@ -122,6 +138,7 @@ async fn into(client: &ClientArguments, container: &str, from: &Path, path: &str
         let (directory, name) = split(path)?;
         (directory, name.into())
     };
+    // Whatever its new name is, it is a directory's then.
     let (sender, receiver) = mpsc::channel(AHEAD);
     let packing = tokio::task::spawn_blocking(move || pack(&real, &name, sender));
     // The files are whose the container is, as if it had written them.
@@ -262,10 +279,16 @@ impl io::Write for Sink {
     }
 }
 
+/// Of what cannot be copied.
+const NO_FILE: &str = "is not a file, directory or link";
+
 /// Writes a file or a directory as an archive in which it is called `name`.
 fn pack(from: &Path, name: &OsStr, to: mpsc::Sender<Vec<u8>>) -> io::Result<()> {
     let mut archive = tar::Builder::new(io::BufWriter::with_capacity(CHUNK, Sink(to)));
-    let mut left = vec![(from.to_owned(), PathBuf::from(name))];
+    // What is in a directory has no directory around it.
+    let name = if name == "." { PathBuf::new() } else { PathBuf::from(name) };
+    let mut left = vec![(from.to_owned(), name)];
+    let mut is_first = true;
     while let Some((path, name)) = left.pop() {
         let said = |error: io::Error| match error.kind() {
             io::ErrorKind::BrokenPipe => error,
@@ -274,8 +297,11 @@ fn pack(from: &Path, name: &OsStr, to: mpsc::Sender<Vec<u8>>) -> io::Result<()> 
         let metadata = fs::symlink_metadata(&path).map_err(said)?;
         let mut header = tar::Header::new_gnu();
         header.set_metadata(&metadata);
+        let is_wanted = std::mem::take(&mut is_first);
         if metadata.is_dir() {
-            archive.append_data(&mut header, &name, io::empty()).map_err(said)?;
+            if !name.as_os_str().is_empty() {
+                archive.append_data(&mut header, &name, io::empty()).map_err(said)?;
+            }
             for entry in fs::read_dir(&path).map_err(said)? {
                 let entry = entry.map_err(said)?;
                 left.push((entry.path(), name.join(entry.file_name())));
@@ -287,8 +313,10 @@ fn pack(from: &Path, name: &OsStr, to: mpsc::Sender<Vec<u8>>) -> io::Result<()> 
             let file = fs::File::open(&path).map_err(said)?;
             let content = file.chain(io::repeat(0)).take(metadata.len());
             archive.append_data(&mut header, &name, content).map_err(said)?;
+        } else if is_wanted {
+            return Err(said(io::Error::other(NO_FILE)));
         } else {
-            eprintln!("{} is left out: it is no file, directory or link", path.display());
+            eprintln!("{} is left out: it {NO_FILE}", path.display());
         }
     }
     io::Write::flush(&mut archive.into_inner()?)
@@ -297,9 +325,11 @@ fn pack(from: &Path, name: &OsStr, to: mpsc::Sender<Vec<u8>>) -> io::Result<()> 
 /// Writes what an archive has below `name` to `target`, and nothing anywhere else: who wrote it may wish otherwise.
 fn unpack(archive: impl io::Read, name: &OsStr, target: &Path) -> io::Result<()> {
     let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let parent = parent.canonicalize()?;
+    let named = |path: &Path, error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    let parent = parent.canonicalize().map_err(|error| named(parent, error))?;
     let own = target.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
     let root = parent.join(own);
+    let mut is_empty = true;
     let mut archive = tar::Archive::new(archive);
     // Not writable ones are filled first.
     let mut directories = Vec::new();
@@ -307,6 +337,7 @@ fn unpack(archive: impl io::Read, name: &OsStr, target: &Path) -> io::Result<()>
         let mut entry = entry?;
         let path = inside(&entry.path()?, name, &root)?;
         let is_root = path == root;
+        let is_first = std::mem::take(&mut is_empty);
         let above = path.parent().unwrap_or(&root);
         // A link on the way would lead elsewhere.
         if !is_root && above.canonicalize()? != above {
@@ -315,8 +346,13 @@ fn unpack(archive: impl io::Read, name: &OsStr, target: &Path) -> io::Result<()>
         let kind = entry.header().entry_type();
         let known = fs::symlink_metadata(&path).ok();
         if kind.is_dir() {
-            if !known.is_some_and(|known| known.is_dir()) {
-                fs::create_dir(&path)?;
+            let is_there = known.is_some_and(|known| known.is_dir());
+            if is_there && is_root && name == "." {
+                // It is whose it was; only what is in it comes.
+                continue;
+            }
+            if !is_there {
+                fs::create_dir(&path).map_err(|error| named(&path, error))?;
             }
             directories.push((path, entry.header().mode()?));
             continue;
@@ -335,13 +371,18 @@ fn unpack(archive: impl io::Read, name: &OsStr, target: &Path) -> io::Result<()>
             fs::hard_link(other, &path)?;
         } else if kind.is_file() || kind.is_symlink() {
             entry.unpack(&path)?;
+        } else if is_root && is_first {
+            return Err(io::Error::other(NO_FILE));
         } else {
             let path = printable(&path.display().to_string());
-            eprintln!("{path} is left out: it is no file, directory or link");
+            eprintln!("{path} is left out: it {NO_FILE}");
         }
     }
     // To the end, or whoever writes it would be told that nobody reads it.
     io::copy(&mut archive.into_inner(), &mut io::sink())?;
+    if is_empty {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "its tar wrote nothing"));
+    }
     for (path, mode) in directories.into_iter().rev() {
         fs::set_permissions(path, fs::Permissions::from_mode(mode & 0o7777))?;
     }
@@ -351,7 +392,8 @@ fn unpack(archive: impl io::Read, name: &OsStr, target: &Path) -> io::Result<()>
 /// Where an entry belongs.
 fn inside(entry: &Path, name: &OsStr, root: &Path) -> io::Result<PathBuf> {
     let mut parts = entry.components().filter(|part| !matches!(part, Component::CurDir));
-    if parts.next() != Some(Component::Normal(name)) {
+    // Of what is in a directory, nothing is around it.
+    if name != "." && parts.next() != Some(Component::Normal(name)) {
         return Err(outside(entry));
     }
     let mut path = root.to_owned();
@@ -394,6 +436,24 @@ mod tests {
         assert!(fs::read(to.join("a/holes")).expect("readable") == vec![0; 1 << 20]);
         assert_eq!(fs::read_to_string(to.join(long)).expect("readable"), "long");
         assert!(to.join("a/b/empty").is_file() && !to.join("socket").exists());
+
+        // What is in it, into a directory that is there, twice.
+        for _ in 0..2 {
+            let (sender, receiver) = mpsc::channel(AHEAD);
+            let packing = {
+                let from = from.join("a");
+                std::thread::spawn(move || pack(&from, OsStr::new("."), sender))
+            };
+            unpack(Chunks::new(receiver), OsStr::new("."), &to).expect("unpacked");
+            packing.join().expect("no panic").expect("packed");
+        }
+        assert!(to.join("b/empty").is_file() && to.join("holes").is_file() && to.join("a").is_dir());
+        // The only thing that was asked for is not left out in silence.
+        let (sender, _receiver) = mpsc::channel(AHEAD);
+        assert!(pack(&from.join("socket"), OsStr::new("socket"), sender).unwrap_err().to_string().contains(NO_FILE));
+        assert!(unpack(io::empty(), OsStr::new("x"), &to.join("x")).is_err());
+        let missing = unpack(io::empty(), OsStr::new("x"), &to.join("none/x")).unwrap_err();
+        assert!(missing.to_string().contains("/none: "), "{missing}");
     }
 
     #[test]
@@ -413,6 +473,7 @@ mod tests {
         assert_eq!(Place::parse("web-1:/etc/hosts"), inside("web-1", "/etc/hosts"));
         assert_eq!(Place::parse("./web:1"), Place::Here("./web:1".into()));
         assert_eq!(Place::parse("/a/b:c"), Place::Here("/a/b:c".into()));
+        assert_eq!((contents("/etc/."), contents("/."), contents("/etc/a.")), (Some("/etc"), Some("/"), None));
         assert_eq!(split("/etc/hosts/").ok(), Some(("/etc".to_owned(), "hosts".to_owned())));
         assert_eq!(split("/etc").ok(), Some(("/".to_owned(), "etc".to_owned())));
         for path in ["etc/hosts", "/", "/etc/..", "", "/etc/."] {

@@ -119,6 +119,9 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
 
 /// Sends a container's first process a signal.
 pub(crate) async fn signal(client: &ClientArguments, container: &str, signal: &str) -> Result<(), Error> {
+    if warren_spec::signal(signal).is_none() {
+        return Err(Error::Usage(format!("{signal:?} is not a signal: use a name like TERM or SIGTERM, or a number")));
+    }
     let start = v1::ExecStart { container: container.to_owned(), signal: signal.to_owned(), ..Default::default() };
     let (requests, receiver) = mpsc::channel(1);
     // The queue is empty: this does not wait.

@@ -54,7 +54,7 @@ struct Arguments {
 enum Command {
     /// Runs a manager and an agent in one process.
     Up(Box<up::Arguments>),
-    /// Makes the cluster what files (YAML) say.
+    /// Applies manifests (YAML): creates what is missing and updates what differs.
     Apply(apply::Arguments),
     /// Works with services.
     #[command(subcommand)]
@@ -75,7 +75,7 @@ enum Command {
     ///
     /// Of starts, stops and DNS queries it shows how many there were, and the median and 99th percentile of how long they took.
     Top(top::Arguments),
-    /// Works with the cluster: founds it, lets machines join, shows its managers.
+    /// Works with the cluster: initializes it, lets machines join, shows its managers.
     #[command(subcommand)]
     Cluster(cluster::Command),
     /// Works with nodes.
@@ -84,7 +84,7 @@ enum Command {
     /// Works with operators: who may work with the cluster from other machines.
     #[command(subcommand)]
     Operator(operator::Command),
-    /// Has this user work with a cluster from this machine, as the operator whom the token is for.
+    /// Logs in to a cluster from this machine, as the operator whom the token is for.
     ///
     /// The certificate is kept in ~/.config/warren, unless --identity says where. It is valid for 90 days, and renewed by being
     /// used.

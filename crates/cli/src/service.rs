@@ -72,7 +72,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         wait: WaitArguments,
     },
-    /// Wait until a service is ready, or has ended and exit with its exit code
+    /// Waits until a service is ready, or has ended; exits with its exit code then.
     Wait(wait::Arguments),
     /// Removes services and their containers.
     Rm {

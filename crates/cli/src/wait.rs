@@ -27,8 +27,8 @@ pub(crate) struct WaitArguments {
     /// How long to wait at most, for everything together: a number of seconds, or 90s, 5m
     #[arg(long, default_value = "60", value_name = "DURATION", requires = "wait", value_parser = parse::seconds)]
     pub(crate) timeout: u64,
-    /// Seconds that a container without a health check must run to count as well
-    #[arg(long, default_value_t = 5, env = "WARREN_STABLE_S", value_parser = clap::value_parser!(u64).range(..=3600))]
+    /// How long a container without a health check must run to count as well: a number of seconds, or 10s, 1m
+    #[arg(long, default_value = "5", env = "WARREN_STABLE_S", value_name = "DURATION", value_parser = parse::seconds)]
     pub(crate) stable: u64,
 }
 
@@ -286,8 +286,8 @@ pub(crate) struct Arguments {
     /// How long to wait at most: a number of seconds, or 90s, 5m [default: no limit]
     #[arg(long, value_name = "DURATION", value_parser = parse::seconds)]
     timeout: Option<u64>,
-    /// Seconds that a container without a health check must run to count as well
-    #[arg(long, default_value_t = 5, env = "WARREN_STABLE_S", value_parser = clap::value_parser!(u64).range(..=3600))]
+    /// How long a container without a health check must run to count as well: a number of seconds, or 10s, 1m
+    #[arg(long, default_value = "5", env = "WARREN_STABLE_S", value_name = "DURATION", value_parser = parse::seconds)]
     stable: u64,
 }
 

@@ -93,7 +93,7 @@ pub(crate) struct Arguments {
     /// The same in milliseconds.
     #[arg(long, hide = true, conflicts_with = "restart_delay")]
     restart_delay_ms: Option<u64>,
-    /// Failures in a row after which a container is no longer replaced; 0 is never.
+    /// Failures in a row after which a container is no longer replaced; 0 is no limit.
     #[arg(long, default_value_t = 0)]
     restart_max_attempts: u32,
     /// The signal that stops a container; the image's, or SIGTERM, unless given.
