@@ -199,3 +199,30 @@ fn what_a_service_wrote_can_be_read_when_it_has_no_containers() {
     let _ = world.warren(&["service", "scale", "l", "1", "--wait"]).succeeded();
     until("the new one has written", || (logs(&world, &["service", "logs", "l"]).0.lines().count() == 3).then_some(()));
 }
+
+#[test]
+fn followers_of_a_service_go_on_when_its_agent_is_back() {
+    let mut world = World::with_warren("logs-resume");
+    let script = "trap 'exit 0' TERM; i=0; while :; do echo line $i; i=$((i+1)); sleep 0.1; done";
+    world.create("web", 1, &[], script);
+    let file = world.path("followed");
+    let mut follower = World::binary("warren")
+        .args(["--manager", &world.manager_address(), "service", "logs", "-f", "web"])
+        .stdout(fs::File::create(&file).expect("writable"))
+        .spawn()
+        .expect("warren");
+    let lines = || fs::read_to_string(&file).expect("readable").lines().count();
+    until("some are followed", || (lines() > 5).then_some(()));
+    world.agent.take().expect("it runs").kill();
+    let before = lines();
+    world.start_agent(&[]);
+    world.wait_ready();
+    until("it goes on", || (lines() > before + 30).then_some(()));
+    follower.kill().expect("a child");
+    let _ = follower.wait();
+    // Each once, in order.
+    let text = fs::read_to_string(&file).expect("readable");
+    let numbers: Vec<u32> = text.lines().filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
+    let expected: Vec<u32> = (0..).take(numbers.len()).collect();
+    assert_eq!(numbers, expected);
+}

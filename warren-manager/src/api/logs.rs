@@ -1,4 +1,4 @@
-use std::{collections::HashSet, pin::Pin, sync::Arc};
+use std::{collections::HashSet, pin::Pin, sync::Arc, time::Duration};
 
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
@@ -37,7 +37,8 @@ impl Logs {
         }
     }
 
-    /// Passes one container's lines on until they end.
+    /// Passes one container's lines on until they end. Of a service that is followed, a container whose node goes away, as with its
+    /// agent's restart, goes on where it was once the node is back.
     async fn pass(
         self,
         container: Arc<Container>,
@@ -58,11 +59,35 @@ impl Logs {
             slot: container.slot,
             ..Default::default()
         };
-        self.pass_lines(&node, wanted, about, &to).await.unwrap_or_else(|| {
-            let node = self.hostname(&node);
-            let why = format!("node {node} has no session: the logs of container {} are there", container.id);
-            Err(Status::unavailable(why))
-        })
+        /// Between attempts.
+        const AGAIN: Duration = Duration::from_secs(1);
+        let is_service = !request.service.is_empty();
+        let mut wanted = wanted;
+        loop {
+            let mut last = None;
+            let passed = self.pass_lines(&node, wanted.clone(), about.clone(), &to, &mut last).await;
+            let runs = || {
+                let state = self.0.store.view();
+                state.container(&container.id).is_some_and(|known| !known.status.state.is_terminal())
+            };
+            if request.follow && is_service && !matches!(passed, Some(Ok(()))) && !to.is_closed() && runs() {
+                if let Some(mut since) = last {
+                    // What comes after the last line that was passed on.
+                    since.nanos += 1;
+                    if since.nanos == 1_000_000_000 {
+                        (since.seconds, since.nanos) = (since.seconds + 1, 0);
+                    }
+                    (wanted.since, wanted.tail) = (Some(since), None);
+                }
+                tokio::time::sleep(AGAIN).await;
+                continue;
+            }
+            return passed.unwrap_or_else(|| {
+                let node = self.hostname(&node);
+                let why = format!("node {node} has no session: the logs of container {} are there", container.id);
+                Err(Status::unavailable(why))
+            });
+        }
     }
 
     /// Passes on what a node keeps of a service's containers that the cluster does not know any more. A node without a session
@@ -83,20 +108,22 @@ impl Logs {
             ..Default::default()
         };
         let about = v1::StreamLogsResponse { service_name: service.spec.name.clone(), ..Default::default() };
-        self.pass_lines(&node, wanted, about, &to).await.unwrap_or(Ok(()))
+        self.pass_lines(&node, wanted, about, &to, &mut None).await.unwrap_or(Ok(()))
     }
 
     fn hostname(&self, node: &NodeId) -> String {
         self.0.store.view().node(node).map(|node| node.description.hostname.clone()).unwrap_or_default()
     }
 
-    /// Passes lines on until they end, with what is known about them; `None` when the node has no session.
+    /// Passes lines on until they end, with what is known about them; `None` when the node has no session. Notes when the last of
+    /// them was written.
     async fn pass_lines(
         &self,
         node: &NodeId,
         wanted: v1::LogRequest,
         about: v1::StreamLogsResponse,
         to: &Sender,
+        last: &mut Option<pbjson_types::Timestamp>,
     ) -> Option<Result<(), Status>> {
         let wanted = v1::LogRequest { id: format!("{:032x}", self.0.environment.random()), ..wanted };
         let hostname = self.hostname(node);
@@ -114,9 +141,11 @@ impl Logs {
             if response.container_id.is_empty() {
                 (response.container_id, response.slot) = (line.container_id, line.slot);
             }
+            let at = response.line.as_ref().and_then(|line| line.time);
             if to.send(Ok(response)).await.is_err() {
                 return Some(Ok(()));
             }
+            *last = at.or(*last);
         }
     }
 
