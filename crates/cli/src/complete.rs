@@ -5,11 +5,7 @@ use std::{ffi::OsStr, time::Duration};
 use clap_complete::engine::{ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter as _};
 use warren_proto::v1;
 
-use crate::{
-    client::{ClientArguments, all_pages},
-    container,
-    error::Error,
-};
+use crate::{client::ClientArguments, container, error::Error};
 
 /// Of the environment: a shell asks with it for the end of a word.
 pub(crate) const VARIABLE: &str = "WARREN_COMPLETE";
@@ -102,12 +98,8 @@ async fn fetch(kind: Kind, client: &ClientArguments) -> Result<Vec<String>, Erro
             Ok(secrets.into_iter().map(|secret| secret.name).collect())
         }
         Kind::Volumes => {
-            let mut api = client.volumes().await?;
-            let volumes = all_pages(async |page_token| {
-                let page = api.list_volumes(v1::ListVolumesRequest { page_size: 0, page_token }).await?.into_inner();
-                Ok((page.volumes, page.next_page_token))
-            });
-            Ok(volumes.await?.into_iter().map(|volume| volume.name).collect())
+            let volumes = crate::volume::list(client).await?;
+            Ok(volumes.into_iter().map(|volume| volume.name).collect())
         }
     }
 }

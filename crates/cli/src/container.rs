@@ -1,6 +1,9 @@
 //! `warren container ...`
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use clap::Subcommand;
 use warren_proto::v1;
@@ -109,22 +112,11 @@ pub(crate) async fn get(client: &ClientArguments, container: String) -> Result<v
     Ok(client.containers().await?.get_container(request).await?.into_inner().container.unwrap_or_default())
 }
 
-/// Leaves out those that have ended and have a newer one in their slot; a global service's has its node's.
+/// Leaves out those of a service that have ended and have a newer one in their slot.
 pub(crate) fn leave_out_replaced(containers: &mut Vec<v1::Container>) {
-    let slot = |container: &v1::Container| {
-        let node = if container.slot == 0 { container.node_id.clone() } else { String::new() };
-        (container.service_id.clone(), container.slot, node)
-    };
-    let age = |container: &v1::Container| {
-        let at = container.created_at.unwrap_or_default();
-        (at.seconds, at.nanos, container.id.clone())
-    };
-    let mut newest = HashMap::new();
-    for container in containers.iter() {
-        let known = newest.entry(slot(container)).or_insert_with(|| age(container));
-        *known = age(container).max(known.clone());
-    }
-    containers.retain(|it| !has_ended(it) || newest.get(&slot(it)) == Some(&age(it)));
+    let slots = wait::slots(containers.iter());
+    let newest: HashSet<String> = slots.values().filter_map(|slot| slot.last()).map(|it| it.id.clone()).collect();
+    containers.retain(|it| !has_ended(it) || newest.contains(&it.id));
 }
 
 pub(crate) fn has_ended(container: &v1::Container) -> bool {

@@ -10,11 +10,15 @@ use std::{
 
 use clap::Args;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::AbortOnDropHandle;
 use warren_proto::v1::{self, exec_request::Message as Request, exec_response::Message as Response};
 
-use crate::{client::ClientArguments, complete, error::Error};
+use crate::{
+    client::ClientArguments,
+    complete,
+    error::Error,
+    exec::{begin, request},
+};
 
 /// Bytes that travel together.
 const CHUNK: usize = 32 << 10;
@@ -77,11 +81,6 @@ fn split(path: &str) -> Result<(String, String), Error> {
     Ok((if directory.is_empty() { "/".to_owned() } else { directory.to_owned() }, name.to_owned()))
 }
 
-/// Whether a path says that it is a directory's.
-fn ends_in_slash(path: &str) -> bool {
-    path.ends_with('/')
-}
-
 /// The directory of a path like `/srv/.`: what is in it is meant, and not itself.
 fn contents(path: &str) -> Option<&str> {
     path.strip_suffix("/.").map(|directory| if directory.is_empty() { "/" } else { directory })
@@ -92,7 +91,7 @@ async fn out_of(client: &ClientArguments, container: &str, path: &str, to: &Path
         Some(directory) if path.starts_with('/') => (directory.to_owned(), ".".to_owned()),
         _ => split(path)?,
     };
-    if ends_in_slash(&to.to_string_lossy()) && !to.is_dir() {
+    if to.to_string_lossy().ends_with('/') && !to.is_dir() {
         return Err(Error::Usage(format!("there is no directory {}", to.display())));
     }
     let target = match (to.is_dir(), name.as_str()) {
@@ -132,13 +131,12 @@ async fn into(client: &ClientArguments, container: &str, from: &Path, path: &str
     let is_directory = path.starts_with('/') && exec(client, container, is_directory, None, None).await?.code == 0;
     let (directory, name) = if is_directory {
         (path.to_owned(), own)
-    } else if path.starts_with('/') && ends_in_slash(path) {
+    } else if path.starts_with('/') && path.ends_with('/') {
         return Err(Error::Copy(format!("{container}: there is no directory {path}")));
     } else {
         let (directory, name) = split(path)?;
         (directory, name.into())
     };
-    // Whatever its new name is, it is a directory's then.
     let (sender, receiver) = mpsc::channel(AHEAD);
     let packing = tokio::task::spawn_blocking(move || pack(&real, &name, sender));
     // The files are whose the container is, as if it had written them.
@@ -195,22 +193,19 @@ async fn exec(
     /// More would not be read.
     const STDERR: usize = 4096;
     let program = command.first().cloned().unwrap_or_default();
-    let (requests, receiver) = mpsc::channel(AHEAD);
     let start =
         v1::ExecStart { container: container.to_owned(), command, input: input.is_some(), ..Default::default() };
-    // The queue is empty: this does not wait.
-    let _ = requests.send(v1::ExecRequest { message: Some(Request::Start(start)) }).await;
-    let mut responses = client.exec().await?.exec(ReceiverStream::new(receiver)).await?.into_inner();
+    let (requests, mut responses) = begin(client, start).await?;
     // What is not wanted any more is not fed.
     let _feeding = input.map(|mut input| {
         let requests = requests.clone();
         AbortOnDropHandle::new(tokio::spawn(async move {
             while let Some(bytes) = input.recv().await {
-                if requests.send(v1::ExecRequest { message: Some(Request::Input(bytes)) }).await.is_err() {
+                if requests.send(request(Request::Input(bytes))).await.is_err() {
                     return;
                 }
             }
-            let _ = requests.send(v1::ExecRequest { message: Some(Request::InputEnd(v1::ExecInputEnd {})) }).await;
+            let _ = requests.send(request(Request::InputEnd(v1::ExecInputEnd {}))).await;
         }))
     });
     let mut stderr = Vec::new();

@@ -12,6 +12,7 @@ use tokio::{
     sync::mpsc,
 };
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
 use warren_proto::v1::{self, exec_request::Message as Request, exec_response::Message as Response};
 
 use crate::{
@@ -74,10 +75,7 @@ pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Resul
         terminal: arguments.tty.then(|| terminal::size().unwrap_or_default()),
         signal: String::new(),
     };
-    let (requests, receiver) = mpsc::channel(AHEAD);
-    // The queue is empty: this does not wait.
-    let _ = requests.send(request(Request::Start(start))).await;
-    let mut responses = client.exec().await?.exec(ReceiverStream::new(receiver)).await?.into_inner();
+    let (requests, mut responses) = begin(client, start).await?;
     match responses.message().await?.and_then(|response| response.message) {
         Some(Response::Started(_)) => {}
         Some(Response::Failed(failed)) => return Err(Error::NotStarted { failed }),
@@ -123,10 +121,7 @@ pub(crate) async fn signal(client: &ClientArguments, container: &str, signal: &s
         return Err(Error::Usage(format!("{signal:?} is not a signal: use a name like TERM or SIGTERM, or a number")));
     }
     let start = v1::ExecStart { container: container.to_owned(), signal: signal.to_owned(), ..Default::default() };
-    let (requests, receiver) = mpsc::channel(1);
-    // The queue is empty: this does not wait.
-    let _ = requests.send(request(Request::Start(start))).await;
-    let mut responses = client.exec().await?.exec(ReceiverStream::new(receiver)).await?.into_inner();
+    let (_requests, mut responses) = begin(client, start).await?;
     while let Some(response) = responses.message().await? {
         match response.message {
             Some(Response::ExitCode(_)) => return Ok(()),
@@ -139,7 +134,19 @@ pub(crate) async fn signal(client: &ClientArguments, container: &str, signal: &s
     Err(Error::NoAnswer)
 }
 
-fn request(message: Request) -> v1::ExecRequest {
+/// Begins a call: what goes up, and what comes down.
+pub(crate) async fn begin(
+    client: &ClientArguments,
+    start: v1::ExecStart,
+) -> Result<(mpsc::Sender<v1::ExecRequest>, Streaming<v1::ExecResponse>), Error> {
+    let (requests, receiver) = mpsc::channel(AHEAD);
+    // The queue is empty: this does not wait.
+    let _ = requests.send(request(Request::Start(start))).await;
+    let responses = client.exec().await?.exec(ReceiverStream::new(receiver)).await?.into_inner();
+    Ok((requests, responses))
+}
+
+pub(crate) fn request(message: Request) -> v1::ExecRequest {
     v1::ExecRequest { message: Some(message) }
 }
 

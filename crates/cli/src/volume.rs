@@ -62,6 +62,15 @@ pub(crate) enum Command {
     },
 }
 
+pub(crate) async fn list(client: &ClientArguments) -> Result<Vec<v1::Volume>, Error> {
+    let mut api = client.volumes().await?;
+    all_pages(async |page_token| {
+        let page = api.list_volumes(v1::ListVolumesRequest { page_size: 0, page_token }).await?.into_inner();
+        Ok((page.volumes, page.next_page_token))
+    })
+    .await
+}
+
 pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {
     let mut api = client.volumes().await?;
     match command {
@@ -78,14 +87,9 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
             let made = api.create_volume(request).await?.into_inner().volume.unwrap_or_default();
             say!("{}", made.id);
         }
-        Command::Ls { list } => {
-            let volumes = all_pages(async |page_token| {
-                let page = api.list_volumes(v1::ListVolumesRequest { page_size: 0, page_token }).await?.into_inner();
-                Ok((page.volumes, page.next_page_token))
-            })
-            .await?;
-            let volumes = list.apply(volumes)?;
-            if output::to_program(list.format(), &volumes)? {
+        Command::Ls { list: wanted } => {
+            let volumes = wanted.apply(list(client).await?)?;
+            if output::to_program(wanted.format(), &volumes)? {
                 return Ok(());
             }
             let nodes = node::list(client).await?;

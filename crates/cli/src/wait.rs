@@ -16,6 +16,7 @@ use tonic::Streaming;
 use warren_proto::v1::{self, RestartCondition, WatchContainersResponse, watch_containers_response::Change};
 
 use crate::{client::ClientArguments, complete, container, error::Error, output::say, parse, service};
+pub(crate) use assess::slots;
 use assess::{Assessment, End, assess};
 
 #[derive(Args, Clone, Copy, Debug)]

@@ -358,7 +358,9 @@ impl Network {
         let forgotten = tokio::task::spawn_blocking(move || conntrack::forget_stale(&wanted, &own)).await;
         match forgotten.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic())) {
             Ok(flows) => {
-                tracing::debug!(flows, "UDP flows that led nowhere are led anew");
+                if flows > 0 {
+                    tracing::debug!(flows, "UDP flows that led nowhere are led anew");
+                }
                 made.flows_unknown = false;
             }
             Err(error) if !made.flows_unknown => {

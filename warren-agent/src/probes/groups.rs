@@ -11,7 +11,7 @@ use super::{Error, Maps};
 pub struct Groups {
     by_name: HashMap<String, u32>,
     names: HashMap<u32, String>,
-    /// The highest number that was forgotten.
+    /// The highest number that was handed out. Numbers are not used again: a query on its way may still have one.
     last: u32,
 }
 
@@ -24,6 +24,7 @@ impl Groups {
             let text = String::from_utf8_lossy(&name).trim_end_matches('\0').to_owned();
             groups.by_name.insert(text.clone(), number);
             groups.names.insert(number, text);
+            groups.last = groups.last.max(number);
         }
         groups
     }
@@ -38,14 +39,14 @@ impl Groups {
         if let Some(number) = self.by_name.get(&name) {
             return Ok(*number);
         }
-        let last = self.names.keys().copied().max().unwrap_or(0).max(self.last);
-        let number = (last + 1).max(group::FIRST_ASSIGNED);
+        let number = (self.last + 1).max(group::FIRST_ASSIGNED);
         let mut bytes: GroupName = [0; GROUP_NAME_LEN];
         bytes[..name.len()].copy_from_slice(name.as_bytes());
         maps.written()
             .group_names
             .insert(number, bytes, 0)
             .map_err(|source| Error::Map { map: "GROUP_NAMES", source })?;
+        self.last = number;
         self.by_name.insert(name.clone(), number);
         self.names.insert(number, name);
         Ok(number)
@@ -64,8 +65,6 @@ impl Groups {
         let used = maps.used_groups();
         let unused: BTreeSet<u32> = self.names.keys().copied().filter(|number| !used.contains(number)).collect();
         maps.forget_groups(&unused)?;
-        // Numbers are not used again: a query on its way may still have one.
-        self.last = self.last.max(self.names.keys().copied().max().unwrap_or(0));
         self.names.retain(|number, _| !unused.contains(number));
         self.by_name.retain(|_, number| !unused.contains(number));
         Ok(unused.len())

@@ -81,13 +81,15 @@ impl Hierarchies {
         processes
     }
 
+    /// The files of a process's cgroup that has a controller, and whether it is of v2.
+    fn files(&self, controller: &str, cgroups: &str) -> Option<(Files, bool)> {
+        self.directory(controller, cgroups).map(|(directory, v2)| (Files(directory), v2))
+    }
+
     /// Of a process's cgroups: processor time in nanoseconds; memory in use without what can be taken back at once, and its limit,
     /// in bytes, where it is accounted for. What cannot be read, and no limit, is 0.
     pub(super) fn cpu_and_memory(&self, cgroups: &str) -> (u64, Option<(u64, u64)>) {
-        let files = |controller: &str| {
-            let (directory, v2) = self.directory(controller, cgroups)?;
-            Some((Files(directory), v2))
-        };
+        let files = |controller| self.files(controller, cgroups);
         let cpu = match (files("cpuacct"), files("cpu")) {
             (Some((files, false)), _) => files.number("cpuacct.usage"),
             (_, Some((files, true))) => files.entry("cpu.stat", "usage_usec") * 1000,
@@ -105,10 +107,7 @@ impl Hierarchies {
 
     /// What a process's cgroups have used. What cannot be read is 0.
     pub(super) fn usage(&self, cgroups: &str) -> v1::ContainerStats {
-        let files = |controller: &str| {
-            let (directory, v2) = self.directory(controller, cgroups)?;
-            Some((Files(directory), v2))
-        };
+        let files = |controller| self.files(controller, cgroups);
         let (cpu_usage_nanos, memory) = self.cpu_and_memory(cgroups);
         let (memory_bytes, memory_limit_bytes) = memory.unwrap_or_default();
         let mut stats = v1::ContainerStats { cpu_usage_nanos, memory_bytes, memory_limit_bytes, ..Default::default() };

@@ -52,7 +52,7 @@ fn failure(container: &v1::Container) -> String {
 }
 
 /// The containers of a service by slot; a global service's by node. Newest last.
-fn slots<'a>(
+pub(crate) fn slots<'a>(
     containers: impl IntoIterator<Item = &'a v1::Container>,
 ) -> BTreeMap<(u32, &'a str), Vec<&'a v1::Container>> {
     let mut slots = BTreeMap::<_, Vec<&v1::Container>>::new();
