@@ -171,7 +171,8 @@ impl Manager {
     }
 
     /// The index of the last entry that it has applied, if it answers and knows who leads.
-    fn applied(&self) -> Option<u64> {
+    #[must_use]
+    pub fn applied(&self) -> Option<u64> {
         let info = self.info().filter(|info| info["leaderId"] != "0")?;
         info["appliedIndex"].as_str()?.parse().ok()
     }

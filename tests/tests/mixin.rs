@@ -107,6 +107,8 @@ fn every_query_has_an_answer_on_a_running_system() {
     }
     let raised = prometheus.api("alerts").expect("alerts");
     let raised = raised["data"]["alerts"].as_array().expect("a list").iter();
+    // Others may be pending for what a scrape saw halfway; none of them waits for less than a minute.
+    let raised = raised.filter(|alert| alert["state"] == "firing");
     let names: BTreeSet<_> = raised.filter_map(|alert| alert["labels"]["alertname"].as_str()).collect();
     // The one that the deaf container is about.
     assert!(names.iter().all(|name| *name == "WarrenSigtermIgnored"), "{names:?}");
