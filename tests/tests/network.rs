@@ -1,8 +1,8 @@
 //! Containers' addresses, the ways between them, and what is left of it all.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command, time::Duration};
 
-use warren_tests::{Inside, Output, Outside, World, both_ready, run, start_second, two_nodes, until};
+use warren_tests::{Inside, Output, Outside, Process, World, both_ready, run, start_second, two_nodes, until};
 
 /// A web server that says where it is.
 const SERVER: &str =
@@ -315,6 +315,85 @@ fn ports_are_published_on_the_node() {
     let _ = world.warren(&["service", "rm", "web", "host", "--wait"]).succeeded();
     until("the ports are closed", || (fetch_here("127.0.0.1:8080").code != 0).then_some(()));
     assert_eq!(outside.fetch("192.0.2.1:8081"), "");
+}
+
+/// A neighbour may send its packets by way of a node, and under addresses that are not its own.
+#[test]
+fn a_neighbour_reaches_what_is_published_and_nothing_else() {
+    let world = World::empty("neighbour");
+    let outside = Outside::new(&world);
+    let world = world.and_warren();
+    let web = servers(&world, "web", 1, &["--publish", "8080:80"]);
+    until("the port answers", || (outside.fetch("192.0.2.1:8080") == hostname(&web[0])).then_some(()));
+    let own = &web[0].addresses;
+    let virtual_ones = virtual_addresses(&world, "web");
+    let node = own[0].rsplit_once('.').map(|(subnet, _)| format!("{subnet}.1")).expect("an address");
+    let ip = |arguments: &str| drop(run("ip", &arguments.split(' ').collect::<Vec<_>>()).succeeded());
+    let there = outside.name();
+    for address in own.iter().chain(&virtual_ones).chain([&node]) {
+        if address.contains(':') {
+            continue;
+        }
+        ip(&format!("-n {there} route add {address} via {}", Outside::HERE));
+        assert_eq!(outside.fetch(address), "", "{address} is not published");
+    }
+    let listener = std::net::TcpListener::bind((node.as_str(), 8099)).expect("the node's own address among containers");
+    let mut connect = outside.command("busybox");
+    let reached = connect.args(["timeout", "2", "busybox", "nc", "-w", "1", &node, "8099"]).output().expect("busybox");
+    assert!(!reached.status.success(), "{node} is the node's own among its containers");
+    drop(listener);
+    // What says that it comes from a container comes in by a container's link.
+    ip(&format!("-n {there} addr add {}/32 dev lo", own[0]));
+    let packets = || web[0].enter(&["cat", "/sys/class/net/eth0/statistics/rx_packets"]);
+    let before = packets();
+    let mut forged = outside.command("busybox");
+    let _ = forged.args(["timeout", "2", "busybox", "ping", "-c", "2", "-W", "1", "-I", &own[0], "192.0.2.1"]).output();
+    assert_eq!(packets(), before, "the answer goes to the container");
+    assert_eq!(outside.fetch("192.0.2.1:8080"), hostname(&web[0]), "what is published still answers");
+}
+
+#[test]
+fn containers_reach_what_of_the_cluster_is_open_to_them() {
+    let world = World::empty("reach");
+    let other = Outside::new(&world);
+    let mut world = world.and_containerd();
+    let everywhere = |command: &Command| {
+        let mut there = Command::new(command.get_program());
+        there.args(command.get_args().map(|argument| argument.to_string_lossy().replace("127.0.0.1:", "0.0.0.0:")));
+        there
+    };
+    let mut manager = everywhere(&world.manager_command());
+    let listens =
+        manager.get_args().find_map(|argument| argument.to_str()?.strip_prefix("0.0.0.0:").map(str::to_owned));
+    let api = listens.expect("an address");
+    manager.args(["--advertise-addr", &format!("192.0.2.1:{api}")]);
+    world.start_manager_as(manager);
+    let start_agent = |world: &mut World, options: &[&str]| {
+        let mut agent = everywhere(&world.agent_command());
+        agent.args(["--advertise-addr", Outside::HERE]).args(options);
+        world.agent = Some(Process::start("agent", &mut agent, world.directory.path()));
+        world.wait_ready();
+    };
+    start_agent(&mut world, &[]);
+    let client = Inside::of(&world, "client", &[]);
+    let connects = |world: &World, address: &str, port: &str| {
+        client.shell(world, &format!("nc -w 1 {address} {port} </dev/null")).0 == 0
+    };
+    let node = client.addresses[0].rsplit_once('.').map(|(subnet, _)| format!("{subnet}.1")).expect("an address");
+    let metrics = world.agent_port.to_string();
+    let all = |world: &World, port: &str| ["192.0.2.1", &node].map(|address| connects(world, address, port));
+    until("the managers are closed", || (all(&world, &api) == [false; 2]).then_some(()));
+    assert_eq!(all(&world, &metrics), [true; 2]);
+    let from_outside = other.command("busybox").args(["nc", "-w", "1", "192.0.2.1", &api]).output();
+    assert!(from_outside.expect("busybox").status.success(), "to others they are open");
+    for (reach, to_managers, to_metrics) in
+        [("managers", true, false), ("managers,metrics", true, true), ("nothing", false, false)]
+    {
+        let _ = world.agent.take().expect("it runs").terminate();
+        start_agent(&mut world, &["--containers-reach", reach]);
+        until(&format!("{reach}: the managers"), || (all(&world, &api) == [to_managers; 2]).then_some(()));
+        until(&format!("{reach}: metrics"), || (all(&world, &metrics) == [to_metrics; 2]).then_some(()));
+    }
 }
 
 #[test]

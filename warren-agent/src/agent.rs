@@ -214,6 +214,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
         return Err(Error::NotRoot);
     }
     options.probes.as_ref().map_or(Ok(()), check_ports)?;
+    warren_connections::raise_open_files();
     let listener = endpoint::bind(options.metrics_addr).await?;
     let data_dir_error = |source| Error::DataDir { path: options.data_dir.clone(), source };
     let node_id = membership::node_id(&options.data_dir).map_err(data_dir_error)?;
@@ -326,10 +327,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     tasks.spawn(session::run(session, supervisor, board, link, shutdown.clone()));
     tracing::info!(metrics = %options.metrics_addr, hostname = options.hostname, "the agent runs");
     started();
-    if let Err(error) = endpoint.serve(listener, shutdown.clone().cancelled_owned()).await {
-        tracing::error!(%error, "metrics are no longer served");
-        shutdown.cancelled().await;
-    }
+    endpoint.serve(listener, shutdown.clone().cancelled_owned()).await;
     tasks.close();
     tasks.wait().await;
     if !actions.end(ACTIONS_PATIENCE).await {

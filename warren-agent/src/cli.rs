@@ -84,7 +84,7 @@ pub struct AgentArguments {
     /// The node's name; the machine's unless given.
     #[arg(long, env = "WARREN_HOSTNAME")]
     pub hostname: Option<String>,
-    /// A label of the node, as name=value; may be repeated, or be a list with commas.
+    /// A label of the node, as name=value; may be repeated, or be a list with commas. Constraints name it node.labels.agent/NAME.
     #[arg(long = "label", env = "WARREN_LABELS", value_delimiter = ',', value_parser = parse_label)]
     pub labels: Vec<(String, String)>,
     /// Where to serve /metrics, /health, /ready and /live.
@@ -120,6 +120,16 @@ pub struct NodeArguments {
     /// How packets travel to other nodes' containers. Nodes reach each other only if they do it the same way.
     #[arg(long, env = "WARREN_OVERLAY", value_enum, default_value_t)]
     pub overlay: network::OverlayKind,
+    /// What of the cluster's own containers may connect to: managers (their API), metrics (of managers and agents), nothing.
+    #[arg(
+        long,
+        env = "WARREN_CONTAINERS_REACH",
+        value_enum,
+        value_delimiter = ',',
+        default_value = "metrics",
+        hide_possible_values = true
+    )]
+    pub containers_reach: Vec<network::Reach>,
     /// The domain of services' names.
     #[arg(long, env = "WARREN_DNS_DOMAIN", default_value = "warren")]
     pub dns_domain: String,
@@ -209,6 +219,8 @@ impl AgentArguments {
                 address: node.advertise_addr,
                 overlay: node.overlay,
                 domain: node.dns_domain.clone(),
+                reach: node.containers_reach.clone(),
+                metrics_port: self.metrics_addr.port(),
             },
             dns: dns::Options {
                 domain: node.dns_domain.clone(),

@@ -26,7 +26,7 @@ pub use tables::{Parts, Place, Tables};
 use std::{
     collections::{BTreeSet, HashMap},
     fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -114,6 +114,21 @@ pub struct Options {
     pub overlay: OverlayKind,
     /// The domain of services' names.
     pub domain: String,
+    /// What of the cluster's own containers may connect to.
+    pub reach: Vec<Reach>,
+    /// The port of the agents' metrics.
+    pub metrics_port: u16,
+}
+
+/// What of the cluster's own containers may connect to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Reach {
+    /// The managers' API.
+    Managers,
+    /// The metrics of managers and agents.
+    Metrics,
+    /// Neither.
+    Nothing,
 }
 
 /// How packets travel between nodes.
@@ -316,6 +331,24 @@ impl Network {
             }
             self.0.tables.send_modify(|tables| tables.place = Some(place));
         }
+    }
+
+    /// Takes note of where managers are.
+    pub(crate) async fn set_managers(&self, managers: &[v1::Manager]) {
+        let mut addresses = BTreeSet::new();
+        for manager in managers.iter().map(|manager| &manager.address) {
+            match tokio::net::lookup_host(manager).await {
+                Ok(found) => addresses.extend(found.map(|at| SocketAddr::new(at.ip().to_canonical(), at.port()))),
+                Err(error) => tracing::debug!(manager, %error, "where a manager is cannot be found out"),
+            }
+        }
+        self.0.tables.send_if_modified(|tables| {
+            let is_news = !addresses.is_empty() && tables.managers != addresses;
+            if is_news {
+                tables.managers = addresses;
+            }
+            is_news
+        });
     }
 
     /// Takes note of what a manager says of services and nodes.

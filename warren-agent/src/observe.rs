@@ -59,6 +59,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
         return Err(agent::Error::NotRoot.into());
     }
     agent::check_ports(&options.probes)?;
+    warren_connections::raise_open_files();
     let listener = endpoint::bind(options.metrics_addr).await?;
     let probe_options = options.probes.clone();
     let maps = Arc::new(tokio::task::spawn_blocking(move || Maps::open(&probe_options)).await??);
@@ -93,7 +94,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     tracing::info!(address = %listener.local_addr()?, "observing");
     let native_histograms = options.telemetry.native_histograms;
     let endpoint = endpoint::Endpoint { meters, native_histograms, health: Checks::default(), ready };
-    endpoint.serve(listener, shutdown.clone().cancelled_owned()).await?;
+    endpoint.serve(listener, shutdown.clone().cancelled_owned()).await;
     shutdown.cancel();
     tracker.close();
     tracker.wait().await;

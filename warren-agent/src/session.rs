@@ -296,10 +296,11 @@ impl Session<'_> {
                 () = sleep_until(next_question) => {
                     next_question = Instant::now() + period * LEARN;
                     let asked = cluster.get_cluster_info(v1::GetClusterInfoRequest {});
-                    if let Ok(Ok(info)) = tokio::time::timeout(LOOK_TIMEOUT, asked).await
-                        && self.options.managers.learn(info.get_ref())
-                    {
-                        return Err(Ended::Moves);
+                    if let Ok(Ok(info)) = tokio::time::timeout(LOOK_TIMEOUT, asked).await {
+                        self.options.network.set_managers(&info.get_ref().managers).await;
+                        if self.options.managers.learn(info.get_ref()) {
+                            return Err(Ended::Moves);
+                        }
                     }
                 }
             }

@@ -92,6 +92,9 @@ pub enum Error {
     /// The object is not in a state for this.
     #[error("{0}")]
     Precondition(String),
+    /// The caller does something too often.
+    #[error("{0}")]
+    TooOften(String),
     /// The caller may not.
     #[error("{0}")]
     Refused(String),
@@ -128,6 +131,7 @@ impl From<Error> for Status {
             Error::NotFound { .. } => Self::not_found(message),
             Error::Precondition(_) => Self::failed_precondition(message),
             Error::TooOld(_) => Self::out_of_range(message),
+            Error::TooOften(_) => Self::resource_exhausted(message),
             Error::Refused(_) => Self::permission_denied(message),
             Error::Vault(_) | Error::Pki(_) => Self::internal(message),
             Error::Store(store::Error::Rejected(Rejection::NameTaken(_))) => Self::already_exists(message),
@@ -167,7 +171,7 @@ pub(crate) fn router(context: &Context, dispatcher: Dispatcher, relay: Relay, fe
             ServicesServer::new(services::Services(context.clone())).max_decoding_message_size(MAX_SECRET_REQUEST),
         )
         .add_service(ContainersServer::new(containers::Containers(context.clone())))
-        .add_service(NodesServer::new(nodes::Nodes(context.clone())))
+        .add_service(NodesServer::new(nodes::Nodes::new(context.clone())))
         .add_service(
             SecretsServer::new(secrets::Secrets(context.clone())).max_decoding_message_size(MAX_SECRET_REQUEST),
         )

@@ -153,6 +153,18 @@ fn wire_timing(timing: Timing) -> v1::Timing {
     v1::Timing { create_nanos: timing.create_ns, start_nanos: timing.start_ns, stop_nanos: timing.stop_ns }
 }
 
+/// Bytes of what an agent says in words about a container: it is kept in the log, and told to everybody.
+const MAX_WORDS: usize = 1024;
+
+/// The beginning of what an agent says.
+fn beginning(mut words: String) -> String {
+    if words.len() > MAX_WORDS {
+        words.truncate(words.floor_char_boundary(MAX_WORDS));
+        words.push('\u{2026}');
+    }
+    words
+}
+
 /// A status that an agent may report; `None` for states that are the manager's to set.
 #[must_use]
 pub(crate) fn observed_status(wire: v1::ContainerStatus) -> Option<Status> {
@@ -170,7 +182,7 @@ pub(crate) fn observed_status(wire: v1::ContainerStatus) -> Option<Status> {
     let time = |wire: Option<pbjson_types::Timestamp>| wire.as_ref().map(Timestamp::from_proto);
     Some(Status {
         state,
-        message: wire.message,
+        message: beginning(wire.message),
         changed_at: time(wire.changed_at).unwrap_or_default(),
         exit_code: wire.exit_code,
         started_at: time(wire.started_at),
@@ -182,7 +194,7 @@ pub(crate) fn observed_status(wire: v1::ContainerStatus) -> Option<Status> {
         signal_ignored: wire.signal_ignored,
         addresses: wire.addresses.iter().filter_map(|address| address.parse().ok()).collect(),
         health: v1::Health::try_from(wire.health).unwrap_or_default(),
-        health_message: wire.health_message,
+        health_message: beginning(wire.health_message),
     })
 }
 

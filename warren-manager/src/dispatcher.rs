@@ -5,9 +5,10 @@ mod directory;
 mod relay;
 mod reports;
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use opentelemetry::KeyValue;
+use prost::Message as _;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -19,9 +20,10 @@ use crate::{
     ids::NodeId,
     liveness::Liveness,
     metrics::ManagerMetrics,
+    pace::{Allowance, Pace},
     state::{Secret, State},
     store::Store,
-    telemetry::{Collected, SessionNumber},
+    telemetry::{Collected, NotAccepted, SessionNumber},
     vault::Vault,
 };
 use assignments::Assigned;
@@ -31,6 +33,10 @@ use reports::Reports;
 
 /// Messages to an agent that wait to be sent.
 const QUEUE: usize = 16;
+/// Messages of one agent, each of so many bytes at most; a larger one counts as several. An agent that starts hundreds of containers a second
+/// sends no more.
+const MESSAGES: Pace = Pace { burst: 2000, pause: Duration::from_millis(2) };
+const BYTES_OF_ONE: usize = 16 << 10;
 
 /// Serves agents.
 #[derive(Clone, Debug)]
@@ -158,9 +164,15 @@ impl Dispatcher {
         hostname: &str,
         mut from: Streaming<v1::AgentMessage>,
     ) -> Option<Status> {
+        let mut allowance = Allowance::new(MESSAGES);
         loop {
             let message = match from.message().await {
-                Ok(Some(message)) => message.message,
+                Ok(Some(message)) => {
+                    // Who sends more is read more slowly.
+                    let weight = 1 + message.encoded_len() / BYTES_OF_ONE;
+                    allowance.wait_for(u32::try_from(weight).unwrap_or(u32::MAX)).await;
+                    message.message
+                }
                 Ok(None) => return None,
                 Err(status) => {
                     tracing::info!(node = hostname, message = status.message(), "an agent's session broke");
@@ -172,12 +184,21 @@ impl Dispatcher {
             match message {
                 Some(agent_message::Message::Status(report)) => {
                     self.compare_clock(node, report.sent_at);
-                    self.reports.add(node, report, self.liveness.clock_shift(node));
+                    if let Err(why) = self.reports.add(node, report, self.liveness.clock_shift(node)) {
+                        self.liveness.set_refused(node, &why, self.store.now());
+                    }
                 }
                 Some(agent_message::Message::Telemetry(snapshot)) => {
                     self.compare_clock(node, snapshot.taken_at);
-                    let known = self.collected.accept(session, node, hostname, snapshot);
-                    let result = if known { "accepted" } else { "rejected" };
+                    let accepted = self.collected.accept(session, node, hostname, snapshot);
+                    if accepted == Err(NotAccepted::TooMuch) {
+                        self.liveness.set_refused(
+                            node,
+                            "it has more series of metrics than are kept",
+                            self.store.now(),
+                        );
+                    }
+                    let result = if accepted.is_ok() { "accepted" } else { "rejected" };
                     let labels = [KeyValue::new("node", hostname.to_owned()), KeyValue::new("result", result)];
                     self.metrics.telemetry_snapshots.add(1, &labels);
                 }
@@ -288,7 +309,11 @@ impl dispatcher_server::Dispatcher for Dispatcher {
         };
         // The queue is empty: this cannot wait.
         let _ = to.send(Ok(wrap(manager_message::Message::Welcome(welcome)))).await;
-        self.relay.opened(&node, to.clone());
+        if let Some(before) = self.relay.opened(&node, to.clone()) {
+            // It is broken, and nobody has noticed yet; or another machine has a copy of this one's data directory.
+            let _ = before.try_send(Err(Status::aborted("another session of this node has begun")));
+            tracing::info!(node = hostname, "an agent's session before this one is ended");
+        }
         tokio::spawn(self.clone().keep(session, (node, hostname), to, from));
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }

@@ -5,17 +5,17 @@
 
 use std::{
     future,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use futures::{StreamExt as _, future::BoxFuture};
 use http::{HeaderMap, HeaderValue, Request, Response};
-use http_body::Frame;
+use http_body::{Body as _, Frame};
 use http_body_util::{BodyStream, StreamBody};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Status,
@@ -23,6 +23,7 @@ use tonic::{
     transport::{Channel, server::UdsConnectInfo},
 };
 use tower::{Layer, Service, ServiceExt as _};
+use warren_connections::{Connections, client};
 use warren_pki::{Identity, Peer, Role};
 use warren_raft::Node;
 
@@ -40,8 +41,10 @@ const LEADER_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a follower may take to hear of somebody whom the leader has let in.
 const NEWS_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Calls at a time of those who show no certificate, and how long each may take.
+/// Calls at a time of those who show no certificate, in all and from one client, and how long each may take. The oldest make room for
+/// new ones.
 const VISITORS: usize = 256;
+const VISITORS_OF_ONE: usize = 16;
 const VISIT: Duration = Duration::from_secs(60);
 
 /// So long after the members have changed, those who follow something are looked for among them.
@@ -112,6 +115,21 @@ impl Caller {
         (self.role, self.id.as_str()) == (Some(Role::Admin), ROOT)
     }
 
+    /// From where they call; `None` at a socket.
+    fn ip(&self) -> Option<IpAddr> {
+        self.address.parse().ok().map(|address: SocketAddr| address.ip().to_canonical())
+    }
+
+    /// Whom limits take them for.
+    fn client(&self) -> IpAddr {
+        self.ip().map_or(Ipv4Addr::UNSPECIFIED.into(), client)
+    }
+
+    /// Whether their machine may have this address: it is where they call from, or they are on a manager's machine.
+    pub(crate) fn may_be_at(&self, address: IpAddr) -> bool {
+        self.ip().is_none_or(|ip| ip == address || ip.is_loopback())
+    }
+
     fn to_header(&self) -> String {
         format!("{}|{}|{}", self.role.map_or("", Role::name), self.id, self.address)
     }
@@ -143,7 +161,8 @@ fn may(caller: &Caller, path: &str) -> bool {
     let method = path.strip_prefix("/warren.v1.").unwrap_or(path);
     match method {
         "Cluster/JoinCluster" => true,
-        _ if method.starts_with("/grpc.health.v1.Health/") => true,
+        "/grpc.health.v1.Health/Check" => true,
+        _ if method.starts_with("/grpc.health.v1.Health/") => role.is_some(),
         "Cluster/GetClusterInfo" | "Cluster/RequestCertificate" | "Cluster/ConfirmAuthorities" => role.is_some(),
         _ if method.starts_with("/grpc.reflection.v1.ServerReflection/") => role.is_some(),
         "Cluster/EnterManager" => role == Some(Role::Manager),
@@ -181,13 +200,13 @@ pub(crate) struct Front {
     state: watch::Receiver<State>,
     members: watch::Receiver<()>,
     peers: Peers,
-    visitors: Arc<Semaphore>,
+    visitors: Connections<IpAddr>,
 }
 
 impl Front {
     pub(crate) fn new(raft: Node, state: watch::Receiver<State>, peers: Peers) -> Self {
         let members = follow_members(state.clone());
-        Self { raft, state, members, peers, visitors: Arc::new(Semaphore::new(VISITORS)) }
+        Self { raft, state, members, peers, visitors: Connections::new(VISITORS, VISITORS_OF_ONE) }
     }
 
     /// Whether a manager may have been let in after what this one knows so far, and be the one that it is to learn from.
@@ -252,38 +271,32 @@ impl Front {
     }
 
     /// When what a caller is told is over, whatever they want; `None` for what is short.
-    ///
-    /// # Errors
-    ///
-    /// When too many without a certificate are being answered.
-    fn over(
-        &self,
-        caller: &Caller,
-        extensions: &http::Extensions,
-        path: &str,
-    ) -> Result<Option<BoxFuture<'static, Status>>, Status> {
+    fn over(&self, caller: &Caller, extensions: &http::Extensions, path: &str) -> Option<BoxFuture<'static, Status>> {
         if path.starts_with("/warren.v1.Raft/") || caller.is_root() && extensions.get::<Peer>().is_none() {
-            return Ok(None);
+            return None;
         }
         // Who removes themselves, or the manager that they ask, is to hear that it is done.
         if caller.role.is_some() && REMOVALS.contains(&path) {
-            return Ok(None);
+            return None;
         }
         if caller.role.is_none() {
-            let place = Arc::clone(&self.visitors).try_acquire_owned();
-            let place =
-                place.map_err(|_| Status::resource_exhausted("too many call without a certificate: try again"))?;
-            return Ok(Some(Box::pin(async move {
-                tokio::time::sleep(VISIT).await;
-                drop(place);
-                Status::deadline_exceeded("this takes too long for somebody without a certificate")
-            })));
+            let mut place = self.visitors.enter(caller.client());
+            return Some(Box::pin(async move {
+                tokio::select! {
+                    () = tokio::time::sleep(VISIT) => {
+                        Status::deadline_exceeded("this takes too long for somebody without a certificate")
+                    }
+                    () = place.given_up() => {
+                        Status::resource_exhausted("too many call without a certificate: try again")
+                    }
+                }
+            }));
         }
         // Who passed it on must be a member as well, for as long as it lasts.
         let connected = extensions.get::<Peer>().and_then(|peer| peer.identity.as_ref());
         let connected = connected.map(|identity| (identity.role, identity.id.clone()));
         let own = caller.role.filter(|_| !caller.is_root()).map(|role| (role, caller.id.clone()));
-        Ok(Some(self.turned_out(connected.into_iter().chain(own).collect())))
+        Some(self.turned_out(connected.into_iter().chain(own).collect()))
     }
 
     /// Returns when one of those who have called is no member any more. There are thousands of sessions: none has a timer of its own,
@@ -351,6 +364,10 @@ fn follow_members(mut state: watch::Receiver<State>) -> watch::Receiver<()> {
 /// What somebody is told, until it is over for them. It is seen to apart from who reads it: one who does not is turned out all the same,
 /// and what they were doing ends.
 fn until_over(mut over: BoxFuture<'static, Status>, response: Response<Body>) -> Response<Body> {
+    // An error is in the headers, and they are all: clients other than tonic's insist on that.
+    if response.body().is_end_stream() {
+        return response;
+    }
     response.map(|body| {
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
@@ -422,29 +439,31 @@ where
             if !may(&caller, path) {
                 let status = match caller.role {
                     None => Status::unauthenticated("this needs a certificate of the cluster"),
-                    Some(role) => Status::permission_denied(format!("this is not for a {role}")),
+                    Some(role) => Status::permission_denied(format!("the role {role} may not call this")),
                 };
                 return Ok(status.into_http());
             }
-            let over = match front.over(&caller, request.extensions(), path) {
-                Ok(over) => over,
-                Err(status) => return Ok(status.into_http()),
+            let (over, is_local) = (front.over(&caller, request.extensions(), path), is_local(path));
+            let answer = async {
+                let leader = if is_local { Ok(None) } else { front.leader().await };
+                Ok(match leader {
+                    Ok(None) => {
+                        request.extensions_mut().insert(caller.clone());
+                        CURRENT.scope(caller, inner.call(request)).await?
+                    }
+                    // Two that each take the other for the leader would pass it on for ever.
+                    Ok(Some(_)) if passed_on => Status::unavailable("the leader has changed").into_http(),
+                    Ok(Some(leader)) => {
+                        pass_on(leader, request, &caller).await.unwrap_or_else(|status| status.into_http())
+                    }
+                    Err(status) => status.into_http(),
+                })
             };
-            let leader = if is_local(path) { Ok(None) } else { front.leader().await };
-            let response = match leader {
-                Ok(None) => {
-                    request.extensions_mut().insert(caller.clone());
-                    CURRENT.scope(caller, inner.call(request)).await?
-                }
-                // Two that each take the other for the leader would pass it on for ever.
-                Ok(Some(_)) if passed_on => Status::unavailable("the leader has changed").into_http(),
-                Ok(Some(leader)) => pass_on(leader, request, &caller).await.unwrap_or_else(|status| status.into_http()),
-                Err(status) => status.into_http(),
-            };
-            Ok(match over {
-                Some(over) => until_over(over, response),
-                None => response,
-            })
+            let Some(mut over) = over else { return answer.await };
+            tokio::select! {
+                answered = answer => answered.map(|response| until_over(over, response)),
+                why = &mut over => Ok(why.into_http()),
+            }
         })
     }
 }
@@ -459,7 +478,7 @@ async fn pass_on(mut leader: Channel, mut request: Request<Body>, caller: &Calle
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, time::SystemTime};
+    use std::{path::Path, sync::Arc, time::SystemTime};
 
     use futures::stream;
     use tokio::{sync::oneshot, time::timeout};
@@ -504,6 +523,14 @@ mod tests {
         let told: Vec<_> = BodyStream::new(response.into_body()).collect().await;
         let last = told.last().and_then(|last| last.as_ref().ok()).and_then(Frame::trailers_ref).expect("trailers");
         assert_eq!(last.get("grpc-status"), Some(&HeaderValue::from_static("7")));
+    }
+
+    #[tokio::test]
+    async fn an_error_is_nothing_but_headers() {
+        let never = Box::pin(future::pending());
+        let answer = until_over(never, Status::not_found("there is no such thing").into_http());
+        assert!(answer.body().is_end_stream());
+        assert_eq!(answer.headers().get("grpc-status"), Some(&HeaderValue::from_static("5")));
     }
 
     #[test]

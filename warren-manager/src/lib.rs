@@ -20,6 +20,7 @@ pub mod liveness;
 mod lock;
 pub mod manager;
 mod metrics;
+mod pace;
 mod peers;
 pub mod pinning;
 pub mod reconciler;

@@ -243,6 +243,15 @@ impl Liveness {
         }
     }
 
+    /// Takes note that something was refused of what a node reports, and why.
+    pub fn set_refused(&self, node: &NodeId, why: &str, now: Timestamp) {
+        let message = format!("some of what it reports is refused: {why}");
+        if self.table().conditions.entry(node.clone()).or_default().set_refused(message, now, Instant::now()) {
+            tracing::warn!(%node, why, "some of what a node reports is refused");
+            self.changes.send_replace(());
+        }
+    }
+
     /// Takes note of the ports that processes of a node listen on.
     pub fn set_listeners(&self, node: &NodeId, listeners: &[v1::NodeListener]) {
         self.table().conditions.entry(node.clone()).or_default().set_listeners(listeners);
@@ -274,7 +283,7 @@ impl Liveness {
         if !table.standing(node, Instant::now()).health.is_reachable() {
             return Vec::new();
         }
-        table.conditions.get(node).map(Conditions::all).unwrap_or_default()
+        table.conditions.get(node).map(|conditions| conditions.all(Instant::now())).unwrap_or_default()
     }
 
     /// Forgets nodes that are no longer in the cluster: their silence says nothing of the others.

@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,
@@ -87,6 +86,10 @@ pub struct Options {
 const LOOK: Duration = Duration::from_millis(500);
 /// Between attempts to take part.
 const ENTER_AGAIN: Duration = Duration::from_secs(1);
+/// Calls at a time on one connection. A manager may pass on those of thousands of agents for a moment.
+const STREAMS: u32 = 10_000;
+/// A connection on which so many calls broke the protocol ends. Those that the client resets are bounded by default.
+const RESETS_BY_ERROR: usize = 1024;
 /// How long open calls may take once the manager is told to stop.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -193,7 +196,7 @@ pub fn identity(data_dir: &Path) -> Identity {
 ///
 /// When it cannot start. What fails later is logged and shown by `/ready`.
 pub async fn run(options: Options, asked_to_stop: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
-    take_open_files();
+    warren_connections::raise_open_files();
     let address = advertised(&options)?;
     let shutdown = CancellationToken::new();
     let Some(data_dir::Identity { id, has_log, .. }) = wait_for_identity(&options, &asked_to_stop).await? else {
@@ -259,9 +262,13 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
     });
     let endpoint =
         Endpoint { meters, native_histograms: options.telemetry.native_histograms, health: core.health(), ready };
-    tasks.spawn(log_failure("metrics", endpoint.serve(metrics_listener, shutdown.clone().cancelled_owned())));
+    tasks.spawn(endpoint.serve(metrics_listener, shutdown.clone().cancelled_owned()));
     let front = Front::new(core.raft().clone(), core.watch(), peers.clone());
-    let server = || Server::builder().layer(core.measured()).layer(front.clone());
+    let server = || {
+        let server = Server::builder().max_concurrent_streams(STREAMS);
+        let server = server.http2_max_local_error_reset_streams(Some(RESETS_BY_ERROR));
+        server.layer(core.measured()).layer(front.clone())
+    };
     tasks.spawn(log_failure(
         "the API on TCP",
         server()
@@ -312,15 +319,6 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
         let _ = fs::remove_file(options.data_dir.join(SOCKET));
     }
     Ok(())
-}
-
-/// Takes as many open files as this process may have: each agent has a connection, and what systems allow unless asked is often 1024.
-fn take_open_files() {
-    let limit = getrlimit(Resource::Nofile);
-    let wanted = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    if let Err(error) = setrlimit(Resource::Nofile, wanted) {
-        tracing::warn!(%error, limit = limit.current, "no more files may be open at a time");
-    }
 }
 
 async fn log_failure<E: std::fmt::Display>(what: &'static str, serve: impl Future<Output = Result<(), E>>) {
@@ -447,7 +445,7 @@ async fn serve_waiting(options: &Options, why: &'static str) -> Result<Serving, 
     };
     let end = CancellationToken::new();
     let served = endpoint.serve(listener, end.clone().cancelled_owned());
-    Ok((end, tokio::spawn(log_failure("metrics", served))))
+    Ok((end, tokio::spawn(served)))
 }
 
 /// Frees the address for the manager that begins.
@@ -655,18 +653,5 @@ async fn enter(raft: Node, state: watch::Receiver<State>, peers: Peers, address:
             }
         }
         tokio::time::sleep(ENTER_AGAIN).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn all_open_files_that_are_allowed_are_taken() {
-        let maximum = getrlimit(Resource::Nofile).maximum;
-        setrlimit(Resource::Nofile, Rlimit { current: Some(100), maximum }).expect("fewer may be");
-        take_open_files();
-        assert_eq!(getrlimit(Resource::Nofile).current, maximum);
     }
 }

@@ -18,9 +18,9 @@ pub use machine::{Machine, encode};
 use network::Numbers;
 pub use network::{ClusterNetwork, InvalidNetwork, NetworkV6};
 pub use objects::{
-    Amounts, Availability, Cluster, Constraint, Container, ContainerState, Description, Desired, Invitation, JoinToken,
-    Manager, Mode, Node, Operator, Probes, Resources, RestartCondition, RestartPolicy, Rotation, Sealed,
-    SealedAuthority, Secret, Service, ServiceSpec, Status, Timing, TokenRole, Trait, Volume,
+    AGENT_LABELS, Amounts, Availability, Cluster, Constraint, Container, ContainerState, Description, Desired,
+    Invitation, JoinToken, Manager, Mode, Node, Operator, Probes, Resources, RestartCondition, RestartPolicy, Rotation,
+    Sealed, SealedAuthority, Secret, Service, ServiceSpec, Status, Timing, TokenRole, Trait, Volume,
 };
 pub use transaction::{Change, Expected, Rejection, Reply, Transaction};
 pub(crate) use transaction::{kind_name, protocol_name};

@@ -9,7 +9,7 @@ use std::{
 use opentelemetry::KeyValue;
 use tokio::time::Instant;
 use warren_proto::v1;
-use warren_telemetry::{Key, Measurement, Meters, Series, Source, build::BuildInfo};
+use warren_telemetry::{Key, Measurement, Meters, Series, Source, build::BuildInfo, series};
 
 use crate::{
     convert,
@@ -26,6 +26,40 @@ struct Snapshot {
     received: Instant,
     session: SessionNumber,
     series: HashMap<Key, Measurement>,
+    /// Bytes that they take, about.
+    weight: usize,
+}
+
+/// Bytes that a node's series may take, about: some tens of thousands of counters, or several thousand histograms.
+const MAX_WEIGHT: usize = 16 << 20;
+
+/// Why a snapshot was not taken, or not all of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NotAccepted {
+    /// It holds series that are not in the table of metrics, or it is of no use: a newer session has begun, or it is incremental and there
+    /// is nothing that it adds to.
+    Unknown,
+    /// The node has more series than are kept of one.
+    TooMuch,
+}
+
+impl Snapshot {
+    /// Takes series, as long as there is room; whether there was for all.
+    fn add(&mut self, series: impl Iterator<Item = Series>) -> bool {
+        let mut room = true;
+        for series in series {
+            let (key, value) = series.into_entry();
+            let weight = series::weight((&key, &value));
+            let before = self.series.get(&key).map_or(0, |known| series::weight((&key, known)));
+            if self.weight - before + weight > MAX_WEIGHT {
+                room = false;
+                continue;
+            }
+            self.weight = self.weight - before + weight;
+            self.series.insert(key, value);
+        }
+        room
+    }
 }
 
 /// Later sessions have higher ones.
@@ -68,35 +102,45 @@ impl Collected {
         }
     }
 
-    /// Takes a snapshot that came in a session; false when it held series that are not in the table of metrics, which are left out,
-    /// or when it is of no use: a newer session has begun, or it is incremental and there is nothing that it adds to.
+    /// Takes a snapshot that came in a session.
+    ///
+    /// # Errors
+    ///
+    /// When it is of no use, or some series were left out.
     pub(crate) fn accept(
         &self,
         session: SessionNumber,
         node: &NodeId,
         hostname: &str,
         snapshot: v1::TelemetrySnapshot,
-    ) -> bool {
+    ) -> Result<(), NotAccepted> {
         let sent = snapshot.series.len();
         let known = snapshot.series.into_iter().filter_map(Series::from_proto);
         let series: Vec<_> = known.map(|series| series.with_label("node", hostname)).collect();
         let all_known = series.len() == sent;
-        let series = series.into_iter().map(Series::into_entry);
+        let series = series.into_iter();
         let received = Instant::now();
         let mut table = self.table();
-        match table.snapshots.get_mut(node) {
-            Some(before) if before.session > session => return false,
+        let room = match table.snapshots.get_mut(node) {
+            Some(before) if before.session > session => return Err(NotAccepted::Unknown),
             Some(before) if snapshot.incremental && before.session == session => {
-                before.series.extend(series);
                 before.received = received;
+                before.add(series)
             }
-            _ if snapshot.incremental => return false,
+            _ if snapshot.incremental => return Err(NotAccepted::Unknown),
             _ => {
-                let snapshot = Snapshot { hostname: hostname.to_owned(), received, session, series: series.collect() };
+                let hostname = hostname.to_owned();
+                let mut snapshot = Snapshot { hostname, received, session, series: HashMap::new(), weight: 0 };
+                let room = snapshot.add(series);
                 table.snapshots.insert(node.clone(), snapshot);
+                room
             }
+        };
+        match (room, all_known) {
+            (false, _) => Err(NotAccepted::TooMuch),
+            (true, false) => Err(NotAccepted::Unknown),
+            (true, true) => Ok(()),
         }
-        all_known
     }
 
     fn sessions(&self) -> usize {
@@ -325,7 +369,7 @@ mod tests {
     #[test]
     fn increments_add_to_what_their_own_session_said() {
         let (collected, node) = (Collected::default(), NodeId::from("n"));
-        let accept = |session, snapshot| collected.accept(session, &node, "host", snapshot);
+        let accept = |session, snapshot| collected.accept(session, &node, "host", snapshot).is_ok();
         let is = |counts: &[(&str, f64)]| {
             let expected = counts.iter().map(|(program, count)| ((*program).to_owned(), *count)).collect();
             assert_eq!(known(&collected, &node), expected);
@@ -345,5 +389,29 @@ mod tests {
         is(&[("a", 4.0)]);
         assert!(!accept(second, v1::TelemetrySnapshot { series: vec![v1::Series::default()], ..snapshot(&[], true) }));
         is(&[("a", 4.0)]);
+    }
+
+    #[test]
+    fn a_node_has_room_for_so_many_series() {
+        let (collected, node) = (Collected::default(), NodeId::from("n"));
+        let session = collected.opened(&node);
+        let names: Vec<_> = (0..20_000).map(|number| format!("{number:0200}")).collect();
+        let counts =
+            |range: std::ops::Range<usize>| names[range].iter().map(|name| (name.as_str(), 1)).collect::<Vec<_>>();
+        let accept = |counts: &[(&str, u64)], incremental| {
+            collected.accept(session, &node, "host", snapshot(counts, incremental))
+        };
+        assert_eq!(accept(&counts(0..20_000), false), Ok(()));
+        let weight = || collected.table().snapshots[&node].weight;
+        let whole = weight();
+        assert!((4 << 20..MAX_WEIGHT).contains(&whole), "{whole}");
+        assert_eq!(accept(&counts(0..100), true), Ok(()));
+        assert_eq!(weight(), whole, "what is known takes no more room");
+        let more: Vec<_> = (0..100_000).map(|number| format!("more-{number:0200}")).collect();
+        let more: Vec<_> = more.iter().map(|name| (name.as_str(), 1)).collect();
+        assert_eq!(accept(&more, true), Err(NotAccepted::TooMuch));
+        assert!(weight() <= MAX_WEIGHT, "{}", weight());
+        assert!(known(&collected, &node).contains_key(&names[0]), "those before stay");
+        assert_eq!(accept(&counts(0..1), true), Ok(()), "and go on");
     }
 }

@@ -5,15 +5,20 @@ mod container;
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     sync::Arc,
     time::Duration,
 };
 
+use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
 use warren_proto::v1;
 
 use crate::{
     convert::{self, DEFAULT_RESTART},
-    state::{Amounts, Constraint, Mode, Resources, RestartCondition, RestartPolicy, ServiceSpec, Trait, protocol_name},
+    state::{
+        AGENT_LABELS, Amounts, ClusterNetwork, Constraint, Description, Mode, Resources, RestartCondition,
+        RestartPolicy, ServiceSpec, Trait, protocol_name,
+    },
 };
 
 /// Whether a name can be shown, and passed on in a header.
@@ -180,11 +185,78 @@ fn label_name(field: impl Into<Cow<'static, str>>, name: &str) -> Result<(), Inv
 pub(crate) fn node_labels(labels: &BTreeMap<String, Option<String>>) -> Result<(), Invalid> {
     for (name, value) in labels {
         label_name("labels", name)?;
-        if value.as_ref().is_some_and(|value| value.len() > MAX_LABEL || value.chars().any(char::is_control)) {
-            return invalid("labels", format!("the value of {name:?} is longer than {MAX_LABEL} bytes or unprintable"));
+        if name.starts_with(AGENT_LABELS) && value.is_some() {
+            let why = "is for what the agent's configuration says (warren-agent --label)";
+            return invalid("labels", format!("{name:?}: {AGENT_LABELS} {why}"));
         }
+        node_label_value("labels", name, value.as_deref().unwrap_or_default())?;
     }
     Ok(())
+}
+
+fn node_label_value(field: &'static str, name: &str, value: &str) -> Result<(), Invalid> {
+    if value.len() > MAX_LABEL || value.chars().any(char::is_control) {
+        return invalid(field, format!("the value of {name:?} is longer than {MAX_LABEL} bytes or unprintable"));
+    }
+    Ok(())
+}
+
+/// Labels that a node's agent is configured with, without the prefix that they get.
+fn agent_labels(labels: &BTreeMap<String, String>) -> Result<(), Invalid> {
+    const FIELD: &str = "description.labels";
+    if labels.len() > MAX_AGENT_LABELS {
+        return invalid(FIELD, format!("are more than {MAX_AGENT_LABELS}"));
+    }
+    for (name, value) in labels {
+        label_name(FIELD, &format!("{AGENT_LABELS}{name}"))?;
+        node_label_value(FIELD, name, value)?;
+    }
+    Ok(())
+}
+
+const MAX_AGENT_LABELS: usize = 64;
+const MAX_HOSTNAME: usize = 253;
+/// More than any machine has: 4096 CPUs, 64 TiB.
+const MOST: Amounts = Amounts { cpu_millis: 4_096_000, memory_bytes: 64 << 40 };
+/// Bytes of a public key of WireGuard.
+const WIREGUARD_KEY: usize = 32;
+
+/// What an agent says of its node.
+pub(crate) fn description(description: &Description, network: Option<&ClusterNetwork>) -> Result<(), Invalid> {
+    const HOSTNAME: &str = "description.hostname";
+    let hostname = &description.hostname;
+    if hostname.is_empty() || hostname.len() > MAX_HOSTNAME {
+        return invalid(HOSTNAME, format!("is not 1 to {MAX_HOSTNAME} bytes long"));
+    }
+    if !is_printable(hostname) {
+        return invalid(HOSTNAME, "has other than printable ASCII characters in it".to_owned());
+    }
+    let key = &description.wireguard_public_key;
+    if !key.is_empty() && !BASE64.decode(key).is_ok_and(|bytes| bytes.len() == WIREGUARD_KEY) {
+        return invalid("description.wireguard_public_key", format!("is not {WIREGUARD_KEY} bytes in base64"));
+    }
+    agent_labels(&description.labels)?;
+    let Amounts { cpu_millis, memory_bytes } = description.resources;
+    if !(0..=MOST.cpu_millis).contains(&cpu_millis) || !(0..=MOST.memory_bytes).contains(&memory_bytes) {
+        return invalid("description.resources", "are more than any machine has".to_owned());
+    }
+    let Some(address) = description.address else { return Ok(()) };
+    let why = if !is_hosts(address) {
+        "is no address of a machine"
+    } else if network.is_some_and(|network| network.prefixes().iter().any(|own| own.contains(&address))) {
+        "is of the cluster's own networks"
+    } else {
+        return Ok(());
+    };
+    invalid("description.address", format!("{address} {why}"))
+}
+
+/// Whether a machine could be reached by an address.
+fn is_hosts(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => !(v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast() || v4.is_link_local()),
+        IpAddr::V6(v6) => !(v6.is_unspecified() || v6.is_multicast() || v6.is_unicast_link_local()),
+    }
 }
 
 const MAX_PORTS: usize = 256;

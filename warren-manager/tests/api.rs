@@ -361,3 +361,125 @@ async fn the_api_describes_itself_and_its_health() {
     assert!(matches!(answers.get(2), Some(MessageResponse::ErrorResponse(_)) | None), "{answers:?}");
     manager.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_is_believed_what_can_be() {
+    let manager = Manager::start().await;
+    let described = |hostname: &str| v1::NodeDescription {
+        hostname: hostname.to_owned(),
+        resources: Some(v1::ResourceAmounts { cpu_millis: 1000, memory_bytes: 1 << 30 }),
+        ..Default::default()
+    };
+    let register = async |id: &str, description: v1::NodeDescription| {
+        let request = v1::RegisterNodeRequest { node_id: id.to_owned(), description: Some(description) };
+        NodesClient::new(manager.channel.clone()).register_node(request).await
+    };
+    let own = register("node1", described("one")).await.expect("registered").into_inner();
+    let labels = |name: &str, value: &str| [(name.to_owned(), value.to_owned())].into();
+    let one = || described("one");
+    let too_many = (0..65).map(|number| (format!("l{number}"), String::new())).collect();
+    let invented = Some(v1::ResourceAmounts { cpu_millis: i64::MAX, memory_bytes: 1 });
+    let at = |address: &str| v1::NodeDescription { address: address.to_owned(), ..one() };
+    for (description, why) in [
+        (v1::NodeDescription { labels: labels("a b", "c"), ..one() }, "description.labels: \"agent/a b\" is not"),
+        (
+            v1::NodeDescription { labels: labels("zone", &"x".repeat(200)), ..one() },
+            "description.labels: the value of \"zone\" is longer",
+        ),
+        (v1::NodeDescription { labels: too_many, ..one() }, "description.labels: are more than 64"),
+        (v1::NodeDescription { resources: invented, ..one() }, "description.resources: are more than any machine has"),
+        (at("169.254.169.254"), "is no address of a machine"),
+        (at("10.128.3.4"), "is of the cluster's own networks"),
+    ] {
+        let refused = register("node1", description).await.expect_err(why);
+        assert!(refused.message().contains(why), "{refused}");
+    }
+    // A hostname that services wait for is not taken by calling oneself so.
+    let constraints = vec!["node.hostname==safe".to_owned()];
+    let request = v1::CreateServiceRequest {
+        spec: Some(v1::ServiceSpec { constraints, ..spec("vault", 0) }),
+        request_id: String::new(),
+    };
+    manager.services().create_service(request).await.expect("created");
+    let renamed = register("node1", described("safe")).await.expect_err("refused");
+    assert_eq!(renamed.code(), Code::FailedPrecondition);
+    assert!(renamed.message().contains("the constraints of service vault name this hostname"), "{}", renamed.message());
+    register("node1", described("other")).await.expect("any other will do");
+    let safe = register("node2", described("safe")).await.expect("the one that it is").into_inner();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let taken = register("node3", described("safe")).await.expect_err("refused, though the other is down");
+    assert_eq!(taken.code(), Code::FailedPrecondition);
+    let left = register("node2", described("left")).await.expect_err("nor is it left");
+    assert_eq!(left.code(), Code::FailedPrecondition);
+    drop((own, safe));
+    // Each other description is a log entry.
+    let mut outcomes = Vec::new();
+    for number in 0..30 {
+        outcomes
+            .push(register("node1", described(&format!("name-{number}"))).await.map_err(|status| status.code()).err());
+    }
+    assert_eq!(outcomes.last(), Some(&Some(Code::ResourceExhausted)), "{outcomes:?}");
+    manager.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_node_reports_is_its_own() {
+    let manager = Manager::start().await;
+    let mut agent = Agent::connect(&manager, "node1").await;
+    let other = Agent::connect(&manager, "node2").await;
+    let _ = agent.assignments().await;
+    manager.create("web", 1).await;
+    let container = loop {
+        let containers = manager.containers().list_containers(v1::ListContainersRequest::default()).await;
+        let listed = containers.expect("listed").into_inner().containers;
+        if let Some(assigned) = listed.into_iter().find(|container| !container.node_id.is_empty()) {
+            break assigned;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    let (own, stranger) = if container.node_id == "node1" { (&agent, &other) } else { (&other, &agent) };
+    let say = async |agent: &Agent, addresses: &[&str], message: String| {
+        let status = v1::ContainerStatus {
+            state: v1::ContainerState::Running.into(),
+            addresses: addresses.iter().map(|address| (*address).to_owned()).collect(),
+            message,
+            ..Default::default()
+        };
+        let statuses = vec![v1::ReportedStatus { container_id: container.id.clone(), status: Some(status) }];
+        let message = agent_message::Message::Status(v1::StatusReport { statuses, sent_at: None });
+        agent.sender.send(v1::AgentMessage { message: Some(message) }).await.expect("open");
+    };
+    say(stranger, &[], "it is another's".to_owned()).await;
+    let foreign = ["169.254.169.254", "127.0.0.1", "10.191.255.2", "192.0.2.1"];
+    say(own, &foreign, "x".repeat(100_000)).await;
+    let status = loop {
+        let request = v1::GetContainerRequest { container: container.id.clone() };
+        let shown = manager.containers().get_container(request).await.expect("shown").into_inner();
+        let status = shown.container.expect("it").status.expect("one");
+        if status.state() == v1::ContainerState::Running {
+            break status;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert_eq!(status.addresses, Vec::<String>::new());
+    assert!(status.message.starts_with("xxx") && status.message.len() < 1100, "{}", status.message.len());
+    let request = v1::GetNodeRequest { node: container.node_id.clone() };
+    let node = NodesClient::new(manager.channel.clone()).get_node(request).await.expect("shown").into_inner();
+    let conditions = node.node.expect("it").conditions;
+    let [condition] = conditions.as_slice() else { panic!("{conditions:?}") };
+    assert_eq!((condition.r#type.as_str(), condition.blocks_scheduling), ("reports_refused", false));
+    assert!(condition.message.contains("is not an address of this node's containers"), "{}", condition.message);
+    // Another session in its name ends the first.
+    let node = container.node_id.clone();
+    let (mut first, _) = if node == "node1" { (agent, other) } else { (other, agent) };
+    let _second = Agent::connect(&manager, &node).await;
+    let ended = loop {
+        match tokio::time::timeout(Duration::from_secs(5), first.incoming.next()).await.expect("in time") {
+            Some(Ok(_)) => {}
+            Some(Err(status)) => break status,
+            None => panic!("it says why"),
+        }
+    };
+    assert_eq!(ended.code(), Code::Aborted, "{ended}");
+    manager.stop().await;
+}

@@ -206,14 +206,14 @@ async fn call(channel: &Channel, path: &str) -> Result<(), Status> {
 
 /// Whether the caller was turned away before anybody looked at what they want.
 fn is_turned_away(answer: &Result<(), Status>, code: Code) -> bool {
-    let at_the_door = |message: &str| message.starts_with("this is not for a ") || message.starts_with("this needs a ");
+    let at_the_door = |message: &str| message.starts_with("the role ") || message.starts_with("this needs a ");
     answer.as_ref().is_err_and(|status| status.code() == code && at_the_door(status.message()))
 }
 
 /// Methods that are for those without a certificate, for nodes, and for managers. All others are for operators and root.
-const EVERYBODY: [&str; 3] =
-    ["/warren.v1.Cluster/JoinCluster", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"];
-const MEMBERS: [&str; 4] = [
+const EVERYBODY: [&str; 2] = ["/warren.v1.Cluster/JoinCluster", "/grpc.health.v1.Health/Check"];
+const MEMBERS: [&str; 5] = [
+    "/grpc.health.v1.Health/Watch",
     "/warren.v1.Cluster/GetClusterInfo",
     "/warren.v1.Cluster/RequestCertificate",
     "/warren.v1.Cluster/ConfirmAuthorities",

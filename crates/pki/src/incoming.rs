@@ -1,23 +1,23 @@
 //! Being called.
 
 use std::{
-    collections::HashMap,
     fmt, io,
     net::{IpAddr, SocketAddr},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
     time::{Duration, SystemTime},
 };
 
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::mpsc,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
+use warren_connections::{Connections, at_most, client};
 
 use crate::{Credentials, Identity, tls};
 
@@ -112,16 +112,22 @@ impl AsyncWrite for Incoming {
 
 /// Whoever has not said hello in this time is not listened to any longer.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Handshakes at a time from one address, so that none keeps the others out; one more is hung up on.
-const HANDSHAKES: usize = 128;
+/// Handshakes at a time in all, and with one client, who are not known yet. One takes milliseconds: the oldest make room for new ones.
+const HANDSHAKES: usize = 512;
+const HANDSHAKES_OF_ONE: usize = 128;
 /// Who is being answered when an authority is forgotten has so long to hear the rest of it.
 const FORGOTTEN: Duration = Duration::from_secs(2);
 /// Between looks at the clock.
 const CLOCK_LOOK: Duration = Duration::from_secs(600);
-/// Connections at a time of those who show no certificate, who want to join or ask for health, and how long each may be: members are not
-/// to be kept out by whoever can reach the port.
-pub(crate) const VISITORS: usize = 128;
+/// Connections at a time of those who show no certificate, who want to join or ask for health: in all, of one client, and how long each
+/// may be. Members do not count among them.
+const VISITORS: usize = 128;
+pub(crate) const VISITORS_OF_ONE: usize = 32;
 pub(crate) const VISIT: Duration = Duration::from_secs(60);
+/// Connections at a time of one member: an agent has two, a manager four with each other, an operator one for each command.
+pub(crate) const OF_ONE_MEMBER: usize = 256;
+/// Whether somebody silent is still there is looked at after this time.
+const SILENCE: Duration = Duration::from_secs(60);
 /// Such errors of accept, as too many open files, do not go away at once.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -131,8 +137,11 @@ const PAUSE: Duration = Duration::from_millis(50);
 pub fn incoming(listener: TcpListener, credentials: Credentials) -> ReceiverStream<io::Result<Incoming>> {
     let (sender, receiver) = mpsc::channel(16);
     tokio::spawn(async move {
-        let handshakes = Handshakes::default();
-        let visitors = Arc::new(Semaphore::new(VISITORS));
+        let handshakes = Connections::new(at_most(HANDSHAKES), HANDSHAKES_OF_ONE);
+        let known = Known {
+            visitors: Connections::new(at_most(VISITORS), VISITORS_OF_ONE),
+            members: Connections::new(usize::MAX, OF_ONE_MEMBER),
+        };
         while !sender.is_closed() {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
@@ -146,11 +155,13 @@ pub fn incoming(listener: TcpListener, credentials: Credentials) -> ReceiverStre
                     continue;
                 }
             };
-            let Some(turn) = handshakes.begin(address.ip()) else { continue };
-            let (sender, credentials, visitors) = (sender.clone(), credentials.clone(), Arc::clone(&visitors));
+            let mut turn = handshakes.enter(client(address.ip()));
+            let (sender, credentials, known) = (sender.clone(), credentials.clone(), known.clone());
             tokio::spawn(async move {
-                let greeted =
-                    tokio::time::timeout(HANDSHAKE_TIMEOUT, greet(stream, address, &credentials, visitors)).await;
+                let greeted = tokio::select! {
+                    greeted = tokio::time::timeout(HANDSHAKE_TIMEOUT, greet(stream, address, &credentials, &known)) => greeted,
+                    () = turn.given_up() => Ok(Err(io::Error::other("it made room for others"))),
+                };
                 drop(turn);
                 match greeted {
                     Ok(Ok(incoming)) => drop(sender.send(Ok(incoming)).await),
@@ -163,62 +174,42 @@ pub fn incoming(listener: TcpListener, credentials: Credentials) -> ReceiverStre
     ReceiverStream::new(receiver)
 }
 
-/// How many handshakes there are with whom. Cheap to clone.
-#[derive(Clone, Default)]
-struct Handshakes(Arc<Mutex<HashMap<IpAddr, usize>>>);
-
-/// One of them.
-struct Handshake(Handshakes, IpAddr);
-
-impl Handshakes {
-    fn begin(&self, with: IpAddr) -> Option<Handshake> {
-        // Every change leaves it whole.
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = all.entry(with).or_default();
-        if *count >= HANDSHAKES {
-            return None;
-        }
-        *count += 1;
-        Some(Handshake(self.clone(), with))
-    }
-}
-
-impl Drop for Handshake {
-    fn drop(&mut self) {
-        let mut all = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = all.get_mut(&self.1) {
-            *count -= 1;
-            if *count == 0 {
-                all.remove(&self.1);
-            }
-        }
-    }
+/// The connections with those whose handshake is done.
+#[derive(Clone)]
+struct Known {
+    visitors: Connections<IpAddr>,
+    members: Connections<Identity>,
 }
 
 async fn greet(
     stream: TcpStream,
     address: SocketAddr,
     credentials: &Credentials,
-    visitors: Arc<Semaphore>,
+    known: &Known,
 ) -> io::Result<Incoming> {
     stream.set_nodelay(true)?;
+    // Else a machine that has gone without a word keeps its connections for ever.
+    SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(SILENCE))?;
     let config = credentials.server().ok_or_else(|| io::Error::other("only managers are called"))?;
     let stream = TlsAcceptor::from(config).accept(stream).await?;
     let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let Some((identity, _, not_after)) = shown.map(|own| tls::read(own)).transpose().map_err(io::Error::other)? else {
-        let place = visitors.try_acquire_owned();
-        let place = place.map_err(|_| io::Error::other("there are too many callers without a certificate"))?;
+        let mut place = known.visitors.enter(client(address.ip()));
         // From now on, and not from when it is first waited for.
         let visit = tokio::time::sleep(VISIT);
         let over = Box::pin(async move {
-            visit.await;
-            drop(place);
+            tokio::select! {
+                () = visit => {}
+                () = place.given_up() => {}
+            }
         });
         return Ok(Incoming { stream, peer: Peer { address, identity: None }, over });
     };
     let credentials = credentials.clone();
+    let mut place = known.members.enter(identity.clone());
     let over = Box::pin(async move {
         tokio::select! {
+            () = place.given_up() => {}
             () = run_out(not_after) => {}
             // Who signed it may not be believed any more; whoever is of the cluster still connects anew.
             () = async {

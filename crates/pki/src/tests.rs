@@ -4,7 +4,7 @@ use tokio::net::TcpListener;
 use tokio_stream::StreamExt as _;
 
 use super::{
-    incoming::{VISIT, VISITORS},
+    incoming::{OF_ONE_MEMBER, VISIT, VISITORS_OF_ONE},
     *,
 };
 
@@ -121,35 +121,48 @@ async fn seen(manager: &Credentials, dial: impl FnOnce(&str) -> Dialer) -> Optio
     seen.map(|incoming| tonic::transport::server::Connected::connect_info(&incoming.expect("a connection")))
 }
 
-/// Strangers may be there in number, and for long: members are not kept out by them.
+/// Whether this connection was ended from here.
+async fn has_ended(connection: &mut Incoming) -> bool {
+    let mut byte = [0; 1024];
+    let end = async { while tokio::io::AsyncReadExt::read(connection, &mut byte).await.is_ok_and(|read| read > 0) {} };
+    tokio::time::timeout(Duration::from_millis(300), end).await.is_ok()
+}
+
+/// Strangers may be there in number, and for long: nobody is kept out by them, not even from their own address.
 #[tokio::test]
-async fn there_is_only_so_much_room_for_those_without_a_certificate() {
+async fn who_has_no_certificate_keeps_nobody_out() {
     let ours = authority("c");
     let manager = credentials(&ours, &identity(Role::Manager, "1"), SystemTime::now());
     let worker = credentials(&ours, &identity(Role::Worker, "w"), SystemTime::now());
     let token = Token::new(ours.certificate_pem(), Secret::random().expect("random")).expect("a token");
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
-    let mut incoming = incoming(listener, manager.clone());
-    let call = |dialer: Dialer| tokio::spawn(async move { dialer.connect().await });
-    let patience = Duration::from_secs(2);
-    let (mut there, mut calls) = (Vec::new(), Vec::new());
-    for _ in 0..VISITORS {
-        calls.push(call(Dialer::newcomer(&address, &token).expect("an address")));
-        let next = tokio::time::timeout(patience, incoming.next()).await.expect("let in");
-        there.push(next.expect("more").expect("a connection"));
+    // They say nothing at all.
+    let mut silent = Vec::new();
+    for _ in 0..600 {
+        silent.push(tokio::net::TcpStream::connect(&address).await.expect("connected"));
     }
-    calls.push(call(Dialer::newcomer(&address, &token).expect("an address")));
-    assert!(tokio::time::timeout(patience, incoming.next()).await.is_err(), "one too many");
-    calls.push(call(Dialer::new(&address, &worker).expect("an address")));
-    let member = tokio::time::timeout(patience, incoming.next()).await.expect("let in").expect("more");
-    assert!(member.is_ok_and(|member| member.peer().identity.is_some()));
-    // One that has gone makes room for another.
-    there.pop();
-    calls.push(call(Dialer::newcomer(&address, &token).expect("an address")));
-    let next = tokio::time::timeout(patience, incoming.next()).await.expect("let in").expect("more");
+    let mut incoming = incoming(listener, manager.clone());
+    let mut calls = Vec::new();
+    let mut enter = async |dialer: Dialer| {
+        calls.push(tokio::spawn(async move { dialer.connect().await }));
+        let next = tokio::time::timeout(Duration::from_secs(2), incoming.next()).await.expect("let in");
+        next.expect("more").expect("a connection")
+    };
+    let newcomer = || Dialer::newcomer(&address, &token).expect("an address");
+    let mut there = Vec::new();
+    for _ in 0..VISITORS_OF_ONE {
+        there.push(enter(newcomer()).await);
+    }
+    assert!(!has_ended(&mut there[0]).await, "there is room for so many");
+    let mut next = enter(newcomer()).await;
+    assert!(has_ended(&mut there[0]).await, "the oldest makes room");
+    assert!(!has_ended(&mut there[1]).await, "the others stay");
+    let mut member = enter(Dialer::new(&address, &worker).expect("an address")).await;
+    assert!(member.peer().identity.is_some());
+    there.push(enter(newcomer()).await);
+    assert!(!has_ended(&mut member).await, "members do not count among them");
     // And whoever stays for long is shown out.
-    let mut next = next.expect("a connection");
     tokio::time::pause();
     tokio::time::advance(VISIT + Duration::from_secs(1)).await;
     let mut byte = [0];
@@ -157,6 +170,33 @@ async fn there_is_only_so_much_room_for_those_without_a_certificate() {
     assert_eq!(end.kind(), std::io::ErrorKind::ConnectionAborted);
     let end = tokio::io::AsyncWriteExt::write_all(&mut next, &byte).await.expect_err("nor to be written to");
     assert_eq!(end.kind(), std::io::ErrorKind::ConnectionAborted);
+    calls.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+/// A stolen certificate closes no connections but those that use it.
+#[tokio::test]
+async fn a_member_has_so_many_connections() {
+    let ours = authority("c");
+    let manager = credentials(&ours, &identity(Role::Manager, "1"), SystemTime::now());
+    let [thief, other] =
+        ["thief", "other"].map(|id| credentials(&ours, &identity(Role::Worker, id), SystemTime::now()));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address").to_string();
+    let mut incoming = incoming(listener, manager.clone());
+    let mut calls = Vec::new();
+    let mut enter = async |credentials: &Credentials| {
+        let dialer = Dialer::new(&address, credentials).expect("an address");
+        calls.push(tokio::spawn(async move { dialer.connect().await }));
+        let next = tokio::time::timeout(Duration::from_secs(2), incoming.next()).await.expect("let in");
+        next.expect("more").expect("a connection")
+    };
+    let mut honest = enter(&other).await;
+    let mut stolen = Vec::new();
+    for _ in 0..=OF_ONE_MEMBER {
+        stolen.push(enter(&thief).await);
+    }
+    assert!(has_ended(&mut stolen[0]).await && !has_ended(&mut stolen[1]).await);
+    assert!(!has_ended(&mut honest).await);
     calls.iter().for_each(tokio::task::JoinHandle::abort);
 }
 

@@ -1,6 +1,14 @@
 //! The HTTP endpoint of a process: `/metrics`, `/health`, `/ready`, `/live`.
 
-use std::{future::Future, io, io::Write as _, net::SocketAddr};
+use std::{
+    future::Future,
+    io,
+    io::Write as _,
+    net::{IpAddr, SocketAddr},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Json, Router,
@@ -10,9 +18,35 @@ use axum::{
     routing::get,
 };
 use flate2::{Compression, write::GzEncoder};
-use tokio::net::TcpListener;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use warren_connections::{Connections, Place, client};
 
 use crate::{Checks, Meters, cli::NativeHistograms, exposition::Format};
+
+/// Connections at a time in all, and with one client. Scrapers have one each, and keep it.
+const CONNECTIONS: usize = 256;
+const OF_ONE_CLIENT: usize = 64;
+/// A request's head must be there after this time, also the next one's on the same connection.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
+/// The first one's, for whoever connects and says nothing.
+const FIRST_HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long one connection is kept; scrapers connect again. Who reads an answer slowly has as long for it as for all others.
+const LIFETIME: Duration = Duration::from_secs(600);
+/// Metrics are collected for so many at a time; more wait.
+const COLLECTING: usize = 2;
+/// How long what is being answered may take at the end.
+const LAST_ANSWER: Duration = Duration::from_secs(10);
+/// Such errors of accept as too many open files do not go away at once.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// What an endpoint serves.
 #[derive(Clone, Debug)]
@@ -55,31 +89,76 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, BindError> {
 }
 
 impl Endpoint {
-    /// Serves until `shutdown` completes.
-    ///
-    /// # Errors
-    ///
-    /// When accepting connections fails for good.
-    pub async fn serve(
-        self,
-        listener: TcpListener,
-        shutdown: impl Future<Output = ()> + Send + 'static,
-    ) -> io::Result<()> {
+    /// Serves until `shutdown` completes. Whoever can reach the port may connect; nobody keeps the others out by that.
+    pub async fn serve(self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send + 'static) {
         let router = Router::new()
             .route("/metrics", get(metrics))
             .route("/health", get(health))
             .route("/live", get(health))
             .route("/ready", get(ready))
-            .with_state(self);
-        axum::serve(listener, router).with_graceful_shutdown(shutdown).await
+            .with_state(Served { endpoint: self, collecting: Arc::new(Semaphore::new(COLLECTING)) });
+        let connections = Connections::new(warren_connections::at_most(CONNECTIONS), OF_ONE_CLIENT);
+        let (tasks, end) = (TaskTracker::new(), CancellationToken::new());
+        let mut shutdown = pin!(shutdown);
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = &mut shutdown => break,
+            };
+            match accepted {
+                Ok((stream, address)) => {
+                    let place = connections.enter(client(address.ip()));
+                    tasks.spawn(answer(stream, router.clone(), place, end.clone()));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a connection to the metrics endpoint could not be accepted");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+        end.cancel();
+        tasks.close();
+        tasks.wait().await;
     }
 }
 
-async fn health(State(endpoint): State<Endpoint>) -> Response {
+/// Answers one connection's requests until it ends, has been there for long, or has to make room for another.
+async fn answer(stream: TcpStream, router: Router, mut place: Place<IpAddr>, end: CancellationToken) {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+    let mut first = [0];
+    let first = tokio::time::timeout(FIRST_HEAD_TIMEOUT, stream.peek(&mut first));
+    let begun = tokio::select! {
+        begun = first => matches!(begun, Ok(Ok(1))),
+        () = place.given_up() => false,
+        () = end.cancelled() => false,
+    };
+    if !begun {
+        return;
+    }
+    let mut connection = pin!(http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
+    tokio::select! {
+        // What went wrong with it is the client's to see.
+        _ = &mut connection => return,
+        () = place.given_up() => return,
+        () = tokio::time::sleep(LIFETIME) => {}
+        () = end.cancelled() => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    let _ = tokio::time::timeout(LAST_ANSWER, connection).await;
+}
+
+#[derive(Clone, Debug)]
+struct Served {
+    endpoint: Endpoint,
+    collecting: Arc<Semaphore>,
+}
+
+async fn health(State(Served { endpoint, .. }): State<Served>) -> Response {
     report(&endpoint.health)
 }
 
-async fn ready(State(endpoint): State<Endpoint>) -> Response {
+async fn ready(State(Served { endpoint, .. }): State<Served>) -> Response {
     report(&endpoint.ready)
 }
 
@@ -89,16 +168,20 @@ fn report(checks: &Checks) -> Response {
     (status, Json(report)).into_response()
 }
 
-async fn metrics(State(endpoint): State<Endpoint>, headers: HeaderMap) -> Response {
+async fn metrics(State(Served { endpoint, collecting }): State<Served>, headers: HeaderMap) -> Response {
     let format = match endpoint.native_histograms {
         NativeHistograms::Auto => Format::negotiate(&joined(&headers, header::ACCEPT)),
         NativeHistograms::Off => Format::Text,
     };
     let gzip = accepts_gzip(&joined(&headers, header::ACCEPT_ENCODING));
+    // Never closed.
+    let turn = collecting.acquire_owned().await;
     // Collecting takes locks and reads maps: not for a thread that serves others.
     let encoded = tokio::task::spawn_blocking(move || {
         let body = format.encode(&endpoint.meters.families());
-        if gzip { compress(&body) } else { Ok(body) }
+        let body = if gzip { compress(&body) } else { Ok(body) };
+        drop(turn);
+        body
     })
     .await;
     let Ok(Ok(body)) = encoded else { return StatusCode::INTERNAL_SERVER_ERROR.into_response() };
@@ -126,4 +209,81 @@ fn compress(body: &[u8]) -> io::Result<Vec<u8>> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(body)?;
     encoder.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+    use crate::{signals::Identity, table::Emitter};
+
+    async fn start() -> (SocketAddr, CancellationToken, tokio::task::JoinHandle<()>) {
+        let listener = bind(([127, 0, 0, 1], 0).into()).await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let end = CancellationToken::new();
+        let endpoint = Endpoint {
+            meters: Meters::new(&Identity { service: "test", instance: "1".to_owned() }, &[Emitter::Both]),
+            native_histograms: NativeHistograms::Auto,
+            health: Checks::default(),
+            ready: Checks::default(),
+        };
+        let served = tokio::spawn(endpoint.serve(listener, end.clone().cancelled_owned()));
+        (address, end, served)
+    }
+
+    async fn get(stream: &mut TcpStream, path: &str) -> String {
+        let request = format!("GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("written");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("answered");
+        answer
+    }
+
+    #[tokio::test]
+    async fn who_connects_and_says_nothing_keeps_nobody_out() {
+        let (address, end, served) = start().await;
+        let mut idle = Vec::new();
+        for _ in 0..OF_ONE_CLIENT * 2 {
+            idle.push(TcpStream::connect(address).await.expect("connected"));
+        }
+        let mut scraper = TcpStream::connect(address).await.expect("connected");
+        assert!(get(&mut scraper, "/health").await.starts_with("HTTP/1.1 200"));
+        // The oldest have made room, the newest have not.
+        let mut byte = [0];
+        let ended = tokio::time::timeout(Duration::from_secs(5), idle[0].read(&mut byte)).await.expect("ended");
+        assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
+        let last = idle.last_mut().expect("many");
+        assert!(get(last, "/live").await.starts_with("HTTP/1.1 200"));
+        end.cancel();
+        tokio::time::timeout(Duration::from_secs(5), served)
+            .await
+            .expect("it ends though others are connected")
+            .expect("well");
+    }
+
+    #[tokio::test]
+    async fn a_request_is_not_waited_for_for_ever() {
+        let (address, end, served) = start().await;
+        let (mut silent, mut slow, mut patient) = (
+            TcpStream::connect(address).await.expect("connected"),
+            TcpStream::connect(address).await.expect("connected"),
+            TcpStream::connect(address).await.expect("connected"),
+        );
+        slow.write_all(b"GET /metrics HTTP/1.1\r\n").await.expect("written");
+        patient.write_all(b"GET /live HTTP/1.1\r\nhost: a\r\n\r\n").await.expect("written");
+        let mut answer = [0; 64];
+        let _ = patient.read(&mut answer).await.expect("answered");
+        assert!(answer.starts_with(b"HTTP/1.1 200"));
+        tokio::time::pause();
+        let began = tokio::time::Instant::now();
+        let mut rest = Vec::new();
+        let _ = silent.read_to_end(&mut rest).await;
+        assert!(began.elapsed() < FIRST_HEAD_TIMEOUT + Duration::from_secs(1), "{:?}", began.elapsed());
+        let _ = slow.read_to_end(&mut rest).await;
+        let _ = patient.read_to_end(&mut rest).await;
+        assert!(began.elapsed() < HEAD_TIMEOUT + Duration::from_secs(1), "{:?}", began.elapsed());
+        end.cancel();
+        served.await.expect("well");
+    }
 }

@@ -17,7 +17,8 @@ mod meters;
 pub mod otlp;
 mod process;
 mod semconv;
-mod series;
+/// What a process shows of itself, or of others, beside the OpenTelemetry SDK.
+pub mod series;
 pub mod signals;
 pub mod table;
 

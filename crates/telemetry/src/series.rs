@@ -114,7 +114,9 @@ impl Series {
     pub fn from_proto(series: v1::Series) -> Option<Self> {
         let metric: &'static Metric = table::find(&series.metric)?;
         let expected = metric.labels.iter().filter(|label| **label != "node").count();
-        let known = series.labels.keys().all(|label| label != "node" && metric.labels.contains(&label.as_str()));
+        let known = series.labels.iter().all(|(label, value)| {
+            label != "node" && metric.labels.contains(&label.as_str()) && value.len() <= MAX_LABEL_VALUE
+        });
         if metric.emitter != table::Emitter::Agent || !known || series.labels.len() != expected {
             return None;
         }
@@ -131,6 +133,20 @@ impl Series {
         Some(Self { metric: metric.name, labels: series.labels.into_iter().collect(), value })
     }
 }
+
+/// Bytes that an entry takes in memory, about.
+#[must_use]
+pub fn weight((key, value): (&Key, &Measurement)) -> usize {
+    let labels = key.1.iter().map(|(label, value)| size_of::<(String, String)>() + label.len() + value.len());
+    let buckets = match value {
+        Measurement::Counter(_) | Measurement::Gauge(_) => 0,
+        Measurement::Histogram(histogram) => size_of_val(histogram.buckets.as_slice()),
+    };
+    size_of::<(Key, Measurement)>() + labels.sum::<usize>() + buckets
+}
+
+/// Bytes of a label's value as agents may send it: names of services, images and nodes are shorter.
+const MAX_LABEL_VALUE: usize = 256;
 
 /// Contributes series to an endpoint, computed at the scrape.
 pub trait Source: Send + Sync {
@@ -175,6 +191,7 @@ mod tests {
             series("warren_container_exits_total", &[], one()),
             series("warren_container_exits_total", &[("reason", "oom"), ("node", "other")], one()),
             series("warren_container_exits_total", &[("secret", "x")], one()),
+            series("warren_container_exits_total", &[("reason", &"x".repeat(300))], one()),
             series("warren_container_exits_total", &[("reason", "oom")], v1::series::Value::Gauge(1.0)),
         ] {
             assert_eq!(Series::from_proto(bad.clone()), None, "{bad:?}");

@@ -1,6 +1,6 @@
 //! The node's own side: what it forwards, and the rules of its packets.
 
-use std::{fs, io, path::Path, process::Stdio};
+use std::{collections::BTreeSet, fs, io, net::IpAddr, path::Path, process::Stdio};
 
 use tokio::{io::AsyncWriteExt as _, process::Command};
 
@@ -57,6 +57,16 @@ pub(super) fn lead_loopback_to(link: &str) -> Result<(), Error> {
         Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
+}
+
+/// The machine's own addresses.
+pub(super) fn addresses() -> BTreeSet<IpAddr> {
+    let address = |link: nix::ifaddrs::InterfaceAddress| {
+        let address = link.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::from(v4.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|v6| v6.ip().into()))
+    };
+    nix::ifaddrs::getifaddrs().map(|links| links.filter_map(address).collect()).unwrap_or_default()
 }
 
 /// Whether a link is a container's.

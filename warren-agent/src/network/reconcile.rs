@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
@@ -15,13 +15,13 @@ use tokio_util::sync::CancellationToken;
 use warren_proto::v1;
 
 use super::{
-    Error, Network, RESOLVER, conntrack, container_mac, drift, host, link_name,
+    Error, Network, Options, RESOLVER, Reach, conntrack, container_mac, drift, host, link_name,
     listeners::Listeners,
     netlink,
     overlay::{Overlay, Peer, Vxlan, Way},
     overlay_mtu,
     pool::Pool,
-    ruleset,
+    ruleset::{self, Closed},
     tables::{Place, Tables},
     wireguard::WireGuard,
 };
@@ -284,6 +284,27 @@ impl Network {
         outcome
     }
 
+    /// What containers may not connect to.
+    fn closed(&self, tables: &Tables) -> Closed {
+        /// Of managers, unless configured otherwise.
+        const MANAGERS_METRICS: u16 = 9464;
+        let Options { reach, metrics_port, .. } = &self.0.options;
+        let mut closed = Closed::default();
+        let own = host::addresses();
+        let managers = tables.managers.iter();
+        if !reach.contains(&Reach::Managers) {
+            closed.elsewhere.extend(managers.clone());
+            closed.here.extend(managers.clone().filter(|at| own.contains(&at.ip())).map(SocketAddr::port));
+        }
+        if !reach.contains(&Reach::Metrics) {
+            let nodes = tables.nodes.values().filter_map(|node| node.address.parse::<IpAddr>().ok());
+            let agents = nodes.map(|node| SocketAddr::new(node, *metrics_port));
+            closed.elsewhere.extend(managers.map(|at| SocketAddr::new(at.ip(), MANAGERS_METRICS)).chain(agents));
+            closed.here.extend([MANAGERS_METRICS, *metrics_port]);
+        }
+        closed
+    }
+
     /// Loads the rules, unless the kernel has just these.
     async fn set_rules(&self, made: &mut Made, place: &Place, tables: &Tables, look: bool) -> Result<(), Error> {
         let own = self.changing().pool.as_ref().map(Pool::node).unwrap_or_default();
@@ -294,7 +315,8 @@ impl Network {
             made.listeners = listeners;
             self.changing().listeners = settled.clone();
         }
-        let (rules, conflicts) = ruleset::render(place, &own, tables, link.as_deref(), &settled);
+        let closed = self.closed(tables);
+        let (rules, conflicts) = ruleset::render(place, &own, tables, link.as_deref(), &settled, &closed);
         let conflicts: Vec<_> = conflicts.iter().map(ToString::to_string).collect();
         if conflicts != self.changing().conflicts {
             for conflict in &conflicts {

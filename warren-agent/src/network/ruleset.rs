@@ -5,12 +5,14 @@
 //! - What a container sends out of the cluster leaves under the node's address.
 //! - Connections are not tracked for questions to the node's resolver: nothing about them is translated, and a table that is
 //!   full of them has no room for others.
-//! - A container cannot send under an address that is not its own, nor reach the node's loopback.
+//! - A container cannot send under an address that is not its own, nor reach the node's loopback, nor what of the cluster's own is closed to
+//!   it.
+//! - Whoever is neither a container, nor another node, nor this node itself reaches published ports and nothing else of the cluster's network.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::{self, Write as _},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use ipnet::IpNet;
@@ -44,6 +46,15 @@ impl fmt::Display for Target {
     }
 }
 
+/// What of the cluster's own containers cannot connect to, by TCP.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Closed {
+    /// Ports of this node, at any of its addresses.
+    pub(super) here: BTreeSet<u16>,
+    /// Of other machines.
+    pub(super) elsewhere: BTreeSet<SocketAddr>,
+}
+
 /// What was left out, because two services publish the same port or a process of the node listens on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Conflict {
@@ -72,6 +83,7 @@ pub(super) fn render(
     tables: &Tables,
     overlay: Option<&str>,
     listeners: &Listeners,
+    closed: &Closed,
 ) -> (String, Vec<Conflict>) {
     let mut conflicts = Vec::new();
     let mut owners = BTreeMap::<(u32, &'static str), &str>::new();
@@ -160,6 +172,7 @@ pub(super) fn render(
     );
     postrouting(&mut out, place, node, overlay);
     guards(&mut out, place, tables, overlay);
+    containers_guard(&mut out, overlay, closed);
     untracked(&mut out);
     out.push_str("}\n");
     (out, conflicts)
@@ -249,6 +262,19 @@ fn guards(out: &mut String, place: &Place, tables: &Tables, overlay: Option<&str
     iifname \"{CONTAINER_LINKS}*\" meta nfproto ipv6 ip6 saddr != fe80::/10 fib saddr . iif oif missing drop
 "
         );
+    } else {
+        let _ =
+            writeln!(out, "    iifname \"{CONTAINER_LINKS}*\" meta nfproto ipv6 drop comment \"they have no address\"");
+    }
+    let containers = format!("{CONTAINER_LINKS}*");
+    let from_outside = [Some("lo"), Some(&*containers), overlay].into_iter().flatten();
+    let from_outside: String = from_outside.map(|link| format!("iifname != \"{link}\" ")).collect();
+    for (is_v4, word) in [(true, "ip"), (false, "ip6")] {
+        if place.cluster.iter().any(|network| network.addr().is_ipv4() == is_v4) {
+            let cluster = networks(&place.cluster, is_v4);
+            let _ = writeln!(out, "    {from_outside}{word} daddr {cluster} drop comment \"not published\"");
+            let _ = writeln!(out, "    {from_outside}{word} saddr {cluster} drop comment \"not a container's\"");
+        }
     }
     let members: Vec<_> = tables.nodes.values().filter_map(|node| node.address.parse::<IpAddr>().ok()).collect();
     for (is_v4, word) in [(true, "ip"), (false, "ip6")] {
@@ -272,6 +298,30 @@ fn guards(out: &mut String, place: &Place, tables: &Tables, overlay: Option<&str
     };
     refuse(out, "forward");
     refuse(out, "output");
+}
+
+/// What containers cannot connect to, wherever their packets are led.
+fn containers_guard(out: &mut String, overlay: Option<&str>, closed: &Closed) {
+    out.push_str("  chain guard-input {\n    type filter hook input priority filter; policy accept;\n");
+    for link in [Some(&*format!("{CONTAINER_LINKS}*")), overlay].into_iter().flatten() {
+        // Answers to what came in through a published port of the loopback go back there.
+        let _ = writeln!(out, "    iifname \"{link}\" ip daddr 127.0.0.0/8 ct direction original drop");
+    }
+    let containers = format!("iifname \"{CONTAINER_LINKS}*\" ct direction original");
+    if !closed.here.is_empty() {
+        let ports: Vec<_> = closed.here.iter().map(ToString::to_string).collect();
+        let _ = writeln!(out, "    {containers} tcp dport {{ {} }} reject with tcp reset", ports.join(", "));
+    }
+    out.push_str("  }\n  chain guard-forward {\n    type filter hook forward priority filter; policy accept;\n");
+    for (is_v4, word) in [(true, "ip"), (false, "ip6")] {
+        let of_family = closed.elsewhere.iter().filter(|at| at.is_ipv4() == is_v4);
+        let places: Vec<_> = of_family.map(|at| format!("{} . {}", at.ip(), at.port())).collect();
+        if !places.is_empty() {
+            let places = places.join(", ");
+            let _ = writeln!(out, "    {containers} {word} daddr . tcp dport {{ {places} }} reject with tcp reset");
+        }
+    }
+    out.push_str("  }\n");
 }
 
 /// What needs no connection in the kernel's table: DNS between the resolver and whoever is on this node.
@@ -340,8 +390,12 @@ mod tests {
 
     #[test]
     fn connections_go_to_healthy_endpoints_and_to_nobody_else() {
+        let closed = Closed {
+            here: [7443].into(),
+            elsewhere: ["192.0.2.1:7443", "[2001:db8::1]:7443"].map(|at| at.parse().expect("an address")).into(),
+        };
         let node = ["10.128.0.1", "fd00::1"].map(|address| address.parse().expect("an address"));
-        let (rules, conflicts) = render(&place(), &node, &tables(), Some("overlay"), &Listeners::default());
+        let (rules, conflicts) = render(&place(), &node, &tables(), Some("overlay"), &Listeners::default(), &closed);
         assert!(conflicts.is_empty(), "{conflicts:?}");
         for expected in [
             "meta nfproto ipv4 dnat ip to numgen random mod 2 map { 0 : 10.128.0.2, 1 : 10.128.1.2 }",
@@ -355,6 +409,10 @@ mod tests {
             "10.128.0.2 . 10.128.0.2",
             "ip saddr { 10.128.0.0/24 } ip daddr != { 10.128.0.0/10, 10.127.0.0/16 } masquerade",
             "ip daddr 10.127.0.0/16 meta l4proto tcp reject with tcp reset",
+            "iifname != \"lo\" iifname != \"wrn*\" iifname != \"overlay\" ip daddr { 10.128.0.0/10, 10.127.0.0/16 } drop",
+            "ct direction original tcp dport { 7443 } reject with tcp reset",
+            "ct direction original ip daddr . tcp dport { 192.0.2.1 . 7443 } reject with tcp reset",
+            "ct direction original ip6 daddr . tcp dport { 2001:db8::1 . 7443 } reject with tcp reset",
         ] {
             assert!(rules.contains(expected), "{expected} is not in\n{rules}");
         }
@@ -369,7 +427,8 @@ mod tests {
         twin.name = "twin".to_owned();
         twin.virtual_addresses = vec!["10.127.0.2".to_owned()];
         tables.services.insert("t".to_owned(), twin);
-        let (rules, conflicts) = render(&place(), &[], &tables, None, &Listeners::of(&[(9090, "tcp"), (8080, "udp")]));
+        let (rules, conflicts) =
+            render(&place(), &[], &tables, None, &Listeners::of(&[(9090, "tcp"), (8080, "udp")]), &Closed::default());
         assert_eq!(rules.matches("tcp . 8080 : goto").count(), 1, "{rules}");
         assert!(!rules.contains("tcp . 9090"), "{rules}");
         assert!(rules.contains("10.127.0.2 : goto service-1"), "{rules}");

@@ -1,7 +1,12 @@
 //! What the manager says of services and nodes, as it was last heard. It is kept on disk, so that an agent that begins
 //! while no manager answers connects containers as before.
 
-use std::{collections::BTreeMap, fs, io, net::IpAddr, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -36,6 +41,9 @@ pub struct Tables {
     pub services: BTreeMap<String, v1::ServiceEntry>,
     /// All nodes.
     pub nodes: BTreeMap<String, v1::NodeEntry>,
+    /// Where managers serve their API.
+    #[serde(default)]
+    pub managers: BTreeSet<SocketAddr>,
 }
 
 /// An update of the tables of which some parts have come.
@@ -68,7 +76,12 @@ impl Tables {
         for id in &update.removed_nodes {
             self.nodes.remove(id);
         }
-        self.services.extend(update.services.into_iter().map(|entry| (entry.id.clone(), entry)));
+        let services = update.services.into_iter().map(|mut entry| {
+            let is_machines = |address: &String| address.parse().is_ok_and(is_machines);
+            entry.endpoints.iter_mut().for_each(|endpoint| endpoint.addresses.retain(is_machines));
+            (entry.id.clone(), entry)
+        });
+        self.services.extend(services);
         self.nodes.extend(update.nodes.into_iter().map(|entry| (entry.id.clone(), entry)));
     }
 
@@ -131,6 +144,16 @@ pub(crate) enum Leaving {
     Alone,
 }
 
+/// Whether an address may be a container's or a machine's. Whatever a manager says, nobody is led to a node's own loopback.
+fn is_machines(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => {
+            !(v4.is_loopback() || v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast() || v4.is_link_local())
+        }
+        IpAddr::V6(v6) => !(v6.is_loopback() || v6.is_unspecified() || v6.is_multicast() || v6.is_unicast_link_local()),
+    }
+}
+
 /// An endpoint's addresses.
 pub(super) fn addresses(endpoint: &v1::Endpoint) -> impl Iterator<Item = IpAddr> {
     endpoint.addresses.iter().filter_map(|address| address.parse().ok())
@@ -142,6 +165,17 @@ mod tests {
 
     fn service(id: &str, name: &str) -> v1::ServiceEntry {
         v1::ServiceEntry { id: id.to_owned(), name: name.to_owned(), ..Default::default() }
+    }
+
+    #[test]
+    fn nobody_is_led_to_a_loopback() {
+        let mut tables = Tables::default();
+        let addresses = ["127.0.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1", "255.255.255.255", "::1", "fe80::1"];
+        let addresses = addresses.into_iter().chain(["::ffff:127.0.0.1", "nonsense", "10.128.0.2", "fd00::2"]);
+        let endpoint = v1::Endpoint { addresses: addresses.map(str::to_owned).collect(), ..Default::default() };
+        let web = v1::ServiceEntry { endpoints: vec![endpoint], ..service("1", "web") };
+        tables.apply(v1::NetworkUpdate { services: vec![web], ..Default::default() });
+        assert_eq!(tables.services["1"].endpoints[0].addresses, ["10.128.0.2", "fd00::2"]);
     }
 
     #[test]

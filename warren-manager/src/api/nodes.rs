@@ -1,6 +1,5 @@
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
 use prost::Message as _;
 use tonic::{Request, Response, Status};
 use warren_proto::v1::{self, nodes_server};
@@ -11,17 +10,19 @@ use crate::{
     front::Caller,
     ids::NodeId,
     liveness::Health,
-    state::{Availability, Change, Node, State, Transaction},
+    pace::{Pace, Paces},
+    state::{Availability, Change, Constraint, Node, State, Trait, Transaction},
     validate::{self, Invalid},
 };
 
 #[derive(Clone, Debug)]
-pub(super) struct Nodes(pub(super) Context);
+pub(super) struct Nodes {
+    context: Context,
+    /// How often each node says something else of itself.
+    descriptions: Paces<NodeId>,
+}
 
 const MAX_ID: usize = 64;
-const MAX_HOSTNAME: usize = 253;
-/// Bytes of a public key of WireGuard.
-const KEY: usize = 32;
 /// Everything that a node says of itself, encoded.
 const MAX_DESCRIPTION: usize = 64 << 10;
 
@@ -32,12 +33,16 @@ pub(super) fn is_id(id: &NodeId) -> bool {
 }
 
 impl Nodes {
-    fn shown(&self, node: &Node, state: &State) -> v1::Node {
-        let conditions = self.0.liveness.conditions(&node.id);
-        convert::node(node, state, self.0.liveness.standing(&node.id), &conditions)
+    pub(super) fn new(context: Context) -> Self {
+        Self { context, descriptions: Paces::new(DESCRIPTIONS) }
     }
 
-    async fn register(&self, request: v1::RegisterNodeRequest) -> Result<v1::Node, Error> {
+    fn shown(&self, node: &Node, state: &State) -> v1::Node {
+        let conditions = self.context.liveness.conditions(&node.id);
+        convert::node(node, state, self.context.liveness.standing(&node.id), &conditions)
+    }
+
+    async fn register(&self, request: v1::RegisterNodeRequest, caller: &Caller) -> Result<v1::Node, Error> {
         let id = NodeId::from(request.node_id);
         if !is_id(&id) {
             let why = format!("is not 1 to {MAX_ID} of a-z and 0-9");
@@ -48,25 +53,11 @@ impl Nodes {
             return Err(Invalid::new("description", format!("is larger than {MAX_DESCRIPTION} bytes")).into());
         }
         let description = convert::description(description);
-        if description.hostname.is_empty() || description.hostname.len() > MAX_HOSTNAME {
-            let why = format!("is not 1 to {MAX_HOSTNAME} bytes long");
-            return Err(Invalid::new("description.hostname", why).into());
-        }
-        if !validate::is_printable(&description.hostname) {
-            let why = "has other than printable ASCII characters in it".to_owned();
-            return Err(Invalid::new("description.hostname", why).into());
-        }
-        let key = &description.wireguard_public_key;
-        let is_key = || BASE64.decode(key).is_ok_and(|bytes| bytes.len() == KEY);
-        if !key.is_empty() && !is_key() {
-            return Err(
-                Invalid::new("description.wireguard_public_key", format!("is not {KEY} bytes in base64")).into()
-            );
-        }
-        let state = self.0.store.read().await?;
+        let state = self.context.store.read().await?;
+        validate::description(&description, state.cluster().map(|cluster| &cluster.network))?;
         let is_other = |node: &&Arc<Node>| node.id != id && node.description.hostname == description.hostname;
         if let Some(other) =
-            state.nodes().find(|node| is_other(node) && self.0.liveness.health(&node.id).is_reachable())
+            state.nodes().find(|node| is_other(node) && self.context.liveness.health(&node.id).is_reachable())
         {
             // Metrics, constraints and people tell nodes apart by it.
             let (hostname, other) = (&description.hostname, &other.id);
@@ -74,6 +65,7 @@ impl Nodes {
                 "node {other} is {hostname} too, and is running: give one of them another name (--hostname)"
             )));
         }
+        let key = &description.wireguard_public_key;
         let has_its_key = |node: &&Arc<Node>| node.id != id && node.description.wireguard_public_key == *key;
         if !key.is_empty() && state.nodes().any(|node| has_its_key(&node)) {
             return Err(
@@ -81,22 +73,48 @@ impl Nodes {
             );
         }
         let known = state.node(&id);
+        let others = || state.nodes().filter(|node| node.id != id);
+        let before = known.map(|known| known.description.hostname.as_str());
+        let is_renamed = before.is_some_and(|before| before != description.hostname);
+        if (is_renamed || others().any(|other| other.description.hostname == description.hostname))
+            && let Some(service) = names_either(&state, &description.hostname, before)
+        {
+            // Else a node could call itself what such a service waits for, and be given its secrets.
+            return Err(Error::Precondition(format!(
+                "the constraints of service {service} name this hostname: remove the node that has it first (`warren node rm`), or \
+                 join as a new one"
+            )));
+        }
+        if let Some(address) = description.address
+            && !caller.may_be_at(address)
+            && let Some(other) = others().find(|other| other.description.address == Some(address))
+        {
+            let why =
+                format!("{address} is node {}'s, and this node does not call from there", other.description.hostname);
+            return Err(Invalid::new("description.address", why).into());
+        }
         // A node that comes back as it was costs no log entry.
         if known.is_none_or(|known| known.description != description) {
-            let created_at = known.map_or_else(|| self.0.environment.now(), |known| known.created_at);
+            if !self.descriptions.allows(&id) {
+                return Err(Error::TooOften(format!(
+                    "node {id} says something else of itself too often: it is listened to again in {} s",
+                    DESCRIPTIONS.pause.as_secs()
+                )));
+            }
+            let created_at = known.map_or_else(|| self.context.environment.now(), |known| known.created_at);
             let (availability, labels) = Default::default();
             let node =
                 Node { id: id.clone(), version: 0, created_at, description, subnet_index: 0, availability, labels };
             let changes = vec![Change::PutNode(Box::new(node))];
-            self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
+            self.context.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
         }
-        let state = self.0.store.view();
+        let state = self.context.store.view();
         let node = state.node(&id).ok_or(Error::NotFound { kind: "node", name: id.to_string() })?;
         Ok(self.shown(node, &state))
     }
 
     async fn update(&self, request: v1::UpdateNodeRequest) -> Result<v1::Node, Error> {
-        let state = self.0.store.read().await?;
+        let state = self.context.store.read().await?;
         let node = lookup::node(&state, &request.node)?;
         let availability = match v1::Availability::try_from(request.availability) {
             Ok(v1::Availability::Unspecified) => None,
@@ -113,35 +131,47 @@ impl Nodes {
         // What is so already costs no log entry.
         if availability.is_some_and(|wanted| wanted != node.availability) || !labels.iter().all(is_set) {
             let changes = vec![Change::SetNode { id: node.id.clone(), availability, labels }];
-            self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
+            self.context.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
         }
-        let state = self.0.store.view();
+        let state = self.context.store.view();
         let node = state.node(&node.id).ok_or(Error::NotFound { kind: "node", name: request.node })?;
         Ok(self.shown(node, &state))
     }
 
     async fn remove(&self, name: &str) -> Result<(), Error> {
-        let state = self.0.store.read().await?;
+        let state = self.context.store.read().await?;
         let node = match lookup::node(&state, name) {
             // One that was let in and whose agent never came.
             Err(Error::NotFound { .. }) if let Some(id) = named_awaited(&state, name) => {
                 let changes = vec![Change::DeleteNode { id: id.clone() }];
-                self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
+                self.context.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
                 return Ok(());
             }
             found => found?,
         };
-        if self.0.liveness.health(&node.id) != Health::Down {
+        if self.context.liveness.health(&node.id) != Health::Down {
             let hostname = &node.description.hostname;
             return Err(Error::Precondition(format!(
                 "node {hostname} is not down: stop its agent, and wait until it has been silent for a while"
             )));
         }
         let changes = vec![Change::DeleteNode { id: node.id.clone() }];
-        self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
+        self.context.store.transact(&Transaction { changes, ..Transaction::default() }).await?;
         Ok(())
     }
 }
+
+/// A service whose constraints name one of these hostnames.
+fn names_either<'a>(state: &'a State, hostname: &str, before: Option<&str>) -> Option<&'a str> {
+    let names = |constraint: &Constraint| {
+        constraint.of == Trait::Hostname && (constraint.value == hostname || before == Some(constraint.value.as_str()))
+    };
+    let found = state.services().find(|service| service.spec.constraints.iter().any(names));
+    found.map(|service| service.spec.name.as_str())
+}
+
+/// A node may say so often that it is another. Each time is a log entry.
+const DESCRIPTIONS: Pace = Pace { burst: 20, pause: Duration::from_secs(5) };
 
 /// A node that was let in and whose agent never came, as callers see it.
 fn awaited(id: &NodeId) -> v1::Node {
@@ -165,9 +195,10 @@ impl nodes_server::Nodes for Nodes {
         &self,
         request: Request<v1::RegisterNodeRequest>,
     ) -> Result<Response<v1::RegisterNodeResponse>, Status> {
-        Caller::of(&request)?.check_node(&NodeId::from(request.get_ref().node_id.as_str()))?;
-        let node = self.register(request.into_inner()).await?;
-        let state = self.0.store.view();
+        let caller = Caller::of(&request)?.clone();
+        caller.check_node(&NodeId::from(request.get_ref().node_id.as_str()))?;
+        let node = self.register(request.into_inner(), &caller).await?;
+        let state = self.context.store.view();
         let networks = state.cluster().map(|cluster| cluster.network.prefixes()).unwrap_or_default();
         let cluster_networks = networks.iter().map(ToString::to_string).collect();
         Ok(Response::new(v1::RegisterNodeResponse { node: Some(node), cluster_networks }))
@@ -178,7 +209,7 @@ impl nodes_server::Nodes for Nodes {
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
         let request = request.into_inner();
-        let state = self.0.store.read().await.map_err(super::status)?;
+        let state = self.context.store.read().await.map_err(super::status)?;
         let key = |node: &v1::Node| {
             format!("{}\0{}", node.description.as_ref().map_or("", |described| &described.hostname), node.id)
         };
@@ -190,7 +221,7 @@ impl nodes_server::Nodes for Nodes {
     }
 
     async fn get_node(&self, request: Request<v1::GetNodeRequest>) -> Result<Response<v1::GetNodeResponse>, Status> {
-        let state = self.0.store.read().await.map_err(super::status)?;
+        let state = self.context.store.read().await.map_err(super::status)?;
         let name = request.into_inner().node;
         let node = match lookup::node(&state, &name) {
             Ok(node) => self.shown(&node, &state),

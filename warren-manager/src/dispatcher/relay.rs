@@ -74,9 +74,9 @@ struct Inner {
 pub(crate) struct Relay(Arc<Inner>);
 
 impl Relay {
-    /// A node's session is this now.
-    pub(super) fn opened(&self, node: &NodeId, session: Session) {
-        whole(&self.0.sessions).insert(node.clone(), session);
+    /// A node's session is this now; the one before, if that has not ended.
+    pub(super) fn opened(&self, node: &NodeId, session: Session) -> Option<Session> {
+        whole(&self.0.sessions).insert(node.clone(), session)
     }
 
     /// A session has ended: nothing is sent to it any more, and its stream ends. The node may have begun another.

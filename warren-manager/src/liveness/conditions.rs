@@ -3,6 +3,7 @@ use std::{
     time::Duration,
 };
 
+use tokio::time::Instant;
 use warren_proto::v1;
 
 use crate::clock::Timestamp;
@@ -18,9 +19,12 @@ const MAX_MESSAGE: usize = 512;
 const MAX_LISTENERS: usize = 4096;
 
 const CLOCK_SKEWED: &str = "clock_skewed";
+const REPORTS_REFUSED: &str = "reports_refused";
+/// For how long it is said that reports were refused, after the last one.
+const REFUSED_FOR: Duration = Duration::from_secs(600);
 
 /// The conditions that this version knows; see `NodeCondition` in the API.
-pub const CONDITIONS: [&str; 7] = [
+pub const CONDITIONS: [&str; 8] = [
     "clock_skewed",
     "containerd_unavailable",
     "disk_full",
@@ -28,6 +32,7 @@ pub const CONDITIONS: [&str; 7] = [
     "network_failed",
     "port_conflict",
     "probes_absent",
+    "reports_refused",
 ];
 
 /// Something that is wrong with a node.
@@ -48,6 +53,8 @@ pub struct Condition {
 pub(crate) struct Conditions {
     reported: BTreeMap<String, Condition>,
     clock: Option<Condition>,
+    /// What it said that cannot be, and until when that is shown.
+    refused: Option<(Condition, Instant)>,
     /// What is to be added to the node's times to make them the leader's, in milliseconds. Kept while it is about right: a status that is
     /// reported again is the same then.
     shift: i64,
@@ -67,7 +74,8 @@ impl Conditions {
     /// Takes what an agent says instead of what it said before; whether that is another set.
     pub(super) fn set(&mut self, reported: Vec<v1::NodeCondition>, now: Timestamp) -> bool {
         let mut conditions = BTreeMap::new();
-        for reported in reported.into_iter().filter(|reported| is_type(&reported.r#type)).take(MAX_CONDITIONS) {
+        let is_agents = |kind: &str| is_type(kind) && ![CLOCK_SKEWED, REPORTS_REFUSED].contains(&kind);
+        for reported in reported.into_iter().filter(|reported| is_agents(&reported.r#type)).take(MAX_CONDITIONS) {
             let since = self.reported.get(&reported.r#type).map_or(now, |known| known.since);
             let condition = Condition {
                 kind: reported.r#type.clone(),
@@ -104,6 +112,16 @@ impl Conditions {
         changed
     }
 
+    /// Takes note that something was refused of what the node reports; whether that is new.
+    pub(super) fn set_refused(&mut self, message: String, now: Timestamp, at: Instant) -> bool {
+        let known = self.refused.take().filter(|(_, until)| at < *until);
+        let is_new = known.is_none();
+        let since = known.map_or(now, |(known, _)| known.since);
+        let condition = Condition { kind: REPORTS_REFUSED.to_owned(), message, since, blocks: false };
+        self.refused = Some((condition, at + REFUSED_FOR));
+        is_new
+    }
+
     pub(super) fn set_listeners(&mut self, listeners: &[v1::NodeListener]) {
         let ports = listeners.iter().take(MAX_LISTENERS).map(|listener| (listener.port, listener.protocol));
         self.listeners = ports.collect();
@@ -121,8 +139,9 @@ impl Conditions {
         self.reported.values().any(|condition| condition.blocks)
     }
 
-    pub(super) fn all(&self) -> Vec<Condition> {
-        let mut all: Vec<_> = self.clock.iter().chain(self.reported.values()).cloned().collect();
+    pub(super) fn all(&self, at: Instant) -> Vec<Condition> {
+        let refused = self.refused.iter().filter(|(_, until)| at < *until).map(|(condition, _)| condition);
+        let mut all: Vec<_> = self.clock.iter().chain(refused).chain(self.reported.values()).cloned().collect();
         all.sort_by(|a, b| a.kind.cmp(&b.kind));
         all
     }
@@ -146,7 +165,7 @@ mod tests {
         );
         assert!(conditions.blocks());
         assert!(!conditions.set(vec![said("disk_full", "0 MiB left", true)], Timestamp(3000)), "only its words");
-        let [only] = conditions.all().try_into().expect("one");
+        let [only] = conditions.all(Instant::now()).try_into().expect("one");
         assert_eq!((only.message.as_str(), only.since), ("0 MiB left", Timestamp(2000)));
         assert!(conditions.set(vec![said("probes_absent", "", false)], Timestamp(4000)));
         assert!(!conditions.blocks());
@@ -158,15 +177,29 @@ mod tests {
         let now = Timestamp(10_000_000);
         assert!(!conditions.set_clock(Timestamp(10_009_000), now));
         assert!(conditions.set_clock(Timestamp(13_600_000), now));
-        assert_eq!(conditions.all()[0].message, "its clock is 3600 s ahead of the leader's");
+        assert_eq!(conditions.all(Instant::now())[0].message, "its clock is 3600 s ahead of the leader's");
         assert!(!conditions.set_clock(Timestamp(6_400_000), now), "it is wrong as before");
-        assert_eq!(conditions.all()[0].message, "its clock is 3600 s behind the leader's");
+        assert_eq!(conditions.all(Instant::now())[0].message, "its clock is 3600 s behind the leader's");
         assert!(!conditions.blocks());
         assert_eq!(conditions.shift(), 3_600_000);
         conditions.set_clock(Timestamp(6_400_900), now);
         assert_eq!(conditions.shift(), 3_600_000, "it is about the same");
         assert!(conditions.set_clock(now, now));
         assert_eq!(conditions.shift(), 0);
-        assert!(conditions.all().is_empty());
+        assert!(conditions.all(Instant::now()).is_empty());
+    }
+
+    #[test]
+    fn what_was_refused_is_shown_for_a_while() {
+        let mut conditions = Conditions::default();
+        let (now, at) = (Timestamp(1000), Instant::now());
+        assert!(conditions.set_refused("an address".to_owned(), now, at));
+        assert!(!conditions.set_refused("another".to_owned(), Timestamp(2000), at + REFUSED_FOR / 2), "it is known");
+        let [only] = conditions.all(at + REFUSED_FOR).try_into().expect("one");
+        assert_eq!((only.message.as_str(), only.since, only.blocks), ("another", now, false));
+        assert!(conditions.all(at + REFUSED_FOR * 2).is_empty());
+        assert!(conditions.set_refused("again".to_owned(), Timestamp(3000), at + REFUSED_FOR * 2));
+        let _ = conditions.set(vec![said("reports_refused", "nothing of the kind", false)], now);
+        assert_eq!(conditions.all(at + REFUSED_FOR * 2)[0].message, "again", "it is not the node's to say");
     }
 }

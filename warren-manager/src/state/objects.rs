@@ -379,26 +379,34 @@ pub struct Node {
     /// Whether it takes containers; the operators'.
     #[serde(default)]
     pub availability: Availability,
-    /// Labels that operators set, over those of its agent's configuration.
+    /// Labels that operators set.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
 }
 
 impl Node {
-    /// A label, as operators or else its agent's configuration have it.
+    /// A label that operators set; one of the agent's configuration by its name behind [`AGENT_LABELS`]. What a node says of itself never
+    /// passes for what an operator said of it.
     #[must_use]
     pub fn label(&self, name: &str) -> Option<&str> {
-        self.labels.get(name).or_else(|| self.description.labels.get(name)).map(String::as_str)
+        let found = match name.strip_prefix(AGENT_LABELS) {
+            Some(own) => self.description.labels.get(own),
+            None => self.labels.get(name),
+        };
+        found.map(String::as_str)
     }
 
-    /// All labels.
+    /// All labels, those of the agent's configuration behind [`AGENT_LABELS`].
     #[must_use]
     pub fn all_labels(&self) -> BTreeMap<String, String> {
-        let mut all = self.description.labels.clone();
-        all.extend(self.labels.clone());
-        all
+        let own = self.description.labels.iter().map(|(name, value)| (format!("{AGENT_LABELS}{name}"), value.clone()));
+        let operators = self.labels.iter().filter(|(name, _)| !name.starts_with(AGENT_LABELS));
+        own.chain(operators.map(|(name, value)| (name.clone(), value.clone()))).collect()
     }
 }
+
+/// What the names of labels begin with that an agent's configuration gives its node.
+pub const AGENT_LABELS: &str = "agent/";
 
 /// Whether a node takes containers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -655,13 +663,22 @@ mod tests {
     #[test]
     fn constraints_are_read_as_they_are_written() {
         let mut east = node("n", 1, 1);
-        east.description.labels = BTreeMap::from([("zone".to_owned(), "west".to_owned())]);
-        east.labels = BTreeMap::from([("zone".to_owned(), "east".to_owned())]);
+        let labels = |list: &[(&str, &str)]| {
+            list.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect::<BTreeMap<_, _>>()
+        };
+        east.description.labels = labels(&[("zone", "west"), ("size", "large")]);
+        east.labels = labels(&[("zone", "east"), ("agent/forged", "yes")]);
+        assert_eq!(east.all_labels(), labels(&[("agent/size", "large"), ("agent/zone", "west"), ("zone", "east")]));
         for (text, holds) in [
             ("node.labels.zone==east", true),
             ("node.labels.zone==west", false),
             ("node.labels.zone!=west", true),
             ("node.labels.disk==ssd", false),
+            ("node.labels.size==large", false),
+            ("node.labels.agent/size==large", true),
+            ("node.labels.agent/zone==west", true),
+            ("node.labels.agent/zone==east", false),
+            ("node.labels.agent/forged==yes", false),
             ("node.labels.disk!=ssd", true),
             ("node.labels.disk==", false),
             ("node.hostname==n", true),

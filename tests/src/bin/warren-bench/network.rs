@@ -51,6 +51,8 @@ pub(crate) fn measure() {
         address: None,
         overlay: OverlayKind::Vxlan,
         domain: "warren".to_owned(),
+        reach: Vec::new(),
+        metrics_port: 9465,
     };
     let network = runtime.block_on(Network::start(options, &HashMap::new())).expect("a network");
     let prefixes = |texts: [&str; 2]| texts.map(|text| text.parse().expect("a prefix")).to_vec();
