@@ -137,12 +137,12 @@ async fn who_has_no_certificate_keeps_nobody_out() {
     let token = Token::new(ours.certificate_pem(), Secret::random().expect("random")).expect("a token");
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
+    let mut incoming = incoming(listener, manager.clone());
     // They say nothing at all.
     let mut silent = Vec::new();
     for _ in 0..600 {
         silent.push(tokio::net::TcpStream::connect(&address).await.expect("connected"));
     }
-    let mut incoming = incoming(listener, manager.clone());
     let mut calls = Vec::new();
     let mut enter = async |dialer: Dialer| {
         calls.push(tokio::spawn(async move { dialer.connect().await }));
