@@ -4,6 +4,7 @@
 pub mod cluster;
 mod dns;
 mod front;
+mod hostile;
 mod hosts;
 mod inside;
 mod load;
@@ -18,6 +19,7 @@ mod world;
 
 pub use dns::{Answer, DnsServer, Transport, ask, ask_silently, framed_query, script_that_asks};
 pub use front::{Front, Trouble};
+pub use hostile::{Harm, Hostile, zeros};
 pub use hosts::Hosts;
 pub use inside::Inside;
 pub use load::Load;

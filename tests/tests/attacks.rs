@@ -5,13 +5,14 @@ use std::{
     net::{SocketAddr, TcpStream},
     path::Path,
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use serde_json::{Value, json};
 use warren_tests::{
-    WELL_BEHAVED, World,
+    Harm, Hostile, WELL_BEHAVED, World,
     cluster::{self, Manager},
-    until,
+    run, until, zeros,
 };
 
 /// Connections that say nothing.
@@ -114,4 +115,114 @@ fn what_is_refused_is_understood_by_other_clients() {
     assert_eq!(refused, "UNAUTHENTICATED this needs a certificate of the cluster");
     let refused = call("nobody", "/warren.v1.Cluster/JoinCluster", "");
     assert!(refused.starts_with("INVALID_ARGUMENT ") || refused.starts_with("PERMISSION_DENIED "), "{refused}");
+}
+
+/// Memory that a process has at the most so far, in bytes.
+fn peak_memory(process: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a line");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+}
+
+/// Why a service's only container was not run.
+fn refusal(world: &World, service: &str) -> String {
+    until(&format!("{service} is refused"), || {
+        let containers = world.containers(service);
+        let status = &containers.first()?["status"];
+        let ended = ["CONTAINER_STATE_REJECTED", "CONTAINER_STATE_FAILED"].map(Value::from).contains(&status["state"]);
+        ended.then(|| status["message"].as_str().unwrap_or_default().to_owned())
+    })
+}
+
+#[test]
+fn a_registry_gains_nothing_by_what_it_answers() {
+    let mut world = World::empty("registry").and_containerd();
+    // Not this machine's loopback, whose registries may lead there.
+    let _ = run("ip", &["addr", "add", "192.0.2.1/32", "dev", "lo"]).succeeded();
+    let (registry, secret) = (Hostile::start("192.0.2.1"), Hostile::start("127.0.0.1"));
+    let trusting = |mut command: Command| {
+        command.args(["--registry-plain", &registry.host]);
+        command
+    };
+    let manager = trusting(world.manager_command());
+    world.start_manager_as(manager);
+    world.start_agent(&["--registry-plain", &registry.host, "--max-image-gb", "0.3"]);
+    world.wait_ready();
+    let processes = || [&world.manager, &world.agent].map(|process| process.as_ref().expect("it runs").id());
+    let before = processes().map(peak_memory);
+    let create = |name: &str, image: &str| {
+        world.warren(&["service", "create", name, "--image", image, "--restart", "never", "--", "true"])
+    };
+
+    registry.say("/v2/endless/manifests/latest", Harm::Endless(b"{\"schemaVersion\": 2, ".to_vec()));
+    let began = Instant::now();
+    let endless = create("endless", &format!("{}/endless", registry.host));
+    let said = if endless.code == 0 { refusal(&world, "endless") } else { endless.stderr };
+    assert!(said.contains("its manifest is larger than 4194304 bytes"), "{said}");
+    assert!(registry.sent() < 64 << 20 && began.elapsed() < Duration::from_secs(20), "{} bytes", registry.sent());
+
+    let long = format!("{{\"schemaVersion\": 2, \"manifests\": \"{}\"}}", "x".repeat(3 << 20));
+    registry.say("/v2/verbose/manifests/latest", Harm::Bytes("application/json", long.into_bytes()));
+    let verbose = create("verbose", &format!("{}/verbose", registry.host));
+    let said = if verbose.code == 0 { refusal(&world, "verbose") } else { verbose.stderr };
+    assert!(said.contains("cannot be") && said.len() < 1500, "{} bytes: {said:.200}", said.len());
+
+    let config = format!("{:01$}", 0, 5 << 20);
+    let image = registry.image("large", json!({ "architecture": "amd64", "os": "linux", "author": config }), &[]);
+    let _ = create("large", &image).succeeded();
+    let said = refusal(&world, "large");
+    assert!(said.contains("its configuration is larger than 4194304 bytes"), "{said}");
+
+    for (name, harm) in [
+        ("realm", Harm::Realm(format!("http://{}/token", secret.host))),
+        ("metadata", Harm::Realm("http://169.254.169.254/latest".to_owned())),
+        ("elsewhere", Harm::Elsewhere(format!("http://{}/secret", secret.host))),
+    ] {
+        registry.say(format!("/v2/{name}/manifests/latest"), harm);
+        let asked = create(name, &format!("{}/{name}", registry.host));
+        let said = if asked.code == 0 { refusal(&world, name) } else { asked.stderr };
+        assert!(said.contains("which is not followed: that is this machine, or its own link"), "{said}");
+    }
+    assert_eq!(secret.asked(), Vec::<String>::new(), "nobody is led there");
+
+    // A thousand variables were no matter, 150,000 were minutes of a core.
+    let env: Vec<_> = (0..100_000).map(|number| format!("VARIABLE_{number}=x")).collect();
+    let image = registry.image("env", json!({ "os": "linux", "config": { "Env": env } }), &[]);
+    let began = Instant::now();
+    let _ = create("env", &image).succeeded();
+    let _ = refusal(&world, "env");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+
+    // Zeros without end: a gigabyte comes in a megabyte.
+    let image = registry.image("bomb", json!({ "os": "linux" }), &[zeros(32)]);
+    let _ = create("bomb", &image).succeeded();
+    let said = refusal(&world, "bomb");
+    assert!(said.contains("it takes more than 0.3 GB (the agent's --max-image-gb)"), "{said}");
+
+    let after = processes().map(peak_memory);
+    for (before, after) in before.iter().zip(after) {
+        assert!(after - before < 200 << 20, "{before} bytes before, {after} at the most since");
+    }
+}
+
+#[test]
+fn what_nobody_wants_any_more_is_not_unpacked_any_further() {
+    let mut world = World::empty("unwanted").and_containerd();
+    let registry = Hostile::start("127.0.0.1");
+    world.start_manager();
+    world.start_agent(&[]);
+    world.wait_ready();
+    let image = registry.image("bomb", json!({ "os": "linux" }), &[zeros(320)]);
+    let _ = world.warren(&["service", "create", "bomb", "--image", &image, "--restart", "never", "--", "true"]).succeeded();
+    let snapshots = || world.ctr(&["snapshots", "ls"]).succeeded();
+    until("it is being unpacked", || snapshots().contains("extract-").then_some(()));
+    let _ = world.warren(&["service", "rm", "bomb", "--wait"]).succeeded();
+    let written = || {
+        let usage = world.ctr(&["snapshots", "usage"]);
+        usage.stdout.lines().filter(|line| line.contains("extract-")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let at_the_end = written();
+    std::thread::sleep(Duration::from_secs(2));
+    let later = written();
+    assert!(later.is_empty() || later == at_the_end, "{at_the_end:?}, and two seconds later {later:?}");
 }

@@ -263,9 +263,13 @@ fn without_certificates_of_authorities_what_is_there_still_runs() {
     world.agent = Some(Process::start("agent", &mut agent, world.directory.path()));
     world.wait_ready();
     create(&world, "here", image_name(), &["--wait"]);
-    create(&world, "elsewhere", "localhost:1/demo", &[]);
+    create(&world, "elsewhere", "registry.example/demo", &[]);
     let said = refusal(&world, "elsewhere");
     assert!(said.contains("no certificates of authorities are installed"), "{said}");
+    // Without HTTPS none are needed.
+    create(&world, "local", "localhost:1/demo", &[]);
+    let said = refusal(&world, "local");
+    assert!(said.contains("localhost:1 does not answer: Connection refused"), "{said}");
 }
 
 /// A layer with one file of so many bytes that no compression makes less.

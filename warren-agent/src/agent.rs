@@ -72,6 +72,8 @@ pub struct Options {
     pub registries: warren_registry::Options,
     /// How long an image that was pulled is kept without use; zero is for ever.
     pub keep_images: Duration,
+    /// Bytes that an image may take, as it comes and as it is unpacked.
+    pub max_image: u64,
     /// The probes'; `None` leaves them out.
     pub probes: Option<probes::Options>,
     /// How long a DNS query may wait before it counts as unanswered.
@@ -220,6 +222,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let node_id = membership::node_id(&options.data_dir).map_err(data_dir_error)?;
     let cache = Cache::open(&options.data_dir.join("containers")).map_err(data_dir_error)?;
     let containerd = runtime::connect(&options.containerd_socket, &options.containerd_namespace).await?;
+    let containerd = containerd.with_max_image(options.max_image);
     let connected = connected(&cache, &containerd).await?;
     let network = Network::start(options.network.clone(), &connected).await?;
     let secrets = Secrets::start(&options.secrets_dir, |id| connected.contains_key(id))?;

@@ -142,6 +142,9 @@ pub struct NodeArguments {
     /// Hours after which an image that was pulled and that no container uses any more is removed; 0 keeps them for ever.
     #[arg(long, env = "WARREN_KEEP_IMAGES_H", default_value_t = 168.0, value_parser = hours)]
     pub keep_images_h: f64,
+    /// Gigabytes that an image may take, as it comes and as it is unpacked.
+    #[arg(long, env = "WARREN_MAX_IMAGE_GB", default_value_t = 32.0, value_parser = positive)]
+    pub max_image_gb: f64,
     #[command(flatten)]
     /// Where images come from.
     pub registries: RegistryArguments,
@@ -235,6 +238,7 @@ impl AgentArguments {
             },
             secrets_dir: node.secrets_dir.clone(),
             registries: node.registries.options(),
+            max_image: (node.max_image_gb * 1e9) as u64,
             keep_images: Duration::from_secs_f64(node.keep_images_h * 3600.0),
             probes: (!node.no_probes).then_some(probes),
             dns_timeout: node.probes.dns_timeout(),

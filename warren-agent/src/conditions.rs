@@ -114,6 +114,11 @@ pub(crate) async fn watch_containerd(finding: Finding, containerd: Containerd, s
     }
 }
 
+/// What is wrong with the file systems of these directories, if they say so in time.
+pub(crate) async fn disk_trouble(directories: Vec<PathBuf>) -> Option<String> {
+    tokio::time::timeout(PATIENCE, begin_look(directories)).await.ok()?.ok()?
+}
+
 /// Finds out whether the file systems of these directories have room and answer, until `shutdown`.
 pub(crate) async fn watch_disks(finding: Finding, directories: Vec<PathBuf>, shutdown: CancellationToken) {
     let mut tick = tokio::time::interval(LOOK);

@@ -75,6 +75,9 @@ pub enum Error {
         /// What is wrong.
         why: String,
     },
+    /// A disk that would be full.
+    #[error("there is no room for the image: {0}")]
+    NoRoom(String),
     /// A spec that cannot be run.
     #[error("{0}")]
     BadSpec(String),
@@ -96,6 +99,10 @@ impl Error {
         move |status| Self::Call { action, status: Box::new(status) }
     }
 
+    fn image_too_large(what: &str, most: u64) -> Self {
+        Self::bad_image(what, format!("it takes more than {:.1} GB (the agent's --max-image-gb)", most as f64 / 1e9))
+    }
+
     fn bad_image(what: impl Into<String>, why: impl ToString) -> Self {
         Self::BadImage { what: what.into(), why: why.to_string() }
     }
@@ -104,7 +111,7 @@ impl Error {
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unavailable { .. } => true,
+            Self::Unavailable { .. } | Self::NoRoom(_) => true,
             Self::Registry(error) => error.is_transient(),
             Self::Shared(error) => error.is_transient(),
             Self::Call { status, .. } => {

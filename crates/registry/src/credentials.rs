@@ -1,7 +1,6 @@
 use std::{collections::BTreeMap, fmt};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use oci_client::secrets::RegistryAuth;
 use serde::Deserialize;
 
 use crate::Error;
@@ -79,13 +78,6 @@ impl Credentials {
         let (user, password) = text.split_once(':')?;
         let plausible = !user.is_empty() && !user.contains(char::is_whitespace);
         plausible.then(|| Self::Basic { user: user.to_owned(), password: password.to_owned() })
-    }
-
-    pub(crate) fn for_client(&self) -> RegistryAuth {
-        match self {
-            Self::Anonymous => RegistryAuth::Anonymous,
-            Self::Basic { user, password } => RegistryAuth::Basic(user.clone(), password.clone()),
-        }
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub mod cli;
 mod credentials;
+mod http;
 
 pub use credentials::Credentials;
 
@@ -17,23 +18,12 @@ use std::{
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
+use http::{Client, Failure, Mismatch};
 use lru::LruCache;
-use oci_client::{
-    Client, Reference as Target, RegistryOperation,
-    client::{BlobResponse, Certificate, CertificateEncoding, ClientConfig, ClientProtocol},
-    errors::{DigestError, OciDistributionError, OciErrorCode},
-    manifest::OciDescriptor,
-};
 use warren_spec::{ImageName, Reference};
 
-/// How long a registry may take to accept a connection, and then to say anything: one that is a cache says nothing of a blob before
-/// it has all of it.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-const READ_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long it may take for a manifest altogether.
 const MANIFEST_TIMEOUT: Duration = Duration::from_secs(30);
-/// No manifest is larger; the distribution specification asks registries for 4 MiB at least.
-const MAX_MANIFEST: usize = 4 << 20;
 
 /// What manifests may be: OCI's and Docker's, of one platform or several.
 const ACCEPTED: [&str; 4] = [
@@ -100,8 +90,7 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// Nothing here can be trusted, so no registry can be asked, nor one without TLS: the client of the OCI library must have
-    /// certificates to be made.
+    /// Nothing here can be trusted, so no registry can be asked that speaks HTTPS.
     #[error(
         "no certificates of authorities are installed (Debian's package is ca-certificates), so {registry} cannot be asked"
     )]
@@ -121,39 +110,28 @@ impl Error {
         matches!(self, Self::Unavailable { .. } | Self::NoAuthorities { .. })
     }
 
-    fn of(error: OciDistributionError, registry: &str, image: &str) -> Self {
-        use OciDistributionError as E;
-
+    fn of(failure: Failure, registry: &str, image: &str) -> Self {
         let (registry, image) = (registry.to_owned(), image.to_owned());
-        match error {
-            E::ImageManifestNotFoundError(_) | E::ServerError { code: 404, .. } => Self::NotFound { registry, image },
-            E::UnauthorizedError { .. } | E::AuthenticationFailure(_) | E::ServerError { code: 401 | 403, .. } => {
-                Self::Unauthorized { registry, image }
-            }
-            E::RegistryError { envelope, .. } => {
-                let has = |codes: &[OciErrorCode]| envelope.errors.iter().any(|error| codes.contains(&error.code));
-                if has(&[OciErrorCode::ManifestUnknown, OciErrorCode::NameUnknown, OciErrorCode::NotFound]) {
-                    Self::NotFound { registry, image }
-                } else if has(&[OciErrorCode::Unauthorized, OciErrorCode::Denied]) {
-                    Self::Unauthorized { registry, image }
-                } else {
-                    Self::Unavailable { registry, why: envelope.to_string() }
-                }
-            }
-            E::RequestError(error) => Self::Unavailable { registry, why: root_cause(&error) },
-            E::ServerError { code, .. } => Self::Unavailable { registry, why: format!("it answers {code}") },
-            E::IoError(error) => Self::Unavailable { registry, why: root_cause(&error) },
-            other => Self::Unusable { registry, image, why: other.to_string() },
+        match failure {
+            Failure::NotFound => Self::NotFound { registry, image },
+            Failure::Unauthorized => Self::Unauthorized { registry, image },
+            Failure::Unavailable(why) => Self::Unavailable { registry, why },
+            Failure::Unusable(why) => Self::Unusable { registry, image, why },
         }
     }
 }
 
-fn is_unauthorized(error: &OciDistributionError) -> bool {
-    use OciDistributionError as E;
+/// Characters of what a parser says, which quotes what it has read.
+const QUOTED: usize = 160;
 
-    matches!(error, E::UnauthorizedError { .. } | E::ServerError { code: 401, .. })
-        || matches!(error, E::RegistryError { envelope, .. }
-            if envelope.errors.iter().any(|error| error.code == OciErrorCode::Unauthorized))
+/// What is wrong with a document that somebody else made: of what it says itself, only a little is quoted.
+#[must_use]
+pub fn not_json(error: &serde_json::Error) -> String {
+    let said = error.to_string();
+    match said.char_indices().nth(QUOTED) {
+        Some((end, _)) => format!("{}\u{2026} (line {}, column {})", &said[..end], error.line(), error.column()),
+        None => said,
+    }
 }
 
 /// The last of an error's causes: the others say that a request failed, and repeat its address.
@@ -195,14 +173,14 @@ impl std::fmt::Debug for Blob {
 #[derive(Clone, Debug, Default)]
 pub struct Registries {
     options: Options,
-    certificates: Vec<Vec<u8>>,
+    certificates: Vec<reqwest::Certificate>,
     clients: Clients,
 }
 
 /// Clients in use lately, by where and for whom. To make one takes milliseconds, in which it reads the system's certificates; it
 /// keeps connections and tokens.
 #[derive(Clone)]
-struct Clients(Arc<Mutex<LruCache<Account, Client>>>);
+struct Clients(Arc<Mutex<LruCache<Account, Arc<Client>>>>);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Account {
@@ -226,7 +204,7 @@ impl std::fmt::Debug for Clients {
 }
 
 impl Clients {
-    fn known(&self) -> MutexGuard<'_, LruCache<Account, Client>> {
+    fn known(&self) -> MutexGuard<'_, LruCache<Account, Arc<Client>>> {
         // Every change is one insertion or removal: a panic leaves it whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -234,8 +212,7 @@ impl Clients {
 
 /// A registry, or a mirror of it, that has an image.
 pub struct Repository {
-    client: Client,
-    target: Target,
+    client: Arc<Client>,
     account: Account,
     image: ImageName,
 }
@@ -261,8 +238,13 @@ impl Registries {
     pub fn new(options: Options) -> Result<Self, Error> {
         // The one provider of cryptography; installed by whoever comes first.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let read = |path: &PathBuf| fs::read(path).map_err(|source| Error::Certificates { path: path.clone(), source });
-        let certificates = options.ca_files.iter().map(read).collect::<Result<_, _>>()?;
+        let read = |path: &PathBuf| {
+            let certificates = fs::read(path)
+                .and_then(|bytes| reqwest::Certificate::from_pem_bundle(&bytes).map_err(io::Error::other));
+            certificates.map_err(|source| Error::Certificates { path: path.clone(), source })
+        };
+        let certificates = options.ca_files.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        let certificates = certificates.into_iter().flatten().collect();
         Ok(Self { options, certificates, clients: Clients::default() })
     }
 
@@ -273,33 +255,23 @@ impl Registries {
         };
         let account = Account { host: host.to_owned(), plain, credentials: credentials.clone() };
         let client = self.client(&account, image)?;
-        let (host_name, repository) = (host.to_owned(), image.repository().to_owned());
-        let target = match image.reference() {
-            Reference::Tag(tag) => Target::with_tag(host_name, repository, tag.clone()),
-            Reference::Digest(digest) => Target::with_digest(host_name, repository, digest.clone()),
-        };
-        Ok(Repository { client, target, account, image: image.clone() })
+        Ok(Repository { client, account, image: image.clone() })
     }
 
-    fn client(&self, account: &Account, image: &ImageName) -> Result<Client, Error> {
+    fn client(&self, account: &Account, image: &ImageName) -> Result<Arc<Client>, Error> {
         if let Some(client) = self.clients.known().get(account) {
-            return Ok(client.clone());
+            return Ok(Arc::clone(client));
         }
-        // The library panics without them, whatever it is told to trust.
-        if rustls_native_certs::load_native_certs().certs.is_empty() {
+        let system = rustls_native_certs::load_native_certs().certs;
+        // One that cannot be read is nobody's.
+        let system = system.iter().filter_map(|certificate| reqwest::Certificate::from_der(certificate).ok());
+        let trusted: Vec<_> = system.chain(self.certificates.iter().cloned()).collect();
+        if trusted.is_empty() && !account.plain {
             return Err(Error::NoAuthorities { registry: account.host.clone() });
         }
-        let certificate = |data: &Vec<u8>| Certificate { encoding: CertificateEncoding::Pem, data: data.clone() };
-        let client = Client::try_from(ClientConfig {
-            protocol: if account.plain { ClientProtocol::Http } else { ClientProtocol::Https },
-            extra_root_certificates: self.certificates.iter().map(certificate).collect(),
-            connect_timeout: Some(CONNECT_TIMEOUT),
-            read_timeout: Some(READ_TIMEOUT),
-            user_agent: concat!("warren/", env!("CARGO_PKG_VERSION")),
-            ..ClientConfig::default()
-        });
-        let client = client.map_err(|error| Error::of(error, &account.host, &image.to_string()))?;
-        self.clients.known().put(account.clone(), client.clone());
+        let client = Client::new(&account.host, account.plain, account.credentials.clone(), &trusted);
+        let client = Arc::new(client.map_err(|failure| Error::of(failure, &account.host, &image.to_string()))?);
+        self.clients.known().put(account.clone(), Arc::clone(&client));
         Ok(client)
     }
 
@@ -338,32 +310,25 @@ impl Registries {
 }
 
 impl Repository {
-    fn failed(&self, error: OciDistributionError) -> Error {
-        Error::of(error, &self.account.host, &self.image.to_string())
+    fn failed(&self, failure: Failure) -> Error {
+        Error::of(failure, &self.account.host, &self.image.to_string())
     }
 
-    async fn manifest_of(&self, target: &Target) -> Result<Manifest, Error> {
-        let answered = tokio::time::timeout(MANIFEST_TIMEOUT, self.manifest_unhurried(target)).await;
+    async fn manifest_of(&self, reference: &str) -> Result<Manifest, Error> {
+        let answered = tokio::time::timeout(MANIFEST_TIMEOUT, self.manifest_unhurried(reference)).await;
         answered.unwrap_or_else(|_| Err(self.interrupted(format!("no manifest in {} s", MANIFEST_TIMEOUT.as_secs()))))
     }
 
-    async fn manifest_unhurried(&self, target: &Target) -> Result<Manifest, Error> {
-        let auth = self.account.credentials.for_client();
-        // Now, so that a refusal is told from an image that is not there.
-        let authorised = self.client.auth(target, &auth, RegistryOperation::Pull).await;
-        authorised.map_err(|error| self.failed(error))?;
-        let pulled = self.client.pull_manifest_raw(target, &auth, &ACCEPTED).await;
-        let (bytes, digest) = pulled.map_err(|error| self.failed(error))?;
-        if bytes.len() > MAX_MANIFEST {
-            return Err(self.unusable("its manifest is too large to be one"));
-        }
+    async fn manifest_unhurried(&self, reference: &str) -> Result<Manifest, Error> {
+        let asked = self.client.manifest(self.image.repository(), reference, &ACCEPTED).await;
+        let (bytes, digest) = asked.map_err(|failure| self.failed(failure))?;
         #[derive(serde::Deserialize)]
         #[serde(rename_all = "camelCase")]
         struct Typed {
             media_type: Option<String>,
             manifests: Option<serde::de::IgnoredAny>,
         }
-        let typed: Typed = serde_json::from_slice(&bytes).map_err(|error| self.unusable(error.to_string()))?;
+        let typed: Typed = serde_json::from_slice(&bytes).map_err(|error| self.unusable(not_json(&error)))?;
         // OCI lets it be left out; what it is shows in what it has.
         let media_type =
             typed.media_type.unwrap_or_else(|| ACCEPTED[usize::from(typed.manifests.is_none())].to_owned());
@@ -371,7 +336,9 @@ impl Repository {
     }
 
     async fn manifest(&self) -> Result<Manifest, Error> {
-        self.manifest_of(&self.target).await
+        match self.image.reference() {
+            Reference::Tag(reference) | Reference::Digest(reference) => self.manifest_of(reference).await,
+        }
     }
 
     /// Another manifest of the same repository.
@@ -380,8 +347,7 @@ impl Repository {
     ///
     /// When the registry does not have it.
     pub async fn manifest_at(&self, digest: &str) -> Result<Manifest, Error> {
-        let (registry, repository) = (self.account.host.clone(), self.image.repository().to_owned());
-        self.manifest_of(&Target::with_digest(registry, repository, digest.to_owned())).await
+        self.manifest_of(digest).await
     }
 
     /// The registry, or the mirror, that is asked: host and port.
@@ -395,27 +361,17 @@ impl Repository {
     /// # Errors
     ///
     /// When the registry does not have them.
-    pub async fn blob(&self, digest: &str, size: u64, offset: u64) -> Result<Blob, Error> {
-        let size = i64::try_from(size).unwrap_or(i64::MAX);
-        let descriptor = OciDescriptor { digest: digest.to_owned(), size, ..OciDescriptor::default() };
+    pub async fn blob(&self, digest: &str, offset: u64) -> Result<Blob, Error> {
+        let repository = self.image.repository();
         if offset > 0 {
-            match self.client.pull_blob_stream_partial(&self.target, &descriptor, offset, None).await {
-                Ok(BlobResponse::Partial(part)) => return Ok(Blob { stream: part.stream, offset }),
-                Ok(BlobResponse::Full(whole)) => return Ok(Blob { stream: whole.stream, offset: 0 }),
-                Err(error) => {
-                    tracing::debug!(digest, %error, "the registry gives no part of a blob; asking for the whole")
-                }
+            match self.client.blob(repository, digest, offset).await {
+                Ok((stream, offset)) => return Ok(Blob { stream, offset }),
+                Err(why) => tracing::debug!(digest, ?why, "the registry gives no part of a blob; asking for the whole"),
             }
         }
-        let mut stream = self.client.pull_blob_stream(&self.target, &descriptor).await;
-        if stream.as_ref().is_err_and(is_unauthorized) {
-            // The token may have expired since the manifest came.
-            let auth = self.account.credentials.for_client();
-            let authorised = self.client.auth(&self.target, &auth, RegistryOperation::Pull).await;
-            authorised.map_err(|error| self.failed(error))?;
-            stream = self.client.pull_blob_stream(&self.target, &descriptor).await;
-        }
-        Ok(Blob { stream: stream.map_err(|error| self.failed(error))?.stream, offset: 0 })
+        let whole = self.client.blob(repository, digest, 0).await;
+        let (stream, offset) = whole.map_err(|failure| self.failed(failure))?;
+        Ok(Blob { stream, offset })
     }
 
     /// An error of reading a blob, in this registry's name: bytes that are not those of the digest are unusable, whatever else
@@ -424,7 +380,7 @@ impl Repository {
     pub fn broken(&self, digest: &str, error: &io::Error) -> Error {
         let why = format!("{digest}: {}", root_cause(error));
         match error.get_ref() {
-            Some(inner) if inner.is::<DigestError>() => self.unusable(why),
+            Some(inner) if inner.is::<Mismatch>() => self.unusable(why),
             _ => self.interrupted(why),
         }
     }
@@ -445,6 +401,15 @@ impl Repository {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn little_is_quoted_of_what_is_no_manifest() {
+        let document = format!("{{\"manifests\": \"{}\"}}", "x".repeat(1 << 20));
+        let error = serde_json::from_str::<std::collections::HashMap<String, Vec<u8>>>(&document).expect_err("no list");
+        let said = not_json(&error);
+        assert!(said.starts_with("invalid type: string \"xxx") && said.len() < 250, "{said}");
+        assert!(said.ends_with("(line 1, column 1048592)"), "{said}");
+    }
 
     #[test]
     fn only_this_machine_is_trusted_without_tls() {

@@ -27,6 +27,8 @@ pub struct Containerd {
     namespace: String,
     lease: Option<String>,
     in_flight: InFlight,
+    /// Bytes that an image may take, as it comes and as it is unpacked.
+    max_image: u64,
 }
 
 /// What is being done once for all that ask for it.
@@ -54,8 +56,13 @@ impl std::fmt::Debug for Containerd {
 pub async fn connect(socket: &Path, namespace: &str) -> Result<Containerd, Error> {
     let unavailable = |source| Error::Unavailable { socket: PathBuf::from(socket), source };
     let channel = containerd_client::connect(socket).await.map_err(unavailable)?;
-    let containerd =
-        Containerd { channel, namespace: namespace.to_owned(), lease: None, in_flight: InFlight::default() };
+    let containerd = Containerd {
+        channel,
+        namespace: namespace.to_owned(),
+        lease: None,
+        in_flight: InFlight::default(),
+        max_image: u64::MAX,
+    };
     containerd.version().await?;
     let made = containerd
         .client()
@@ -95,6 +102,16 @@ impl Containerd {
         };
         let plugins = answer.into_inner().plugins.into_iter().filter(keeps);
         plugins.filter_map(|plugin| plugin.exports.get("root").map(PathBuf::from)).collect()
+    }
+
+    /// The same daemon, with no image that takes more than so many bytes.
+    #[must_use]
+    pub fn with_max_image(self, max_image: u64) -> Self {
+        Self { max_image, ..self }
+    }
+
+    pub(super) fn max_image(&self) -> u64 {
+        self.max_image
     }
 
     /// The namespace in which everything happens.
@@ -175,7 +192,13 @@ pub fn service_label(labels: &HashMap<String, String>) -> Option<&str> {
 /// A connection to each namespace; none when nothing answers.
 async fn every_namespace(socket: &Path) -> Vec<Containerd> {
     let Ok(channel) = containerd_client::connect(socket).await else { return Vec::new() };
-    let any = Containerd { channel, namespace: String::new(), lease: None, in_flight: InFlight::default() };
+    let any = Containerd {
+        channel,
+        namespace: String::new(),
+        lease: None,
+        in_flight: InFlight::default(),
+        max_image: u64::MAX,
+    };
     let Ok(listed) = any.client().namespaces().list(api::ListNamespacesRequest::default()).await else {
         return Vec::new();
     };

@@ -16,7 +16,7 @@ use containerd_client::{
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::{Containerd, Error};
+use super::{Containerd, Error, manifest::MAX_DOCUMENT};
 
 /// Bytes sent in one message.
 pub(super) const CHUNK: usize = 1 << 20;
@@ -28,13 +28,17 @@ const LOCK_POLL: Duration = Duration::from_millis(200);
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Containerd {
-    /// Reads a whole blob: manifests and configurations, not layers. `None` if it is not there.
+    /// Reads a whole blob: manifests and configurations, not layers. `None` if it is not there. What is larger than such a document may be is an
+    /// error, whatever its size was said to be.
     pub(super) async fn read_blob(&self, digest: &str) -> Result<Option<Vec<u8>>, Error> {
         let read = async {
             let request = self.request(api::ReadContentRequest { digest: digest.to_owned(), offset: 0, size: 0 });
             let mut stream = self.client().content().read(request).await?.into_inner();
             let mut blob = Vec::new();
             while let Some(part) = stream.message().await? {
+                if (blob.len() + part.data.len()) as u64 > MAX_DOCUMENT {
+                    return Err(Status::invalid_argument(format!("{digest} is larger than {MAX_DOCUMENT} bytes")));
+                }
                 blob.extend(part.data);
             }
             Ok::<_, Status>(blob)

@@ -1,6 +1,10 @@
 //! Images: their manifests, and their layers as snapshots.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use containerd_client::{
@@ -16,6 +20,28 @@ use super::{
     Containerd, Error,
     manifest::{self, Chosen, Entry, Source},
 };
+use crate::conditions;
+
+/// Between looks at how large a layer has become.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Where images are kept, and whether there is room.
+pub(super) struct Room(Vec<PathBuf>);
+
+impl Room {
+    pub(super) async fn of(containerd: &Containerd) -> Self {
+        Self(containerd.directories().await)
+    }
+
+    /// Nothing wrong with the file systems.
+    ///
+    /// # Errors
+    ///
+    /// When one is all but full. A disk that does not answer is for others to notice.
+    pub(super) async fn check(&self) -> Result<(), Error> {
+        conditions::disk_trouble(self.0.clone()).await.map_or(Ok(()), |why| Err(Error::NoRoom(why)))
+    }
+}
 
 /// The snapshotter that every containerd has.
 pub(super) const SNAPSHOTTER: &str = "overlayfs";
@@ -128,6 +154,8 @@ impl Containerd {
     pub(super) async fn unpack(&self, image: &LocalImage) -> Result<String, Error> {
         let mut parent = String::new();
         let mut unpacked = false;
+        // What its layers may still take.
+        let mut left = self.max_image();
         for (layer, diff_id) in image.layers.iter().zip(&image.diff_ids) {
             let chain = chain_id(&parent, diff_id);
             if !self.has_snapshot(&chain).await? {
@@ -135,9 +163,13 @@ impl Containerd {
                 let _turn = slot.turn.lock().await;
                 // Whoever had the turn before may have done it.
                 if !self.has_snapshot(&chain).await? {
-                    self.unpack_layer(image, layer, diff_id, &parent, &chain).await?;
+                    self.unpack_layer(image, layer, diff_id, (&parent, &chain), left).await?;
                 }
                 unpacked = true;
+            }
+            if left < u64::MAX {
+                let taken = self.usage(&chain).await?;
+                left = left.checked_sub(taken).ok_or_else(|| Error::image_too_large(&image.name, self.max_image()))?;
             }
             parent = chain;
         }
@@ -163,8 +195,8 @@ impl Containerd {
         image: &LocalImage,
         layer: &Descriptor,
         diff_id: &str,
-        parent: &str,
-        chain: &str,
+        (parent, chain): (&str, &str),
+        left: u64,
     ) -> Result<(), Error> {
         let key = format!("extract-{:016x} {chain}", rand::random::<u64>());
         let prepare = self.request(snap::PrepareSnapshotRequest {
@@ -180,7 +212,11 @@ impl Containerd {
             mounts: prepared.into_inner().mounts,
             ..Default::default()
         });
-        let applied = self.client().diff().apply(apply).await.map_err(Error::call("unpacking a layer"));
+        let mut client = self.client().diff();
+        let applied = tokio::select! {
+            applied = client.apply(apply) => applied.map_err(Error::call("unpacking a layer")),
+            why = self.outgrown(image, &key, left) => Err(why),
+        };
         let result = match applied {
             Ok(answer) => {
                 let unpacked = answer.into_inner().applied.unwrap_or_default().digest;
@@ -205,6 +241,33 @@ impl Containerd {
         };
         self.remove_snapshot(&key).await?;
         result
+    }
+
+    /// Why a layer that is being unpacked must not grow any further, once it is so: a few megabytes may become terabytes.
+    async fn outgrown(&self, image: &LocalImage, key: &str, left: u64) -> Error {
+        let room = Room::of(self).await;
+        let mut pause = LOOK;
+        loop {
+            tokio::time::sleep(pause).await;
+            let began = Instant::now();
+            if let Err(why) = room.check().await {
+                return why;
+            }
+            // The daemon walks through all files of it.
+            match self.usage(key).await {
+                Ok(taken) if taken > left => return Error::image_too_large(&image.name, self.max_image()),
+                Ok(_) => {}
+                Err(error) => tracing::debug!(%error, "how large a layer has become is not known"),
+            }
+            pause = LOOK.max(began.elapsed() * 10);
+        }
+    }
+
+    /// Bytes that a snapshot takes without its parents.
+    async fn usage(&self, key: &str) -> Result<u64, Error> {
+        let request = self.request(snap::UsageRequest { snapshotter: SNAPSHOTTER.to_owned(), key: key.to_owned() });
+        let usage = self.client().snapshots().usage(request).await.map_err(Error::call("measuring a layer"))?;
+        Ok(usage.into_inner().size.unsigned_abs())
     }
 
     /// Removes a snapshot; one that is not there is what is wanted.

@@ -8,11 +8,18 @@ use containerd_client::types::Descriptor;
 use oci_spec::image as oci;
 use serde::{Deserialize, de::DeserializeOwned};
 
+use warren_registry::not_json;
+
 use super::Error;
 
 /// Documents that are looked at before an image is given up, and how deep they may be nested. Builders nest once.
 const MAX_DOCUMENTS: usize = 64;
 const MAX_DEPTH: usize = 4;
+/// Bytes of a document: an index, a manifest, a configuration. Those of real images are smaller by orders of magnitude, and as much is read
+/// into memory.
+pub(super) const MAX_DOCUMENT: u64 = 4 << 20;
+/// Layers of an image: overlayfs takes no more.
+const MAX_LAYERS: usize = 500;
 
 /// What the configurations of images are; whatever else has one is an artifact.
 const CONFIGURATIONS: [&str; 2] =
@@ -68,6 +75,11 @@ pub(super) struct Manifest {
 }
 
 impl Manifest {
+    /// Bytes of all layers, as they come.
+    pub(super) fn size(&self) -> u64 {
+        self.layers.iter().fold(0, |sum, layer| sum.saturating_add(layer.size))
+    }
+
     pub(super) fn labels(&self) -> HashMap<String, String> {
         let layers = self.layers.iter().enumerate().map(|(i, layer)| (label(&format!("l.{i}")), layer.digest.clone()));
         layers.chain([(label("config"), self.config.digest.clone())]).collect()
@@ -104,8 +116,8 @@ impl Document {
             config: Option<Entry>,
             layers: Option<Vec<Entry>>,
         }
-        let raw: Raw =
-            serde_json::from_slice(bytes).map_err(|error| format!("its manifest cannot be read: {error}"))?;
+        let raw: Raw = serde_json::from_slice(bytes)
+            .map_err(|error| format!("its manifest cannot be read: {}", not_json(&error)))?;
         let checked = |entries: Vec<Entry>| match entries.iter().find(|entry| !warren_spec::is_digest(&entry.digest)) {
             Some(bad) => Err(format!("its manifest refers to {:?}, which is not a supported digest", bad.digest)),
             None => Ok(entries),
@@ -116,6 +128,10 @@ impl Document {
             (Some(manifests), _) => Ok(Self::Index(checked(manifests)?)),
             (None, Some(config)) => {
                 let config = checked(vec![config])?.remove(0);
+                let layers = raw.layers.as_ref().map_or(0, Vec::len);
+                if layers > MAX_LAYERS {
+                    return Err(format!("it has {layers} layers, and no file system takes more than {MAX_LAYERS}"));
+                }
                 Ok(Self::Manifest(Manifest { config, layers: checked(raw.layers.unwrap_or_default())? }))
             }
             (None, None) if raw.schema_version == Some(1) => {
@@ -239,6 +255,10 @@ pub(super) async fn choose(source: &impl Source, image: &str, target: Entry) -> 
     let mut reasons = Vec::new();
     for _ in 0..MAX_DOCUMENTS {
         let Some((entry, path)) = todo.pop() else { break };
+        if entry.size > MAX_DOCUMENT {
+            reasons.push(format!("{} is larger than {MAX_DOCUMENT} bytes", entry.digest));
+            continue;
+        }
         let Some(bytes) = source.manifest(&entry).await? else {
             reasons.push(format!("{} is missing", entry.digest));
             continue;
@@ -280,6 +300,9 @@ async fn image_of(source: &impl Source, manifest: &Manifest) -> Result<Result<Co
     if !kind.is_empty() && !CONFIGURATIONS.contains(&kind.as_str()) {
         return Ok(Err(format!("it is an artifact with a config of type {kind}, not an image")));
     }
+    if manifest.config.size > MAX_DOCUMENT {
+        return Ok(Err(format!("its configuration is larger than {MAX_DOCUMENT} bytes")));
+    }
     let Some(bytes) = source.configuration(&manifest.config).await? else {
         return Ok(Err(format!("{} is missing", manifest.config.digest)));
     };
@@ -288,7 +311,7 @@ async fn image_of(source: &impl Source, manifest: &Manifest) -> Result<Result<Co
 }
 
 fn parse_json<T: DeserializeOwned>(digest: &str, bytes: &[u8]) -> Result<T, String> {
-    serde_json::from_slice(bytes).map_err(|error| format!("{digest}: {error}"))
+    serde_json::from_slice(bytes).map_err(|error| format!("{digest}: {}", not_json(&error)))
 }
 
 #[cfg(test)]
@@ -391,6 +414,13 @@ mod tests {
         let others = blobs.index(&[&with(&alien, "linux", "s390x", None), &attestation]);
         let lists_nothing = blobs.index(&[]);
         let both = blobs.put(&json!({ "schemaVersion": 2, "manifests": [good], "config": good }));
+        let layer = json!({ "digest": good["digest"], "size": u64::MAX });
+        let layered = blobs.put(&json!({ "schemaVersion": 2, "config": good, "layers": vec![&layer; 501] }));
+        let large = json!({ "digest": format!("sha256:{}", "1".repeat(64)), "size": MAX_DOCUMENT + 1 });
+        let verbose = blobs.put(&json!({
+            "schemaVersion": 2,
+            "config": { "mediaType": CONFIGURATIONS[0], "digest": good["digest"], "size": 3_u64 << 30 },
+        }));
         let odd = blobs.put(&json!({ "schemaVersion": 2, "manifests": [{ "digest": "../../etc/passwd", "size": 1 }] }));
         let old = blobs.put(&json!({ "schemaVersion": 1, "fsLayers": [] }));
         for (target, words) in [
@@ -403,6 +433,9 @@ mod tests {
             (both, "an index and an image at once".to_owned()),
             (odd, "not a supported digest".to_owned()),
             (old, "schema 1".to_owned()),
+            (layered, "it has 501 layers".to_owned()),
+            (large, "is larger than 4194304 bytes".to_owned()),
+            (verbose, "its configuration is larger than 4194304 bytes".to_owned()),
         ] {
             let why = blobs.chosen(&target).await.expect_err(&words);
             assert!(why.contains(&words), "{why}");

@@ -20,6 +20,7 @@ use warren_spec::ImageName;
 use super::{
     Containerd, Error,
     content::{CHUNK, Ingest},
+    image::Room,
     manifest::{self, Entry, Passed, Source},
 };
 
@@ -128,7 +129,9 @@ pub(super) async fn pull(
     let leased = containerd.with_lease().await?;
     // A mirror may have an image's manifest and not all of the rest.
     let origin = registries.origin(name, credentials)?;
-    let puller = Puller { containerd: &leased, repositories: [&repository, &origin], name, progress, target: &target };
+    let room = Room::of(&leased).await;
+    let repositories = [&repository, &origin];
+    let puller = Puller { containerd: &leased, room, repositories, name, progress, target: &target };
     let pulled = cancelled.run_until_cancelled(puller.pull()).await.unwrap_or(Err(Error::Cancelled));
     leased.end_lease().await;
     pulled
@@ -136,6 +139,7 @@ pub(super) async fn pull(
 
 struct Puller<'a> {
     containerd: &'a Containerd,
+    room: Room,
     /// The one that has the manifest, and the registry itself: the same unless that is a mirror.
     repositories: [&'a Repository; 2],
     name: &'a ImageName,
@@ -180,7 +184,11 @@ impl Puller<'_> {
         let name = self.name.to_string();
         // Its configuration comes before its layers, which may be large: what is for another machine is of no use here.
         let chosen = manifest::choose(self, &name, target.clone()).await?;
-        self.progress.expect(chosen.manifest.layers.iter().map(|layer| layer.size).sum());
+        let size = chosen.manifest.size();
+        if size > self.containerd.max_image() {
+            return Err(Error::image_too_large(&name, self.containerd.max_image()));
+        }
+        self.progress.expect(size);
         let pull_layer = |layer: Entry| async move { self.pull_blob(&layer, self.progress).await };
         let layers = chosen.manifest.layers.into_iter().map(pull_layer);
         stream::iter(layers).buffer_unordered(PARALLEL).try_collect::<()>().await?;
@@ -291,7 +299,7 @@ impl Puller<'_> {
         if ingest.offset() == blob.size && blob.size > 0 {
             return Ok(Attempt::Done);
         }
-        let Blob { stream, offset } = from.blob(&blob.digest, blob.size, ingest.offset()).await?;
+        let Blob { stream, offset } = from.blob(&blob.digest, ingest.offset()).await?;
         if offset == 0 {
             ingest.restart();
         }
@@ -299,7 +307,12 @@ impl Puller<'_> {
         let mut chunks = stream.ready_chunks(64);
         // When it was last quick, and where.
         let mut quick = (Instant::now(), ingest.offset());
+        let mut looked = Instant::now();
         loop {
+            if looked.elapsed() >= LOOK {
+                self.room.check().await?;
+                looked = Instant::now();
+            }
             match tokio::time::timeout(LOOK, chunks.next()).await {
                 Ok(None) => break,
                 Ok(Some(ready)) => Self::store(from, blob, ingest, ready).await?,
