@@ -59,7 +59,7 @@ impl Hostile {
         hostile
     }
 
-    /// Answers a path so from now on.
+    /// Answers a path so from now on; one that ends with a slash stands for all that are directly below.
     pub fn say(&self, path: impl Into<String>, harm: Harm) {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner).insert(path.into(), harm);
     }
@@ -79,15 +79,13 @@ impl Hostile {
     /// Has an image of this configuration and these layers; returns its name.
     #[must_use]
     pub fn image(&self, repository: &str, mut configuration: Value, layers: &[Vec<u8>]) -> String {
-        let mut blob = |bytes: Vec<u8>, kind: &str| {
+        let blob = |bytes: Vec<u8>, kind: &str| {
             let (digest, size) = (digest(&bytes), bytes.len());
             self.say(format!("/v2/{repository}/blobs/{digest}"), Harm::Bytes("application/octet-stream", bytes));
             json!({ "mediaType": kind, "digest": digest, "size": size })
         };
-        let layers: Vec<_> = layers
-            .iter()
-            .map(|layer| blob(layer.clone(), "application/vnd.oci.image.layer.v1.tar+gzip"))
-            .collect();
+        let layers: Vec<_> =
+            layers.iter().map(|layer| blob(layer.clone(), "application/vnd.oci.image.layer.v1.tar+gzip")).collect();
         if configuration.get("rootfs").is_none() {
             // What they unpack to is not what is said: nobody comes so far.
             let diffs: Vec<_> = layers.iter().map(|layer| layer["digest"].clone()).collect();
@@ -155,7 +153,11 @@ fn answer(
     let path = first.split(' ').nth(1).unwrap_or_default().to_owned();
     asked.lock().unwrap_or_else(PoisonError::into_inner).push(path.clone());
     let plain = path.split('?').next().unwrap_or_default();
-    let harm = answers.lock().unwrap_or_else(PoisonError::into_inner).get(plain).cloned();
+    let directory = plain.rfind('/').map_or("", |end| &plain[..=end]);
+    let harm = {
+        let answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
+        answers.get(plain).or_else(|| answers.get(directory)).cloned()
+    };
     let mut write = |bytes: &[u8]| {
         sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         stream.write_all(bytes)

@@ -99,6 +99,10 @@ pub struct World {
     pub dns_port: u16,
 }
 
+/// What most tests' containers may have of their node: all but privilege.
+const ALLOWED: [&str; 7] =
+    ["--allow-host-network", "--allow-host-path", "/", "--allow-capability", "ALL", "--allow-device", "/dev"];
+
 impl World {
     /// A machine with nothing on it.
     #[must_use]
@@ -241,6 +245,7 @@ impl World {
             .args(["--listen-addr", &format!("127.0.0.1:{}", self.api_port)])
             .args(["--metrics-addr", &format!("127.0.0.1:{}", self.manager_port)])
             .args(["--snapshot-after", "100"])
+            .args(ALLOWED)
             .arg("--bootstrap");
         command
     }
@@ -278,6 +283,7 @@ impl World {
             .arg(self.path("secrets"))
             .args(["--telemetry-interval-s", "1"])
             .args(["--dns-ports", &self.dns_port.to_string(), "--dns-timeout-s", "2"])
+            .args(ALLOWED)
             .arg("--bpf-pin-dir")
             .arg(self.pins());
         command
@@ -321,6 +327,7 @@ impl World {
             .arg(self.containerd_socket())
             .args(["--cgroup-parent", &format!("{}/{name}", self.cgroup_parent())])
             .args(["--metrics-addr", "127.0.0.1:9465", "--telemetry-interval-s", "1"])
+            .args(ALLOWED)
             .args(arguments);
         Process::start(name, &mut command, self.directory.path())
     }
@@ -537,7 +544,8 @@ impl World {
     }
 
     /// The parent cgroup's directories, one a hierarchy.
-    fn cgroups(&self) -> Vec<PathBuf> {
+    #[must_use]
+    pub fn cgroups(&self) -> Vec<PathBuf> {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let hierarchies = mounts.lines().filter_map(|line| {
             let mut fields = line.split(' ');

@@ -10,9 +10,9 @@ use std::{
 
 use serde_json::{Value, json};
 use warren_tests::{
-    Harm, Hostile, WELL_BEHAVED, World,
+    Harm, Hostile, Inside, Process, WELL_BEHAVED, World,
     cluster::{self, Manager},
-    run, until, zeros,
+    image_name, run, until, zeros,
 };
 
 /// Connections that say nothing.
@@ -162,12 +162,12 @@ fn a_registry_gains_nothing_by_what_it_answers() {
     assert!(registry.sent() < 64 << 20 && began.elapsed() < Duration::from_secs(20), "{} bytes", registry.sent());
 
     let long = format!("{{\"schemaVersion\": 2, \"manifests\": \"{}\"}}", "x".repeat(3 << 20));
-    registry.say("/v2/verbose/manifests/latest", Harm::Bytes("application/json", long.into_bytes()));
+    registry.say("/v2/verbose/manifests/", Harm::Bytes("application/json", long.into_bytes()));
     let verbose = create("verbose", &format!("{}/verbose", registry.host));
     let said = if verbose.code == 0 { refusal(&world, "verbose") } else { verbose.stderr };
     assert!(said.contains("cannot be") && said.len() < 1500, "{} bytes: {said:.200}", said.len());
 
-    let config = format!("{:01$}", 0, 5 << 20);
+    let config = "x".repeat(5 << 20);
     let image = registry.image("large", json!({ "architecture": "amd64", "os": "linux", "author": config }), &[]);
     let _ = create("large", &image).succeeded();
     let said = refusal(&world, "large");
@@ -213,7 +213,8 @@ fn what_nobody_wants_any_more_is_not_unpacked_any_further() {
     world.start_agent(&[]);
     world.wait_ready();
     let image = registry.image("bomb", json!({ "os": "linux" }), &[zeros(320)]);
-    let _ = world.warren(&["service", "create", "bomb", "--image", &image, "--restart", "never", "--", "true"]).succeeded();
+    let _ =
+        world.warren(&["service", "create", "bomb", "--image", &image, "--restart", "never", "--", "true"]).succeeded();
     let snapshots = || world.ctr(&["snapshots", "ls"]).succeeded();
     until("it is being unpacked", || snapshots().contains("extract-").then_some(()));
     let _ = world.warren(&["service", "rm", "bomb", "--wait"]).succeeded();
@@ -225,4 +226,164 @@ fn what_nobody_wants_any_more_is_not_unpacked_any_further() {
     std::thread::sleep(Duration::from_secs(2));
     let later = written();
     assert!(later.is_empty() || later == at_the_end, "{at_the_end:?}, and two seconds later {later:?}");
+}
+
+/// A world's command without what tests' containers usually may have.
+fn closed(command: &Command) -> Command {
+    let allowed =
+        ["--allow-host-network", "--allow-host-path", "/", "--allow-capability", "ALL", "--allow-device", "/dev"];
+    let mut closed = Command::new(command.get_program());
+    closed.args(command.get_args().filter(|argument| !allowed.iter().any(|one| argument == one)));
+    for (name, value) in command.get_envs().filter_map(|(name, value)| Some((name, value?))) {
+        closed.env(name, value);
+    }
+    closed
+}
+
+#[test]
+fn containers_are_no_more_than_containers_unless_that_is_allowed() {
+    let mut world = World::with_containerd("policy");
+    let manager = closed(&world.manager_command());
+    world.start_manager_as(manager);
+    let mut agent = closed(&world.agent_command());
+    world.agent = Some(Process::start("agent", &mut agent, world.directory.path()));
+    world.wait_ready();
+    let more: [(&[&str], &str, &str); 7] = [
+        (&["--privileged"], "spec.container.privileged", "privileged"),
+        (&["--network", "host"], "spec.container.network", "host-network"),
+        (&["--cap-add", "ALL"], "spec.container.capabilities_add", "capability ALL"),
+        (&["--cap-add", "CAP_SYS_ADMIN"], "spec.container.capabilities_add", "capability SYS_ADMIN"),
+        (&["--device", "/dev/fuse"], "spec.container.devices[0].source", "device /dev/fuse"),
+        (&["--mount", "type=bind,source=/,target=/host"], "spec.container.mounts[0].source", "host-path /"),
+        (
+            &["--mount", "type=bind,source=/run/containerd,target=/x,readonly"],
+            "spec.container.mounts[0].source",
+            "host-path /run/containerd",
+        ),
+    ];
+    let create = |world: &World, name: &str, options: &[&str]| {
+        let arguments = ["service", "create", name, "--image", image_name(), "--restart", "never"];
+        world.warren(&[&arguments[..], options, &["--", "true"]].concat())
+    };
+    for (options, field, option) in more {
+        let refused = create(&world, "more", options).failed(2);
+        let why = format!("{field}: is not allowed: --allow-{option} of managers and agents would allow it");
+        assert!(refused.contains(&why), "{options:?}: {refused}");
+    }
+    let volume = ["volume", "create", "etc", "--opt", "type=bind", "--opt", "device=/etc"];
+    let refused = world.warren(&volume).failed(2);
+    assert!(refused.contains("driver_options.device: is not allowed: --allow-host-path /etc"), "{refused}");
+    assert_eq!(create(&world, "plain", &["--cap-add", "CHOWN", "--wait"]).code, 0, "it is as it was");
+
+    // A manager that allows it does not decide for the node.
+    world.manager.take().expect("it runs").kill();
+    let mut manager = world.manager_command();
+    manager.arg("--allow-privileged");
+    world.start_manager_as(manager);
+    for (number, (options, _, option)) in more.iter().enumerate() {
+        let name = format!("more-{number}");
+        let _ = create(&world, &name, options).succeeded();
+        let said = refusal(&world, &name);
+        assert!(said.contains(&format!("is not allowed: --allow-{option} of managers and agents")), "{name}: {said}");
+    }
+    let _ = world.warren(&volume).succeeded();
+    let _ = create(&world, "volume", &["--mount", "type=volume,source=etc,target=/x"]).succeeded();
+    let said = refusal(&world, "volume");
+    assert!(said.contains("/etc of this node is not allowed: --allow-host-path /etc"), "{said}");
+
+    // What is allowed by name is, and no more.
+    let shared = world.path("shared");
+    fs::create_dir(&shared).expect("writable");
+    std::os::unix::fs::symlink("/etc", shared.join("link")).expect("writable");
+    let _ = world.agent.take().expect("it runs").terminate();
+    let mut agent = closed(&world.agent_command());
+    agent.arg("--allow-host-path").arg(&shared);
+    world.agent = Some(Process::start("agent", &mut agent, world.directory.path()));
+    world.wait_ready();
+    let bind = |path: &Path| format!("type=bind,source={},target=/x", path.display());
+    assert_eq!(create(&world, "shared", &["--mount", &bind(&shared), "--wait"]).code, 0);
+    let _ = create(&world, "link", &["--mount", &bind(&shared.join("link"))]).succeeded();
+    let said = refusal(&world, "link");
+    assert!(said.contains("/etc of this node is not allowed"), "{said}");
+}
+
+#[test]
+fn a_container_has_bounds_that_nobody_asked_for() {
+    let mut world = World::with_containerd("bounds");
+    world.start_manager();
+    world.start_agent(&["--limit-pids", "50"]);
+    world.wait_ready();
+    let sealed = world.path("sealed");
+    fs::write(&sealed, "value").expect("writable");
+    let _ = world.warren(&["secret", "create", "key", &sealed.display().to_string()]).succeeded();
+    let inside = Inside::of(&world, "bounds", &["--secret", "key"]);
+    // A fork bomb ends at the limit; the node, and its neighbours, do not.
+    let (_, said) =
+        inside.shell(&world, "i=0; while [ $i -lt 100 ]; do sleep 5 & i=$((i+1)); done 2>&1; echo; jobs -p | wc -l");
+    assert!(said.contains("can't fork"), "{said}");
+    let plain = Inside::of(&world, "other", &["--limit-pids", "200"]);
+    let (_, said) = plain.shell(&world, "i=0; while [ $i -lt 100 ]; do sleep 5 & i=$((i+1)); done 2>&1; echo done");
+    assert_eq!(said.trim(), "done", "what its service says counts more");
+    let all = world.cgroups().into_iter().find_map(|parent| fs::read_to_string(parent.join("pids.max")).ok());
+    let all = all.expect("a limit");
+    let all: u64 = all.trim().parse().unwrap_or_else(|_| panic!("{all:?} is no number"));
+    assert!((1000..4 << 20).contains(&all), "{all}");
+    let mount = inside.mount("/run/secrets/key");
+    assert!(["ro", "nosuid", "nodev", "noexec"].iter().all(|flag| mount.contains(flag)), "{mount}");
+    let limits = inside.proc("limits");
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).expect("a line");
+    assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
+    for process in [&world.manager, &world.agent] {
+        let id = process.as_ref().expect("it runs").id();
+        let owner = fs::metadata(format!("/proc/{id}/environ")).expect("it runs");
+        assert_eq!(std::os::unix::fs::MetadataExt::uid(&owner), 0);
+    }
+    for masked in ["/proc/interrupts", "/proc/kcore", "/proc/keys"] {
+        let (_, said) = inside.shell(&world, &format!("head -c 100 {masked} | wc -c"));
+        assert_eq!(said.trim().lines().last(), Some("0"), "{masked}: {said}");
+    }
+}
+
+#[test]
+fn metrics_are_shown_to_whom_they_are_for() {
+    let mut world = World::with_containerd("metrics");
+    world.start_manager();
+    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate");
+    let directory = world.path("access");
+    fs::create_dir(&directory).expect("writable");
+    let write = |name: &str, text: &str| {
+        fs::write(directory.join(name), text).expect("writable");
+        directory.join(name).display().to_string()
+    };
+    let (certificate, key) = (write("cert.pem", &made.cert.pem()), write("key.pem", &made.signing_key.serialize_pem()));
+    let token = write("token", "open sesame\n");
+    let mut agent = world.agent_command();
+    agent.args(["--metrics-tls-cert", &certificate, "--metrics-tls-key", &key, "--metrics-token-file", &token]);
+    let missing = {
+        let mut wrong = world.agent_command();
+        wrong.args(["--metrics-token-file", "/none/such"]);
+        World::run(&mut wrong)
+    };
+    assert!(missing.failed(2).contains("/none/such of the metrics endpoint: No such file"));
+    world.agent = Some(Process::start("agent", &mut agent, world.directory.path()));
+    let asked = |path: &str, more: &[&str]| {
+        let url = format!("https://localhost:{}/{path}", world.agent_port);
+        let resolve = format!("localhost:{}:127.0.0.1", world.agent_port);
+        let arguments =
+            ["-s", "-o", "/dev/null", "-w", "%{http_code}", "--resolve", &resolve, "--cacert", &certificate];
+        run("curl", &[&arguments[..], more, &[&url]].concat()).stdout
+    };
+    until("it serves", || (asked("live", &[]) == "200").then_some(()));
+    assert_eq!(asked("metrics", &[]), "401");
+    assert_eq!(asked("metrics", &["-H", "Authorization: Bearer open"]), "401");
+    assert_eq!(asked("metrics", &["-H", "Authorization: Bearer open sesame"]), "200");
+    let plain = format!("http://127.0.0.1:{}/metrics", world.agent_port);
+    assert_ne!(run("curl", &["-s", &plain]).code, 0, "nothing without TLS");
+    // Another token, and another certificate, are used as soon as they are there.
+    let _ = write("token", "another");
+    assert_eq!(asked("metrics", &["-H", "Authorization: Bearer open sesame"]), "401");
+    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate");
+    let _ = (write("key.pem", &made.signing_key.serialize_pem()), write("cert.pem", &made.cert.pem()));
+    until("it has the new certificate", || (asked("live", &[]) == "200").then_some(()));
+    assert_eq!(asked("metrics", &["-H", "Authorization: Bearer another"]), "200");
 }

@@ -75,7 +75,7 @@ fn capabilities_devices_and_privilege_are_given_and_taken() {
     let mut manager = world.manager_command();
     manager.arg("--allow-privileged");
     world.start_manager_as(manager);
-    world.start_agent(&[]);
+    world.start_agent(&["--allow-privileged"]);
     world.wait_ready();
     let effective = |inside: &Inside| u64::from_str_radix(&inside.status("CapEff"), 16).expect("a mask");
 

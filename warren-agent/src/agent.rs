@@ -84,8 +84,6 @@ pub struct Options {
     pub telemetry: warren_telemetry::Options,
 }
 
-/// The exit code for an address that another process uses.
-pub(crate) const ADDRESS_IN_USE: u8 = 7;
 /// The exit code for a setting that cannot be.
 pub(crate) const USAGE: u8 = 2;
 
@@ -138,7 +136,7 @@ impl Error {
             Self::Runtime(error) if error.is_transient() => 4,
             Self::Runtime(_) | Self::Network(_) | Self::Secrets(_) => 1,
             Self::DataDir { .. } => 8,
-            Self::Metrics(_) => ADDRESS_IN_USE,
+            Self::Metrics(error) => error.exit_code(),
         }
     }
 }
@@ -217,7 +215,9 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     }
     options.probes.as_ref().map_or(Ok(()), check_ports)?;
     warren_connections::raise_open_files();
-    let listener = endpoint::bind(options.metrics_addr).await?;
+    warren_telemetry::keep_memory_private();
+    node::limit_processes(&options.node.cgroup_parent);
+    let listener = endpoint::bind(options.metrics_addr, &options.telemetry.access).await?;
     let data_dir_error = |source| Error::DataDir { path: options.data_dir.clone(), source };
     let node_id = membership::node_id(&options.data_dir).map_err(data_dir_error)?;
     let cache = Cache::open(&options.data_dir.join("containers")).map_err(data_dir_error)?;
@@ -231,7 +231,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let images = Images::new(containerd.clone(), registries);
     let checks = health::Checks::new();
     let logs = Logs::new(options.logs.clone());
-    let volumes = Volumes::new(options.data_dir.join("volumes"));
+    let volumes = Volumes::new(options.data_dir.join("volumes"), options.node.policy.clone());
     let probing = Probing::start(options.probes.clone()).await;
 
     let timings = Arc::new(Timings::new(matches!(probing, Probing::Absent(_))));

@@ -110,6 +110,12 @@ pub struct NodeArguments {
     /// The parent of containers' cgroups.
     #[arg(long, env = "WARREN_CGROUP_PARENT", default_value = "/warren")]
     pub cgroup_parent: PathBuf,
+    /// What containers may have of this node. Managers have the same options.
+    #[command(flatten)]
+    pub policy: warren_spec::Policy,
+    /// Processes that a container may have whose service does not say; 0 is no limit.
+    #[arg(long, env = "WARREN_LIMIT_PIDS", default_value_t = 4096, value_parser = clap::value_parser!(i64).range(0..))]
+    pub limit_pids: i64,
     /// The program that containers with an init get: static, and understanding `PROGRAM -- COMMAND`. Found where Debian and
     /// others install tini and catatonit unless given.
     #[arg(long, env = "WARREN_INIT_PATH")]
@@ -215,6 +221,8 @@ impl AgentArguments {
             node: NodeSettings {
                 cgroup_parent: node.cgroup_parent.clone(),
                 init: node.init_path.clone().or_else(node::init),
+                policy: node.policy.clone(),
+                pids_limit: node.limit_pids,
             },
             network: network::Options {
                 run_dir: node.run_dir.clone(),
@@ -305,8 +313,8 @@ pub fn main(arguments: Arguments) -> ExitCode {
 
 fn fail(error: &anyhow::Error) -> ExitCode {
     eprintln!("error: {}", probes::describe(error.as_ref()));
-    if error.is::<warren_telemetry::endpoint::BindError>() {
-        return agent::ADDRESS_IN_USE.into();
+    if let Some(error) = error.downcast_ref::<warren_telemetry::endpoint::BindError>() {
+        return error.exit_code().into();
     }
     if error.is::<InvalidEndpoint>() {
         return agent::USAGE.into();

@@ -74,9 +74,9 @@ pub fn known_id(data_dir: &Path) -> Option<String> {
 
 /// The node's id: random, made once and kept.
 pub(crate) fn node_id(data_dir: &Path) -> io::Result<String> {
-    use std::os::unix::fs::DirBuilderExt as _;
-
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(data_dir)?;
+    if warren_durable::private_directory(data_dir)? {
+        tracing::warn!(directory = %data_dir.display(), "the data directory was open to others than root, and is not any more");
+    }
     let path = data_dir.join(NODE_ID);
     match fs::read_to_string(&path) {
         Ok(id) if !id.trim().is_empty() => Ok(id.trim().to_owned()),

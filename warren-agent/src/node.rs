@@ -1,9 +1,16 @@
 //! What a node is: its name, its resources, its software.
 
-use std::{collections::BTreeMap, fs, net::IpAddr, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
 use warren_proto::v1;
 use warren_telemetry::build;
+
+use crate::stats;
 
 /// The machine's name.
 #[must_use]
@@ -32,6 +39,21 @@ pub fn describe(
         probes: Some(probes),
         address: address.map(|address| address.to_string()).unwrap_or_default(),
         wireguard_public_key: wireguard_public_key.unwrap_or_default(),
+    }
+}
+
+/// Of the processes that the machine may have, all containers together may have so many hundredths: the rest is for whoever comes to see
+/// what is wrong.
+const CONTAINERS_PROCESSES: u64 = 80;
+
+/// Bounds the processes of all containers together. A machine whose cgroups do not count processes is left as it is.
+pub(crate) fn limit_processes(cgroup_parent: &Path) {
+    let number = |path: &str| fs::read_to_string(path).ok().and_then(|said| said.trim().parse::<u64>().ok());
+    let most = ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"].into_iter().filter_map(number).min();
+    let Some(most) = most else { return };
+    let limited = stats::limit(cgroup_parent, "pids", "pids.max", &(most * CONTAINERS_PROCESSES / 100).to_string());
+    if let Err(error) = limited {
+        tracing::warn!(%error, "nothing bounds the processes of all containers together");
     }
 }
 

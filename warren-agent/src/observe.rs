@@ -60,7 +60,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     }
     agent::check_ports(&options.probes)?;
     warren_connections::raise_open_files();
-    let listener = endpoint::bind(options.metrics_addr).await?;
+    let listener = endpoint::bind(options.metrics_addr, &options.telemetry.access).await?;
     let probe_options = options.probes.clone();
     let maps = Arc::new(tokio::task::spawn_blocking(move || Maps::open(&probe_options)).await??);
     let groups = Arc::new(Mutex::new(Groups::load(&maps)));

@@ -27,8 +27,8 @@ pub use images::{Images, Wanted};
 pub use pull::Progress;
 pub(crate) use rootfs::unfinished;
 pub use rootfs::{RootFs, VolumePath};
-pub(crate) use spec::hostname;
 pub use spec::{ContainerOptions, NetworkNamespace};
+pub(crate) use spec::{host_path, hostname};
 pub use task::{Found, TaskState};
 
 use std::{io, path::PathBuf, sync::Arc};

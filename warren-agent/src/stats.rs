@@ -10,6 +10,7 @@ use warren_telemetry::Source;
 
 use crate::tasks::{Running, now};
 use cgroup::Hierarchies;
+pub(crate) use cgroup::limit;
 pub(crate) use used::Used;
 
 /// Of what the probes count, what people look at.

@@ -15,11 +15,12 @@ use std::{
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use warren_agent_ebpf::histogram::Histogram;
 use warren_proto::v1;
+use warren_spec::Policy;
 use warren_telemetry::{Measurement, Series, Source};
 
 use crate::{
     probes::exponential,
-    runtime::{VolumePath, unfinished},
+    runtime::{self, VolumePath, unfinished},
 };
 
 /// Why a volume is not to be had.
@@ -70,12 +71,15 @@ impl Driver for Directories {
 }
 
 /// A directory of the node that is there already.
-struct Binds;
+struct Binds {
+    policy: Policy,
+}
 
 impl Driver for Binds {
     fn mount(&self, volume: &v1::Volume) -> io::Result<VolumePath> {
         let device = volume.driver_options.get("device").map(PathBuf::from).unwrap_or_default();
-        fs::metadata(&device).map(|_| VolumePath { path: device, is_new: false })
+        let path = runtime::host_path(&device, &self.policy).map_err(io::Error::other)?;
+        Ok(VolumePath { path, is_new: false })
     }
 
     fn unmount(&self, _: &str) -> io::Result<bool> {
@@ -193,13 +197,14 @@ pub struct Volumes {
     known: Arc<Mutex<Known>>,
     /// One for each volume, held while it is mounted, unmounted or removed: a file server that hangs holds up only what is on it.
     turns: Arc<Mutex<BTreeMap<String, Arc<Mutex<()>>>>>,
+    policy: Policy,
 }
 
 impl Volumes {
-    /// Keeps volumes below a directory.
+    /// Keeps volumes below a directory; of the node's own files, they may be what the policy allows.
     #[must_use]
-    pub fn new(directory: PathBuf) -> Self {
-        Self { directory, known: Arc::default(), turns: Arc::default() }
+    pub fn new(directory: PathBuf, policy: Policy) -> Self {
+        Self { directory, known: Arc::default(), turns: Arc::default(), policy }
     }
 
     /// What it counts.
@@ -224,7 +229,7 @@ impl Volumes {
     fn driver(&self, volume: &v1::Volume) -> Box<dyn Driver> {
         match volume.driver_options.get("type").map(String::as_str).unwrap_or_default() {
             "" => Box::new(self.directories()),
-            "bind" => Box::new(Binds),
+            "bind" => Box::new(Binds { policy: self.policy.clone() }),
             _ => Box::new(self.mounts()),
         }
     }
@@ -350,7 +355,7 @@ mod tests {
     #[test]
     fn a_directory_lives_as_long_as_its_volume() {
         let directory = tempfile::tempdir().expect("a directory");
-        let volumes = Volumes::new(directory.path().to_owned());
+        let volumes = Volumes::new(directory.path().to_owned(), Policy::everything());
         let volume = v1::Volume { id: "v1".to_owned(), name: "data".to_owned(), ..Default::default() };
         let VolumePath { path, is_new } =
             volumes.mount("c1", std::slice::from_ref(&volume)).expect("mounted")["data"].clone();

@@ -84,9 +84,9 @@ pub struct ManagerArguments {
     /// can go back to that version.
     #[arg(long, env = "WARREN_MAX_SCHEMA", default_value_t = SCHEMA, value_parser = clap::value_parser!(u32).range(i64::from(OLDEST_WRITTEN_SCHEMA)..=i64::from(SCHEMA)))]
     pub max_schema: u32,
-    /// Allow services whose containers are privileged: those can do to their node whatever root can.
-    #[arg(long, env = "WARREN_ALLOW_PRIVILEGED")]
-    pub allow_privileged: bool,
+    /// What containers may have of their nodes. Agents have the same options.
+    #[command(flatten)]
+    pub policy: warren_spec::Policy,
     #[command(flatten)]
     /// Where images come from: what a service's image is, is settled when the service is created.
     pub registries: RegistryArguments,
@@ -123,7 +123,7 @@ impl ManagerArguments {
             liveness: liveness::Timing::default(),
             newest_schema: self.max_schema,
             policy: Policy {
-                privileged: self.allow_privileged,
+                containers: self.policy.clone(),
                 own_ports: [self.listen_addr.port(), self.metrics_addr.port()],
             },
             registries: self.registries.options(),

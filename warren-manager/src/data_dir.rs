@@ -2,7 +2,6 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -87,7 +86,7 @@ pub(crate) fn open(directory: &Path) -> Result<Option<Identity>, Error> {
                 return Err(Error::Format { directory: directory.to_owned(), found: format });
             }
             let identity: Identity = serde_json::from_slice(&bytes).map_err(damaged)?;
-            close_to_others(directory).map_err(io_error)?;
+            prepare(directory)?;
             if format < CHECKED_FORMAT {
                 let path = directory.join(IDENTITY);
                 Credentials::complete(&path).map_err(|error| Error::Damaged { path, why: error.to_string() })?;
@@ -136,17 +135,10 @@ pub(crate) fn known_id(directory: &Path) -> Option<u64> {
 ///
 /// When it cannot be made.
 pub(crate) fn prepare(directory: &Path) -> Result<(), Error> {
-    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
-    made.and_then(|()| close_to_others(directory))
-        .map_err(|source| Error::Io { directory: directory.to_owned(), source })
-}
-
-/// What is in it says what the cluster's secrets are.
-fn close_to_others(directory: &Path) -> io::Result<()> {
-    let mode = fs::metadata(directory)?.permissions().mode();
-    if mode & 0o077 != 0 {
+    // What is in it says what the cluster's secrets are.
+    let was_open = warren_durable::private_directory(directory);
+    if was_open.map_err(|source| Error::Io { directory: directory.to_owned(), source })? {
         tracing::warn!(directory = %directory.display(), "the data directory was open to others than root, and is not any more");
-        fs::set_permissions(directory, fs::Permissions::from_mode(mode & 0o7700))?;
     }
     Ok(())
 }
@@ -177,6 +169,8 @@ fn write(directory: &Path, identity: &Identity) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[test]

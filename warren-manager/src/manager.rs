@@ -164,7 +164,8 @@ impl Error {
             Self::NoLog { .. } | Self::DataDir(_) | Self::Vault(_) | Self::Raft(warren_raft::Error::Storage { .. }) => {
                 8
             }
-            Self::Listen { .. } | Self::Metrics(_) => 7,
+            Self::Listen { .. } => 7,
+            Self::Metrics(error) => error.exit_code(),
             Self::Raft(_) | Self::Store(_) => 1,
         }
     }
@@ -197,6 +198,7 @@ pub fn identity(data_dir: &Path) -> Identity {
 /// When it cannot start. What fails later is logged and shown by `/ready`.
 pub async fn run(options: Options, asked_to_stop: CancellationToken, started: impl FnOnce()) -> Result<(), Error> {
     warren_connections::raise_open_files();
+    warren_telemetry::keep_memory_private();
     let address = advertised(&options)?;
     let shutdown = CancellationToken::new();
     let Some(data_dir::Identity { id, has_log, .. }) = wait_for_identity(&options, &asked_to_stop).await? else {
@@ -204,7 +206,7 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
     };
     let Some(vault) = asked_to_stop.run_until_cancelled(open_vault(&options)).await.transpose()? else { return Ok(()) };
     // Addresses first: they are what a second manager on this machine would trip over, before it touches anything.
-    let metrics_listener = endpoint::bind(options.metrics_addr).await?;
+    let metrics_listener = endpoint::bind(options.metrics_addr, &options.telemetry.access).await?;
     let tcp = TcpListener::bind(options.listen_addr).await.map_err(listen_error(options.listen_addr))?;
     let unix = bind_socket(&options.socket).await?;
     note_socket(&options);
@@ -434,7 +436,7 @@ type Serving = (CancellationToken, tokio::task::JoinHandle<()>);
 
 /// Says at the health checks that this manager is not ready, and why.
 async fn serve_waiting(options: &Options, why: &'static str) -> Result<Serving, Error> {
-    let listener = endpoint::bind(options.metrics_addr).await?;
+    let listener = endpoint::bind(options.metrics_addr, &options.telemetry.access).await?;
     let mut ready = Checks::default();
     ready.add("cluster", move || Err(why.to_owned()));
     let endpoint = Endpoint {

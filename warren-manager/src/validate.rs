@@ -48,10 +48,10 @@ fn invalid<T>(field: impl Into<Cow<'static, str>>, why: impl Into<String>) -> Re
 }
 
 /// What the cluster allows.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Policy {
-    /// Containers that may do to their node what they like.
-    pub privileged: bool,
+    /// What containers may have of their nodes.
+    pub containers: warren_spec::Policy,
     /// The manager's own ports: API, then metrics; 0 is unused.
     pub own_ports: [u16; 2],
 }
@@ -84,7 +84,7 @@ pub(crate) fn object_name(name: &str) -> Result<(), Invalid> {
 /// # Errors
 ///
 /// When a field is missing or out of its range.
-pub(crate) fn service_spec(spec: Option<v1::ServiceSpec>, policy: Policy) -> Result<ServiceSpec, Invalid> {
+pub(crate) fn service_spec(spec: Option<v1::ServiceSpec>, policy: &Policy) -> Result<ServiceSpec, Invalid> {
     let Some(spec) = spec else { return invalid("spec", "is missing") };
     name(&spec.name)?;
     let mode = match spec.mode {
@@ -98,7 +98,7 @@ pub(crate) fn service_spec(spec: Option<v1::ServiceSpec>, policy: Policy) -> Res
     if text(&spec.labels) > MAX_TEXT {
         return invalid("spec.labels", format!("are longer than {MAX_TEXT} bytes together"));
     }
-    let mut container = container::check(spec.container, policy)?;
+    let mut container = container::check(spec.container, &policy.containers)?;
     say_in_full(&mut container);
     let mut ports = ports(spec.ports)?;
     for port in &mut ports {
@@ -390,7 +390,7 @@ mod tests {
 
     #[test]
     fn what_is_left_out_has_defaults() {
-        let spec = service_spec(Some(spec()), Policy::default()).expect("valid");
+        let spec = service_spec(Some(spec()), &Policy::default()).expect("valid");
         assert_eq!(spec.mode, Mode::Replicated(1));
         assert_eq!(spec.restart, DEFAULT_RESTART);
     }
@@ -398,10 +398,11 @@ mod tests {
     #[test]
     fn ports_are_checked_and_named() {
         let port = v1::Port { name: "http".to_owned(), container_port: 80, host_port: 8080, ..Default::default() };
+        let open = Policy { containers: warren_spec::Policy::everything(), ..Policy::default() };
         let refused = |ports: &[v1::Port], network: v1::NetworkMode| {
             let mut spec = v1::ServiceSpec { ports: ports.to_vec(), ..spec() };
             spec.container.get_or_insert_default().network = network.into();
-            service_spec(Some(spec), Policy::default()).err().map(|error| error.field.into_owned())
+            service_spec(Some(spec), &open).err().map(|error| error.field.into_owned())
         };
         let clustered = |ports: &[v1::Port]| refused(ports, v1::NetworkMode::Cluster);
         let udp = v1::Port { name: String::new(), protocol: v1::Protocol::Udp.into(), ..port.clone() };
@@ -432,18 +433,18 @@ mod tests {
         let with = |change: fn(&mut v1::ServiceSpec)| {
             let mut spec = spec();
             change(&mut spec);
-            service_spec(Some(spec), Policy::default()).expect_err("invalid").field
+            service_spec(Some(spec), &Policy::default()).expect_err("invalid").field
         };
-        assert_eq!(service_spec(None, Policy::default()).expect_err("invalid").field, "spec");
+        assert_eq!(service_spec(None, &Policy::default()).expect_err("invalid").field, "spec");
         for name in ["", "Web", "a_b", "-a", "a-", "a.b", "über"] {
             let spec = v1::ServiceSpec { name: name.to_owned(), ..spec() };
-            assert_eq!(service_spec(Some(spec), Policy::default()).expect_err(name).field, "spec.name");
+            assert_eq!(service_spec(Some(spec), &Policy::default()).expect_err(name).field, "spec.name");
         }
         assert_eq!(with(|spec| spec.name = "a".repeat(64)), "spec.name");
         let negative = v1::Replicated { replicas: -1 };
         let spec_with = v1::ServiceSpec { mode: Some(v1::service_spec::Mode::Replicated(negative)), ..spec() };
         assert_eq!(
-            service_spec(Some(spec_with), Policy::default()).expect_err("negative").field,
+            service_spec(Some(spec_with), &Policy::default()).expect_err("negative").field,
             "spec.replicated.replicas"
         );
         let mut bad_limit = spec();
@@ -451,7 +452,7 @@ mod tests {
             reservations: Some(v1::ResourceAmounts { cpu_millis: -1, memory_bytes: 0 }),
             limits: None,
         });
-        let field = service_spec(Some(bad_limit), Policy::default()).expect_err("limit").field;
+        let field = service_spec(Some(bad_limit), &Policy::default()).expect_err("limit").field;
         assert_eq!(field, "spec.resources.reservations.cpu_millis");
     }
 }

@@ -18,6 +18,7 @@ use crate::{
     complete,
     error::Error,
     exec::{begin, request},
+    output,
 };
 
 /// Bytes that travel together.
@@ -108,10 +109,10 @@ async fn out_of(client: &ClientArguments, container: &str, path: &str, to: &Path
     match unpacked {
         // An archive that ends too soon is what became of the tar that made it.
         Err(error) if ended.code == 0 || error.kind() != io::ErrorKind::UnexpectedEof => {
-            Err(Error::Copy(printable(&format!("{path} of {container}: {error}"))))
+            Err(Error::Copy(output::printable(&format!("{path} of {container}: {error}")).into_owned()))
         }
         Ok(()) if ended.has_only_changed() => {
-            eprintln!("{path} of {container}: {}", ended.said());
+            eprintln!("{} of {container}: {}", output::printable(&path), ended.said());
             Ok(())
         }
         _ => ended.checked(container),
@@ -152,11 +153,6 @@ async fn into(client: &ClientArguments, container: &str, from: &Path, path: &str
     ended?.checked(container)
 }
 
-/// What a container says, without what would be a terminal's to follow.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
-}
-
 /// How a command ended.
 struct Ended {
     code: i32,
@@ -167,7 +163,10 @@ impl Ended {
     /// The first thing that its tar had to say; the last is that it ends.
     fn said(&self) -> String {
         let said = self.stderr.lines().map(str::trim).find(|line| !line.is_empty());
-        said.map_or_else(|| format!("its tar exited with code {}", self.code), printable)
+        said.map_or_else(
+            || format!("its tar exited with code {}", self.code),
+            |said| output::printable(said).into_owned(),
+        )
     }
 
     /// Whether all that was wrong is that files were written to meanwhile, as logs are.
@@ -369,8 +368,8 @@ fn unpack(archive: impl io::Read, name: &OsStr, target: &Path) -> io::Result<()>
         } else if is_root && is_first {
             return Err(io::Error::other(NO_FILE));
         } else {
-            let path = printable(&path.display().to_string());
-            eprintln!("{path} is left out: it {NO_FILE}");
+            let path = output::printable(&path.display().to_string()).into_owned();
+            eprintln!("{} is left out: it {NO_FILE}", output::printable(&path));
         }
     }
     // To the end, or whoever writes it would be told that nobody reads it.
@@ -458,7 +457,7 @@ mod tests {
         assert_eq!(ended(missing).said(), "tar: x: Cannot stat: No such file");
         assert!(!ended(missing).has_only_changed() && !ended("").has_only_changed());
         assert!(ended("tar: log: file changed as we read it\n").has_only_changed());
-        assert_eq!(ended("\x1b[2Jgone").said(), "\u{fffd}[2Jgone");
+        assert_eq!(ended("\x1b[2Jgone").said(), "\\u{1b}[2Jgone");
     }
 
     #[test]

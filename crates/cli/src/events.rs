@@ -114,5 +114,5 @@ fn line(event: &v1::Event) {
     };
     let words = [event.message.as_str(), by.as_str()];
     let words = words.into_iter().filter(|words| !words.is_empty()).collect::<Vec<_>>().join("; ");
-    say!("{at}  {:22} {name:24} {words}", event.r#type);
+    say!("{at}  {:22} {:24} {}", output::printable(&event.r#type), output::printable(&name), output::printable(&words));
 }

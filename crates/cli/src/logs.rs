@@ -1,14 +1,14 @@
 //! `warren service logs` and `warren container logs`.
 
 use std::{
-    io::{self, Write as _},
+    io::{self, IsTerminal as _, Write as _},
     time::{Duration, SystemTime},
 };
 
 use clap::Args;
 use warren_proto::v1::{self, LogStream};
 
-use crate::{client::ClientArguments, error::Error, output, parse};
+use crate::{client::ClientArguments, error::Error, output, parse, terminal};
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct LogArguments {
@@ -131,7 +131,16 @@ impl Written {
     }
 }
 
+/// Pipes and files get what the container wrote, byte by byte.
 fn print(to_stderr: bool, text: &[u8]) {
+    let is_terminal = if to_stderr { io::stderr().is_terminal() } else { terminal::is_output() };
+    let safe;
+    let text = if is_terminal {
+        safe = output::coloured(text);
+        safe.as_bytes()
+    } else {
+        text
+    };
     let written = if to_stderr {
         io::stderr().lock().write_all(text)
     } else {

@@ -125,7 +125,7 @@ fn main() -> ExitCode {
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: {error}");
+            complain(&error.to_string());
             return ExitCode::FAILURE;
         }
     };
@@ -139,12 +139,17 @@ fn main() -> ExitCode {
             match &error {
                 // It has said what it had to say itself.
                 Error::Exited(_) => {}
-                Error::Runtime(error) => eprintln!("error: {}", warren_agent::probes::describe(error)),
-                error => eprintln!("error: {error}"),
+                Error::Runtime(error) => complain(&warren_agent::probes::describe(error)),
+                error => complain(&error.to_string()),
             }
             error.exit_code().into()
         }
     }
+}
+
+/// Says what went wrong, in which may be what others say.
+fn complain(why: &str) {
+    eprintln!("error: {}", output::printable_lines(why));
 }
 
 async fn run(arguments: Arguments) -> Result<(), Error> {

@@ -1,6 +1,7 @@
 //! Tables for people, JSON and YAML for programs.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     fmt,
     io::{self, Write as _},
@@ -35,10 +36,63 @@ pub(crate) struct FormatArguments {
     pub(crate) format: Format,
 }
 
-/// Writes a line to stdout. A reader that went away, as `head` does, ends the command quietly.
+/// Whether a terminal would do something else than show it: control characters, and those that turn the direction of what follows.
+fn is_obeyed(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+fn escaped(text: &str, shown: impl Fn(char) -> bool) -> Cow<'_, str> {
+    if text.chars().all(&shown) {
+        return Cow::Borrowed(text);
+    }
+    let mut result = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if shown(c) { result.push(c) } else { result.extend(c.escape_default()) }
+    }
+    Cow::Owned(result)
+}
+
+/// What others say, as one line of text and nothing else: a terminal does what is in the names, labels and messages that it shows.
+pub(crate) fn printable(text: &str) -> Cow<'_, str> {
+    escaped(text, |c| !is_obeyed(c))
+}
+
+/// The same of several lines.
+pub(crate) fn printable_lines(text: &str) -> Cow<'_, str> {
+    escaped(text, |c| !is_obeyed(c) || c == '\n' || c == '\t')
+}
+
+/// What a program wrote, for a terminal: colours and tabs are left to it, and nothing else that it would obey.
+pub(crate) fn coloured(text: &[u8]) -> String {
+    let text = String::from_utf8_lossy(text);
+    let mut result = String::with_capacity(text.len());
+    let mut rest = &*text;
+    while let Some(c) = rest.chars().next() {
+        let parameters = rest
+            .strip_prefix("\u{1b}[")
+            .map(|after| after.trim_start_matches(|c: char| c.is_ascii_digit() || c == ';' || c == ':'));
+        if let Some(after) = parameters.and_then(|after| after.strip_prefix('m')) {
+            result.push_str(&rest[..rest.len() - after.len()]);
+            rest = after;
+            continue;
+        }
+        // A carriage return before a line's end is how some systems end lines.
+        let ends_line = c == '\r' && rest.starts_with("\r\n");
+        if is_obeyed(c) && c != '\n' && c != '\t' && !ends_line {
+            result.extend(c.escape_default())
+        } else {
+            result.push(c)
+        }
+        rest = &rest[c.len_utf8()..];
+    }
+    result
+}
+
+/// Writes a line to stdout, which may have line breaks in it. A reader that went away, as `head` does, ends the command quietly.
 pub(crate) fn line(text: fmt::Arguments<'_>) {
+    let text = text.to_string();
     let mut stdout = io::stdout().lock();
-    if let Err(error) = stdout.write_fmt(text).and_then(|()| stdout.write_all(b"\n")) {
+    if let Err(error) = stdout.write_all(printable_lines(&text).as_bytes()).and_then(|()| stdout.write_all(b"\n")) {
         std::process::exit(i32::from(error.kind() != io::ErrorKind::BrokenPipe));
     }
 }
@@ -67,7 +121,7 @@ pub(crate) fn render<const N: usize>(header: [&str; N], rows: impl IntoIterator<
     let mut builder = Builder::default();
     builder.push_record(header);
     for row in rows {
-        builder.push_record(row);
+        builder.push_record(row.iter().map(|cell| printable(cell)));
     }
     let mut table = builder.build();
     table.with(Style::empty()).with(Padding::new(0, 3, 0, 0));
@@ -78,7 +132,7 @@ pub(crate) fn render<const N: usize>(header: [&str; N], rows: impl IntoIterator<
 pub(crate) fn fields(fields: &[(&str, String)]) {
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, value) in fields {
-        say!("{name:width$}  {value}");
+        say!("{name:width$}  {}", printable(value));
     }
 }
 
@@ -148,4 +202,38 @@ pub(crate) fn bytes(bytes: i64) -> String {
     const MIB: f64 = 1024.0 * 1024.0;
     let mib = bytes as f64 / MIB;
     if mib >= 1024.0 { format!("{:.1} GiB", mib / 1024.0) } else { format!("{mib:.0} MiB") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_say_is_shown_and_not_obeyed() {
+        for (said, shown) in [
+            ("plain \u{e9}\u{4e16} text", "plain \u{e9}\u{4e16} text"),
+            ("\u{1b}[2J\u{1b}]0;owned\u{7}", "\\u{1b}[2J\\u{1b}]0;owned\\u{7}"),
+            ("a\nerror: b\r", "a\\nerror: b\\r"),
+            ("\u{9b}2J\u{85}", "\\u{9b}2J\\u{85}"),
+            ("user\u{202e}nimda", "user\\u{202e}nimda"),
+        ] {
+            assert_eq!(printable(said), shown);
+        }
+        assert_eq!(printable_lines("a\n\tb\u{1b}c"), "a\n\tb\\u{1b}c");
+        let table = render(["NAME", "MESSAGE"], [["web".to_owned(), "x\nforged  row\u{1b}[A".to_owned()]]);
+        assert_eq!(table, ["NAME   MESSAGE", "web    x\\nforged  row\\u{1b}[A"]);
+    }
+
+    #[test]
+    fn colours_are_a_terminals_and_nothing_else_is() {
+        for (said, shown) in [
+            (&b"\x1b[1;31mred\x1b[0m\tand\r\n"[..], "\u{1b}[1;31mred\u{1b}[0m\tand\r\n"),
+            (b"\x1b[38:5:1mred\x1b[m", "\u{1b}[38:5:1mred\u{1b}[m"),
+            (b"50%\r60%", "50%\\r60%"),
+            (b"\x1b[2J\x1b]52;c;x\x07\x1b[31", "\\u{1b}[2J\\u{1b}]52;c;x\\u{7}\\u{1b}[31"),
+            (b"\xff\x9b2J", "\u{fffd}\u{fffd}2J"),
+        ] {
+            assert_eq!(coloured(said), shown);
+        }
+    }
 }

@@ -5,6 +5,8 @@ use std::io::{self, Read as _, Write as _};
 use rustix::termios::{LocalModes, OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 use warren_proto::v1;
 
+use crate::output::printable;
+
 /// The terminal's size; `None` where there is none.
 pub(crate) fn size() -> Option<v1::TerminalSize> {
     let size = tcgetwinsize(io::stdout()).or_else(|_| tcgetwinsize(io::stdin())).ok()?;
@@ -67,7 +69,7 @@ impl Screen {
             if number > 0 {
                 picture.push_str("\r\n");
             }
-            picture.extend(line.chars().take(room(size.columns)));
+            picture.extend(printable(line).chars().take(room(size.columns)));
             // To the line's end.
             picture.push_str("\x1b[K");
         }

@@ -37,9 +37,6 @@ pub(crate) struct Arguments {
     /// The node's name; the machine's unless given.
     #[arg(long, env = "WARREN_HOSTNAME")]
     hostname: Option<String>,
-    /// Allow services whose containers are privileged: those can do to this machine whatever root can.
-    #[arg(long, env = "WARREN_ALLOW_PRIVILEGED")]
-    allow_privileged: bool,
     #[command(flatten)]
     node: NodeArguments,
     #[command(flatten)]
@@ -60,7 +57,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Error> {
         unlock_key: None,
         profile: ProfileArgument::Lan,
         max_schema: warren_manager::state::SCHEMA,
-        allow_privileged: arguments.allow_privileged,
+        policy: arguments.node.policy.clone(),
         registries: arguments.node.registries.clone(),
         container_network: None,
         service_network: None,

@@ -15,7 +15,13 @@ use futures::{StreamExt as _, future::join_all, stream::FuturesOrdered};
 use tonic::Streaming;
 use warren_proto::v1::{self, RestartCondition, WatchContainersResponse, watch_containers_response::Change};
 
-use crate::{client::ClientArguments, complete, container, error::Error, output::say, parse, service};
+use crate::{
+    client::ClientArguments,
+    complete, container,
+    error::Error,
+    output::{printable, say},
+    parse, service,
+};
 pub(crate) use assess::slots;
 use assess::{Assessment, End, assess};
 
@@ -105,7 +111,7 @@ impl Display {
         let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         if lines.insert(service.to_owned(), line.clone()).as_ref() != Some(&line) {
             let all: Vec<_> = lines.iter().map(|(service, line)| format!("{service} {line}")).collect();
-            let line: String = all.join(", ").chars().take(WIDTH).collect();
+            let line: String = printable(&all.join(", ")).chars().take(WIDTH).collect();
             let mut stderr = std::io::stderr();
             // Whoever has closed it does not look.
             let _ = write!(stderr, "\r\x1b[K{line}");

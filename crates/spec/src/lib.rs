@@ -4,6 +4,7 @@
 mod capability;
 mod image;
 mod path;
+mod policy;
 mod secret;
 mod signal;
 mod sysctl;
@@ -13,6 +14,7 @@ mod user;
 pub use capability::{CAPABILITIES, capability};
 pub use image::{ImageName, InvalidImageName, Reference, is_digest};
 pub use path::{absolute, inside};
+pub use policy::{DEFAULT_CAPABILITIES, NotAllowed, Policy};
 pub use secret::secret_name;
 pub use signal::signal;
 pub use sysctl::{SafeSysctl, sysctl};

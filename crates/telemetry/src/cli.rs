@@ -1,11 +1,11 @@
 //! What every process takes on its command line about its telemetry.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, ValueEnum};
 
 use crate::{
-    Options, logs,
+    Access, Options, logs,
     logs::Style,
     otlp,
     otlp::InvalidEndpoint,
@@ -46,6 +46,15 @@ pub struct TelemetryArguments {
     /// Native histograms for scrapers that ask for them (auto), or for none (off).
     #[arg(long, env = "WARREN_METRICS_NATIVE_HISTOGRAMS", default_value = "auto", hide_possible_values = true)]
     pub metrics_native_histograms: NativeHistograms,
+    /// A certificate (PEM), with which the metrics endpoint speaks HTTPS; read again when it changes.
+    #[arg(long, env = "WARREN_METRICS_TLS_CERT", value_name = "FILE", requires = "metrics_tls_key")]
+    pub metrics_tls_cert: Option<PathBuf>,
+    /// Its key (PEM).
+    #[arg(long, env = "WARREN_METRICS_TLS_KEY", value_name = "FILE", requires = "metrics_tls_cert")]
+    pub metrics_tls_key: Option<PathBuf>,
+    /// A file with a token that /metrics is shown for (Authorization: Bearer ...); health checks need none.
+    #[arg(long, env = "WARREN_METRICS_TOKEN_FILE", value_name = "FILE")]
+    pub metrics_token_file: Option<PathBuf>,
     /// Push telemetry to this OTLP collector too, like http://127.0.0.1:4317 (gRPC).
     #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
     pub otlp_endpoint: Option<String>,
@@ -84,7 +93,11 @@ impl TelemetryArguments {
             interval: Duration::from_secs(self.otlp_interval_s),
             semantic_conventions: self.otlp_semantic_conventions,
         });
-        Options { native_histograms: self.metrics_native_histograms, otlp }
+        let access = Access {
+            tls: self.metrics_tls_cert.clone().zip(self.metrics_tls_key.clone()),
+            token: self.metrics_token_file.clone(),
+        };
+        Options { native_histograms: self.metrics_native_histograms, access, otlp }
     }
 
     /// Starts logging, and pushing of traces and logs. Must be called within tokio.

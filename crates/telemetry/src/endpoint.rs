@@ -24,13 +24,14 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use warren_connections::{Connections, Place, client};
 
-use crate::{Checks, Meters, cli::NativeHistograms, exposition::Format};
+use crate::{Access, Checks, FileError, Meters, access::Tls, cli::NativeHistograms, exposition::Format};
 
 /// Connections at a time in all, and with one client. Scrapers have one each, and keep it.
 const CONNECTIONS: usize = 256;
@@ -61,15 +62,32 @@ pub struct Endpoint {
     pub ready: Checks,
 }
 
-/// The endpoint's address could not be bound.
+/// Why an endpoint cannot be served.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot serve metrics on {address}: {}", reason(source))]
-pub struct BindError {
-    /// The address.
-    pub address: SocketAddr,
-    /// Why not.
-    #[source]
-    pub source: io::Error,
+pub enum BindError {
+    /// Its address could not be bound.
+    #[error("cannot serve metrics on {address}: {}", reason(source))]
+    Address {
+        /// The address.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// What protects it cannot be used.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+impl BindError {
+    /// The process's exit code: 7 for an address, 2 for what it was told.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Address { .. } => 7,
+            Self::File(_) => 2,
+        }
+    }
 }
 
 fn reason(error: &io::Error) -> String {
@@ -79,36 +97,58 @@ fn reason(error: &io::Error) -> String {
     }
 }
 
+/// An address that was taken, and who is to be served there.
+#[derive(Debug)]
+pub struct Listener {
+    tcp: TcpListener,
+    tls: Option<Tls>,
+    access: Access,
+}
+
+impl Listener {
+    /// Where it is.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not say.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.tcp.local_addr()
+    }
+}
+
 /// Takes the address; serving starts with [`Endpoint::serve`].
 ///
 /// # Errors
 ///
-/// When the address is in use or not this machine's.
-pub async fn bind(address: SocketAddr) -> Result<TcpListener, BindError> {
-    TcpListener::bind(address).await.map_err(|source| BindError { address, source })
+/// When the address is in use or not this machine's, or a file cannot be used.
+pub async fn bind(address: SocketAddr, access: &Access) -> Result<Listener, BindError> {
+    let tls = access.open()?;
+    let tcp = TcpListener::bind(address).await.map_err(|source| BindError::Address { address, source })?;
+    Ok(Listener { tcp, tls, access: access.clone() })
 }
 
 impl Endpoint {
     /// Serves until `shutdown` completes. Whoever can reach the port may connect; nobody keeps the others out by that.
-    pub async fn serve(self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send + 'static) {
+    pub async fn serve(self, listener: Listener, shutdown: impl Future<Output = ()> + Send + 'static) {
+        let Listener { tcp, tls, access } = listener;
         let router = Router::new()
             .route("/metrics", get(metrics))
             .route("/health", get(health))
             .route("/live", get(health))
             .route("/ready", get(ready))
-            .with_state(Served { endpoint: self, collecting: Arc::new(Semaphore::new(COLLECTING)) });
+            .with_state(Served { endpoint: self, access, collecting: Arc::new(Semaphore::new(COLLECTING)) });
         let connections = Connections::new(warren_connections::at_most(CONNECTIONS), OF_ONE_CLIENT);
         let (tasks, end) = (TaskTracker::new(), CancellationToken::new());
         let mut shutdown = pin!(shutdown);
         loop {
             let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
+                accepted = tcp.accept() => accepted,
                 () = &mut shutdown => break,
             };
             match accepted {
                 Ok((stream, address)) => {
                     let place = connections.enter(client(address.ip()));
-                    tasks.spawn(answer(stream, router.clone(), place, end.clone()));
+                    tasks.spawn(answer(stream, tls.clone(), router.clone(), place, end.clone()));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a connection to the metrics endpoint could not be accepted");
@@ -123,24 +163,43 @@ impl Endpoint {
 }
 
 /// Answers one connection's requests until it ends, has been there for long, or has to make room for another.
-async fn answer(stream: TcpStream, router: Router, mut place: Place<IpAddr>, end: CancellationToken) {
+async fn answer(stream: TcpStream, tls: Option<Tls>, router: Router, mut place: Place<IpAddr>, end: CancellationToken) {
+    let served = async {
+        let mut first = [0];
+        let begun = tokio::select! {
+            begun = tokio::time::timeout(FIRST_HEAD_TIMEOUT, stream.peek(&mut first)) => begun,
+            () = end.cancelled() => return,
+        };
+        if !matches!(begun, Ok(Ok(1))) {
+            return;
+        }
+        match tls.as_ref().map(Tls::acceptor) {
+            None => answer_on(stream, router, end.clone()).await,
+            Some(Ok(acceptor)) => {
+                if let Ok(Ok(stream)) = tokio::time::timeout(FIRST_HEAD_TIMEOUT, acceptor.accept(stream)).await {
+                    answer_on(stream, router, end.clone()).await;
+                }
+            }
+            Some(Err(error)) => tracing::warn!(%error, "metrics cannot be served"),
+        }
+    };
+    tokio::select! {
+        () = served => {}
+        () = place.given_up() => {}
+        () = async {
+            end.cancelled().await;
+            tokio::time::sleep(LAST_ANSWER).await;
+        } => {}
+    }
+}
+
+async fn answer_on<S: AsyncRead + AsyncWrite + Unpin>(stream: S, router: Router, end: CancellationToken) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
-    let mut first = [0];
-    let first = tokio::time::timeout(FIRST_HEAD_TIMEOUT, stream.peek(&mut first));
-    let begun = tokio::select! {
-        begun = first => matches!(begun, Ok(Ok(1))),
-        () = place.given_up() => false,
-        () = end.cancelled() => false,
-    };
-    if !begun {
-        return;
-    }
     let mut connection = pin!(http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
     tokio::select! {
         // What went wrong with it is the client's to see.
         _ = &mut connection => return,
-        () = place.given_up() => return,
         () = tokio::time::sleep(LIFETIME) => {}
         () = end.cancelled() => {}
     }
@@ -151,6 +210,7 @@ async fn answer(stream: TcpStream, router: Router, mut place: Place<IpAddr>, end
 #[derive(Clone, Debug)]
 struct Served {
     endpoint: Endpoint,
+    access: Access,
     collecting: Arc<Semaphore>,
 }
 
@@ -168,7 +228,10 @@ fn report(checks: &Checks) -> Response {
     (status, Json(report)).into_response()
 }
 
-async fn metrics(State(Served { endpoint, collecting }): State<Served>, headers: HeaderMap) -> Response {
+async fn metrics(State(Served { endpoint, access, collecting }): State<Served>, headers: HeaderMap) -> Response {
+    if !access.allows(&headers) {
+        return (StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, "Bearer")]).into_response();
+    }
     let format = match endpoint.native_histograms {
         NativeHistograms::Auto => Format::negotiate(&joined(&headers, header::ACCEPT)),
         NativeHistograms::Off => Format::Text,
@@ -219,7 +282,7 @@ mod tests {
     use crate::{signals::Identity, table::Emitter};
 
     async fn start() -> (SocketAddr, CancellationToken, tokio::task::JoinHandle<()>) {
-        let listener = bind(([127, 0, 0, 1], 0).into()).await.expect("a port");
+        let listener = bind(([127, 0, 0, 1], 0).into(), &Access::default()).await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let end = CancellationToken::new();
         let endpoint = Endpoint {

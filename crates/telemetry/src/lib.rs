@@ -6,6 +6,7 @@
 //!
 //! Nothing here decides what is worth measuring: that is the components' part.
 
+mod access;
 pub mod build;
 pub mod cli;
 pub mod endpoint;
@@ -24,10 +25,11 @@ pub mod table;
 
 use cli::NativeHistograms;
 
+pub use access::{Access, FileError};
 pub use family::{Family, Point, Value};
 pub use health::{Checks, Outcome};
 pub use meters::{GaugeObserver, Meters};
-pub use process::ProcessSource;
+pub use process::{ProcessSource, keep_memory_private};
 pub use series::{Exponential, Key, Measurement, Series, Source};
 
 /// What a process does with its metrics.
@@ -35,6 +37,8 @@ pub use series::{Exponential, Key, Measurement, Series, Source};
 pub struct Options {
     /// Who gets native histograms.
     pub native_histograms: NativeHistograms,
+    /// Who may see them at the endpoint.
+    pub access: Access,
     /// Where metrics are pushed to, if anywhere.
     pub otlp: Option<otlp::Options>,
 }

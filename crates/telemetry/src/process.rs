@@ -90,6 +90,16 @@ fn boot_time() -> Option<f64> {
     stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
 }
 
+/// Has the kernel dump nothing of this process's memory, which holds keys and secrets, whatever becomes of it, and let nobody but root
+/// look into it.
+pub fn keep_memory_private() {
+    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        tracing::warn!(%error, "a core dump of this process would have its secrets in it");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

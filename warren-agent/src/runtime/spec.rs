@@ -20,6 +20,7 @@ use oci_spec::{
     },
 };
 use warren_proto::v1;
+use warren_spec::{NotAllowed, Policy};
 
 use super::{Error, VolumePath, users::Identity};
 pub(super) use process::last_of_each_name;
@@ -54,6 +55,10 @@ pub struct ContainerOptions {
     pub secrets: Vec<(PathBuf, String)>,
     /// Where its volumes are, by name.
     pub volumes: BTreeMap<String, VolumePath>,
+    /// What it may have of its node.
+    pub policy: Policy,
+    /// Processes that it may have unless its service says; 0 is no limit.
+    pub pids_limit: i64,
 }
 
 /// Which network namespace a container is in.
@@ -82,6 +87,7 @@ impl ContainerOptions {
 /// Builds the spec from the image's configuration and the container's options.
 pub(super) fn build(image: &ImageConfig, options: &ContainerOptions, identity: &Identity) -> Result<Spec, Error> {
     let spec = &options.spec;
+    allowed(spec, &options.policy)?;
     let process = process::build(image, options, identity)?;
     let mounts = mounts(options)?;
     let (devices, rules) = if spec.privileged { devices::all()? } else { devices::named(&spec.devices)? };
@@ -95,7 +101,7 @@ pub(super) fn build(image: &ImageConfig, options: &ContainerOptions, identity: &
         if !spec.privileged {
             linux = linux
                 .seccomp(seccomp::profile(&process::capabilities(spec)))
-                .masked_paths(get_default_maskedpaths())
+                .masked_paths(masked_paths())
                 .readonly_paths(get_default_readonly_paths());
         } else {
             linux = linux.masked_paths(Vec::new()).readonly_paths(Vec::new());
@@ -110,6 +116,46 @@ pub(super) fn build(image: &ImageConfig, options: &ContainerOptions, identity: &
             .build()
     };
     assembled().map_err(cannot_be_built)
+}
+
+/// Whether the container may have what it wants of this node. Its manager has looked at that too; a node's own policy is the node's.
+fn allowed(spec: &v1::ContainerSpec, policy: &Policy) -> Result<(), Error> {
+    let refused = |what: String| move |not: NotAllowed| Error::BadSpec(format!("{what} {not}"));
+    if spec.privileged {
+        policy.privileged().map_err(refused("privileged".to_owned()))?;
+    }
+    if spec.network() == v1::NetworkMode::Host {
+        policy.host_network().map_err(refused("the node's network".to_owned()))?;
+    }
+    for name in &spec.capabilities_add {
+        policy.capability(name).map_err(refused(format!("capability {name}")))?;
+    }
+    for device in &spec.devices {
+        policy.device(&device.source).map_err(refused(format!("device {}", device.source)))?;
+    }
+    Ok(())
+}
+
+/// Where a path of the node leads, if containers may have that.
+pub(crate) fn host_path(path: &Path, policy: &Policy) -> Result<PathBuf, String> {
+    let shown = path.display();
+    let led = path.canonicalize().map_err(|error| format!("{shown} of this node: {error}"))?;
+    let text = led.to_str().ok_or_else(|| format!("{shown} of this node: is not UTF-8"))?;
+    // What is allowed may be behind links as well.
+    let real = |allowed: &String| Path::new(allowed).canonicalize().ok()?.to_str().map(str::to_owned);
+    let policy = Policy { allow_host_path: policy.allow_host_path.iter().filter_map(real).collect(), ..policy.clone() };
+    policy.host_path(text).map_err(|not| format!("{text} of this node {not}"))?;
+    Ok(led)
+}
+
+/// What a container does not see: the usual, and what tells of other containers by their timing or power.
+fn masked_paths() -> Vec<String> {
+    let mut paths = get_default_maskedpaths();
+    paths.extend(["/proc/interrupts", "/sys/devices/virtual/powercap"].map(str::to_owned));
+    let processors = std::fs::read_dir("/sys/devices/system/cpu").into_iter().flatten().flatten();
+    let throttles = processors.map(|processor| processor.path().join("thermal_throttle")).filter(|path| path.exists());
+    paths.extend(throttles.map(|path| path.display().to_string()));
+    paths
 }
 
 fn namespaces(network: &NetworkNamespace) -> Result<Vec<LinuxNamespace>, OciSpecError> {
@@ -169,10 +215,10 @@ fn mounts(options: &ContainerOptions) -> Result<Vec<Mount>, Error> {
         }
     }
     for wanted in &spec.mounts {
-        mounts.push(self::mount(wanted, &options.volumes)?);
+        mounts.push(self::mount(wanted, options)?);
     }
     for (source, target) in &options.secrets {
-        mounts.push(bind(source, target, true)?);
+        mounts.push(bind_with(source, target, true, &["nosuid", "nodev", "noexec"])?);
     }
     if spec.init {
         let init = options.init.as_deref().ok_or_else(|| {
@@ -186,7 +232,7 @@ fn mounts(options: &ContainerOptions) -> Result<Vec<Mount>, Error> {
     Ok(kernels)
 }
 
-fn mount(wanted: &v1::Mount, volumes: &BTreeMap<String, VolumePath>) -> Result<Mount, Error> {
+fn mount(wanted: &v1::Mount, of: &ContainerOptions) -> Result<Mount, Error> {
     match wanted.r#type() {
         v1::MountType::Tmpfs => {
             let mode = if wanted.mode == 0 { 0o1777 } else { wanted.mode };
@@ -207,15 +253,13 @@ fn mount(wanted: &v1::Mount, volumes: &BTreeMap<String, VolumePath>) -> Result<M
             built.map_err(cannot_be_built)
         }
         v1::MountType::Bind => {
-            if let Err(error) = std::fs::metadata(&wanted.source) {
-                let why = format!("mount {}: {} of this node: {error}", wanted.target, wanted.source);
-                return Err(Error::BadSpec(why));
-            }
-            bind(Path::new(&wanted.source), &wanted.target, wanted.read_only)
+            let source = host_path(Path::new(&wanted.source), &of.policy);
+            let source = source.map_err(|why| Error::BadSpec(format!("mount {}: {why}", wanted.target)))?;
+            bind(&source, &wanted.target, wanted.read_only)
         }
         v1::MountType::Volume => {
             let missing = || Error::BadSpec(format!("mount {}: there is no volume {:?}", wanted.target, wanted.source));
-            bind(&volumes.get(&wanted.source).ok_or_else(missing)?.path, &wanted.target, wanted.read_only)
+            bind(&of.volumes.get(&wanted.source).ok_or_else(missing)?.path, &wanted.target, wanted.read_only)
         }
         v1::MountType::Unspecified => Err(Error::BadSpec(format!("mount {}: has no type", wanted.target))),
     }
@@ -223,12 +267,18 @@ fn mount(wanted: &v1::Mount, volumes: &BTreeMap<String, VolumePath>) -> Result<M
 
 /// A file or directory of the node in a container. What is mounted below it later does not show up there.
 fn bind(source: &Path, target: &str, read_only: bool) -> Result<Mount, Error> {
+    bind_with(source, target, read_only, &[])
+}
+
+fn bind_with(source: &Path, target: &str, read_only: bool, more: &[&str]) -> Result<Mount, Error> {
     let access = if read_only { "ro" } else { "rw" };
     MountBuilder::default()
         .destination(target)
         .typ("bind")
         .source(source)
-        .options(["rbind", "rprivate", access].map(str::to_owned))
+        .options(
+            ["rbind", "rprivate", access].iter().chain(more).map(|option| (*option).to_owned()).collect::<Vec<_>>(),
+        )
         .build()
         .map_err(cannot_be_built)
 }
@@ -264,8 +314,9 @@ fn resources(options: &ContainerOptions, allowed: Vec<LinuxDeviceCgroup>) -> Res
         }
         resources.set_cpu(Some(cpu.build()?));
     }
-    if options.spec.pids_limit > 0 {
-        resources.set_pids(Some(LinuxPidsBuilder::default().limit(options.spec.pids_limit).build()?));
+    let processes = if options.spec.pids_limit > 0 { options.spec.pids_limit } else { options.pids_limit };
+    if processes > 0 {
+        resources.set_pids(Some(LinuxPidsBuilder::default().limit(processes).build()?));
     }
     Ok(resources)
 }
@@ -284,7 +335,8 @@ mod tests {
 
     pub(super) fn options(spec: v1::ContainerSpec) -> ContainerOptions {
         let id = "0123456789abcdefghijklmno".to_owned();
-        ContainerOptions { id, cgroup_parent: "/warren".into(), spec, ..Default::default() }
+        let policy = Policy::everything();
+        ContainerOptions { id, cgroup_parent: "/warren".into(), spec, policy, pids_limit: 77, ..Default::default() }
     }
 
     #[test]
@@ -307,6 +359,58 @@ mod tests {
         let cpu = resources.cpu().as_ref().expect("cpu");
         assert_eq!((cpu.quota(), cpu.shares()), (Some(50_000), Some(256)));
         assert_eq!(resources.pids().as_ref().map(|pids| pids.limit()), Some(9));
+        let spec =
+            build(&image(), &super::tests::options(v1::ContainerSpec::default()), &Identity::ROOT).expect("a spec");
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().clone()).expect("resources");
+        assert_eq!(resources.pids().as_ref().map(|pids| pids.limit()), Some(77), "what the node says");
+    }
+
+    #[test]
+    fn a_node_gives_what_its_own_policy_allows() {
+        let refused = |spec, policy: &Policy| {
+            let options = ContainerOptions { policy: policy.clone(), ..options(spec) };
+            build(&image(), &options, &Identity::ROOT).map(drop).map_err(|error| error.to_string())
+        };
+        let closed = Policy::default();
+        let plain = || v1::ContainerSpec { capabilities_add: vec!["CHOWN".to_owned()], ..Default::default() };
+        assert_eq!(refused(plain(), &closed), Ok(()));
+        let host = v1::ContainerSpec { network: v1::NetworkMode::Host.into(), ..plain() };
+        let device = v1::Device { source: "/dev/null".to_owned(), ..Default::default() };
+        for (spec, why) in [
+            (v1::ContainerSpec { privileged: true, ..plain() }, "privileged is not allowed: --allow-privileged"),
+            (host, "the node's network is not allowed: --allow-host-network"),
+            (
+                v1::ContainerSpec { capabilities_add: vec!["all".to_owned()], ..plain() },
+                "capability all is not allowed: --allow-capability ALL",
+            ),
+            (
+                v1::ContainerSpec { devices: vec![device], ..plain() },
+                "device /dev/null is not allowed: --allow-device /dev/null",
+            ),
+        ] {
+            let said = refused(spec.clone(), &closed).expect_err(why);
+            assert!(said.starts_with(why), "{said}");
+            assert_eq!(refused(spec, &Policy::everything()), Ok(()));
+        }
+        // Where a path leads counts, not how it is called.
+        let directory = tempfile::tempdir().expect("a directory");
+        let (real, link) = (directory.path().join("real"), directory.path().join("link"));
+        std::fs::create_dir(&real).expect("writable");
+        std::os::unix::fs::symlink("/etc", &link).expect("writable");
+        let bind = |source: &Path| v1::ContainerSpec {
+            mounts: vec![v1::Mount {
+                r#type: v1::MountType::Bind.into(),
+                source: source.display().to_string(),
+                target: "/x".to_owned(),
+                ..Default::default()
+            }],
+            ..plain()
+        };
+        let open = Policy { allow_host_path: vec![directory.path().display().to_string()], ..Policy::default() };
+        assert_eq!(refused(bind(&real), &open), Ok(()));
+        let led = refused(bind(&link), &open).expect_err("it leads elsewhere");
+        assert!(led.starts_with("mount /x: /etc of this node is not allowed: --allow-host-path /etc"), "{led}");
+        assert!(refused(bind(&real), &closed).is_err());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! cgroups, v1 and v2, and both beside each other.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -25,6 +25,15 @@ struct Hierarchy {
 /// All of them.
 #[derive(Clone, Debug)]
 pub(super) struct Hierarchies(Vec<Hierarchy>);
+
+/// Sets a limit of a cgroup, by its path below the mount points; it is made unless it is there.
+///
+/// # Errors
+///
+/// When there is no such controller, or the kernel refuses.
+pub(crate) fn limit(cgroup: &Path, controller: &str, file: &str, value: &str) -> io::Result<()> {
+    Hierarchies::of_this_process().limit(cgroup, controller, file, value)
+}
 
 impl Hierarchies {
     pub(super) fn of_this_process() -> Self {
@@ -65,6 +74,23 @@ impl Hierarchies {
         })?;
         let below = Path::new(path).strip_prefix(&hierarchy.root).ok()?;
         Some((hierarchy.mount_point.join(below), hierarchy.v2))
+    }
+
+    /// Sets a limit of a cgroup that is made unless it is there; of v2, below controllers that its parents hand down.
+    fn limit(&self, cgroup: &Path, controller: &str, file: &str, value: &str) -> io::Result<()> {
+        let shown = format!("0::{0}\n1:{controller}:{0}", cgroup.display());
+        let found = self.directory(controller, &shown);
+        let (directory, v2) = found.ok_or_else(|| io::Error::other(format!("there are no cgroups of {controller}")))?;
+        fs::create_dir_all(&directory)?;
+        if v2 {
+            let mount = self.0.iter().find(|hierarchy| hierarchy.v2).map(|hierarchy| &hierarchy.mount_point);
+            let above: Vec<_> =
+                directory.ancestors().skip(1).take_while(|path| mount.is_some_and(|m| path.starts_with(m))).collect();
+            for parent in above.into_iter().rev() {
+                fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"))?;
+            }
+        }
+        fs::write(directory.join(file), value)
     }
 
     /// The processes of a process's cgroup, itself among them, and of those below it; host's ids.

@@ -12,7 +12,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, Span};
 use warren_proto::v1::{self, ContainerState};
 use warren_registry::Credentials;
-use warren_spec::{ImageName, InvalidImageName};
+use warren_spec::{ImageName, InvalidImageName, Policy};
 
 use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Phase, RuntimePhase, Timings};
 use crate::{
@@ -77,6 +77,10 @@ pub struct NodeSettings {
     pub cgroup_parent: PathBuf,
     /// A program for containers that want an init: static, and understanding `init -- command`.
     pub init: Option<PathBuf>,
+    /// What containers may have of the node.
+    pub policy: Policy,
+    /// Processes of a container whose service does not say; 0 is no limit.
+    pub pids_limit: i64,
 }
 
 /// What all workers share.
@@ -406,6 +410,8 @@ impl Worker {
             resources: assignment.resources.unwrap_or_default(),
             cgroup_parent: self.shared.node.cgroup_parent.clone(),
             init: self.shared.node.init.clone(),
+            policy: self.shared.node.policy.clone(),
+            pids_limit: self.shared.node.pids_limit,
         };
         retry(|| self.shared.containerd.create_container(&image, &rootfs, &options, labels.clone())).await?;
         self.shared.registrar.register(&self.id, &assignment.service_name, self.stop.signal);

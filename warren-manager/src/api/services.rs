@@ -168,7 +168,7 @@ impl Services {
     }
 
     async fn create(&self, request: v1::CreateServiceRequest) -> Result<v1::Service, Error> {
-        let spec = self.pinned(validate::service_spec(request.spec, self.0.policy)?, None).await?;
+        let spec = self.pinned(validate::service_spec(request.spec, &self.0.policy)?, None).await?;
         // A client that repeats a request after a lost answer is answered with what it made.
         let known = self.0.store.read().await?;
         if !known.has_done(&request.request_id) {
@@ -182,7 +182,7 @@ impl Services {
     }
 
     async fn update(&self, request: v1::UpdateServiceRequest) -> Result<v1::Service, Error> {
-        let spec = validate::service_spec(request.spec, self.0.policy)?;
+        let spec = validate::service_spec(request.spec, &self.0.policy)?;
         let state = self.0.store.read().await?;
         if state.has_done(&request.request_id) {
             // Repeated after a lost answer; a service that was renamed is no longer found as it was named.
@@ -231,7 +231,7 @@ impl Services {
 
         match object {
             Object::Service(spec) => {
-                let spec = validate::service_spec(Some(spec), self.0.policy)?;
+                let spec = validate::service_spec(Some(spec), &self.0.policy)?;
                 let known = state.service_named(&spec.name).cloned();
                 Self::check_names(state, &spec, known.as_ref().map(|known| &known.spec))?;
                 self.check_ports(state, &spec, known.as_ref().map(|known| &known.spec))?;

@@ -18,7 +18,7 @@ pub(super) struct Volumes(pub(super) Context);
 const MAX_TEXT: usize = 64 << 10;
 const OPTIONS: [&str; 3] = ["device", "o", "type"];
 
-fn checked(request: &v1::CreateVolumeRequest) -> Result<(), Invalid> {
+fn checked(request: &v1::CreateVolumeRequest, policy: &warren_spec::Policy) -> Result<(), Invalid> {
     object_name(&request.name)?;
     if !matches!(request.driver.as_str(), "" | "local") {
         return Err(Invalid::new("driver", format!("{:?} is not known; there is local", request.driver)));
@@ -50,7 +50,11 @@ fn checked(request: &v1::CreateVolumeRequest) -> Result<(), Invalid> {
         "nfs" | "nfs4" if !option("o").split(',').any(|option| option.starts_with("addr=")) => {
             Err(Invalid::new("driver_options.o", "has no addr= with the server's address"))
         }
-        "bind" | "nfs" | "nfs4" => Ok(()),
+        "bind" => {
+            let allowed = policy.host_path(device);
+            allowed.map_err(|not| Invalid::new("driver_options.device", not.to_string()))
+        }
+        "nfs" | "nfs4" => Ok(()),
         other => Err(Invalid::new("driver_options.type", format!("{other:?} is not bind, tmpfs or nfs"))),
     }
 }
@@ -66,7 +70,7 @@ fn shown(volume: &Volume, state: &State) -> v1::Volume {
 impl Volumes {
     /// A new volume, checked.
     pub(super) fn first(&self, state: &State, request: v1::CreateVolumeRequest) -> Result<Volume, Error> {
-        checked(&request)?;
+        checked(&request, &self.0.policy.containers)?;
         let node = match request.node.as_str() {
             "" => None,
             name => Some(lookup::node(state, name)?.id.clone()),

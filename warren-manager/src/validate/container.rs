@@ -1,9 +1,9 @@
 use std::collections::BTreeSet;
 
 use warren_proto::v1;
-use warren_spec::{ImageName, User};
+use warren_spec::{ImageName, Policy, User};
 
-use super::{Invalid, MAX_TEXT, MAX_TIMEOUT, Policy, invalid, text};
+use super::{Invalid, MAX_TEXT, MAX_TIMEOUT, invalid, text};
 use crate::convert;
 
 /// The kernel's longest hostname.
@@ -20,7 +20,7 @@ const MAX_MODE: u32 = 0o7777;
 const MAX_LIST: usize = 256;
 
 /// A container's spec, checked.
-pub(super) fn check(spec: Option<v1::ContainerSpec>, policy: Policy) -> Result<v1::ContainerSpec, Invalid> {
+pub(super) fn check(spec: Option<v1::ContainerSpec>, policy: &Policy) -> Result<v1::ContainerSpec, Invalid> {
     let mut spec = spec.unwrap_or_default();
     for mount in spec.secrets.iter_mut().chain(&mut spec.configs) {
         if mount.on_update() == v1::OnUpdate::Unspecified {
@@ -48,10 +48,6 @@ pub(super) fn check(spec: Option<v1::ContainerSpec>, policy: Policy) -> Result<v
         let why = format!("{} is not between 0 and {MAX_PIDS}", spec.pids_limit);
         return invalid("spec.container.pids_limit", why);
     }
-    if spec.privileged && !policy.privileged {
-        let why = "is not allowed in this cluster; a manager started with --allow-privileged would allow it";
-        return invalid("spec.container.privileged", why);
-    }
     for (field, names) in [
         ("spec.container.capabilities_add", &spec.capabilities_add),
         ("spec.container.capabilities_drop", &spec.capabilities_drop),
@@ -73,6 +69,7 @@ pub(super) fn check(spec: Option<v1::ContainerSpec>, policy: Policy) -> Result<v
     mounts(&spec)?;
     network(&spec)?;
     secrets(&spec)?;
+    allowed(&spec, policy)?;
     if let Some(check) = &spec.health_check {
         health(check)?;
     }
@@ -80,6 +77,27 @@ pub(super) fn check(spec: Option<v1::ContainerSpec>, policy: Policy) -> Result<v
         return invalid("spec.container.pull_policy", format!("{} is not known", spec.pull_policy));
     }
     Ok(spec)
+}
+
+/// What the container wants of its node, and whether it may have it.
+fn allowed(spec: &v1::ContainerSpec, policy: &Policy) -> Result<(), Invalid> {
+    let refused = |field: String| move |not: warren_spec::NotAllowed| Invalid::new(field, not.to_string());
+    if spec.privileged {
+        policy.privileged().map_err(refused("spec.container.privileged".to_owned()))?;
+    }
+    if spec.network() == v1::NetworkMode::Host {
+        policy.host_network().map_err(refused("spec.container.network".to_owned()))?;
+    }
+    for name in &spec.capabilities_add {
+        policy.capability(name).map_err(refused("spec.container.capabilities_add".to_owned()))?;
+    }
+    for (i, device) in spec.devices.iter().enumerate() {
+        policy.device(&device.source).map_err(refused(format!("spec.container.devices[{i}].source")))?;
+    }
+    for (i, mount) in spec.mounts.iter().enumerate().filter(|(_, mount)| mount.r#type() == v1::MountType::Bind) {
+        policy.host_path(&mount.source).map_err(refused(format!("spec.container.mounts[{i}].source")))?;
+    }
+    Ok(())
 }
 
 fn image(image: &str) -> Result<(), Invalid> {
@@ -353,7 +371,7 @@ mod tests {
     fn refused(change: impl FnOnce(&mut v1::ContainerSpec)) -> String {
         let mut spec = spec();
         change(&mut spec);
-        check(Some(spec), Policy::default()).expect_err("refused").field.into_owned()
+        check(Some(spec), &Policy::default()).expect_err("refused").field.into_owned()
     }
 
     fn tmpfs(target: &str) -> v1::Mount {
@@ -366,7 +384,7 @@ mod tests {
 
     #[test]
     fn every_field_is_checked_and_named() {
-        assert!(check(None, Policy::default()).is_err_and(|error| error.field == "spec.container.image"));
+        assert!(check(None, &Policy::default()).is_err_and(|error| error.field == "spec.container.image"));
         for image in ["UPPER", "a b", "nginx:", &"a".repeat(256)] {
             assert_eq!(refused(|spec| spec.image = image.to_owned()), "spec.container.image", "{image}");
         }
@@ -445,6 +463,15 @@ mod tests {
         };
         assert_eq!(refused(host), "spec.container.sysctls");
         assert_eq!(refused(|spec| spec.network = 99), "spec.container.network");
+        assert_eq!(refused(|spec| spec.network = v1::NetworkMode::Host.into()), "spec.container.network");
+        assert_eq!(
+            refused(|spec| spec.capabilities_add = vec!["chown".to_owned(), "ALL".to_owned()]),
+            "spec.container.capabilities_add"
+        );
+        let device = v1::Device { source: "/dev/fuse".to_owned(), ..Default::default() };
+        assert_eq!(refused(|spec| spec.devices = vec![device]), "spec.container.devices[0].source");
+        let mount = v1::Mount { r#type: v1::MountType::Bind.into(), source: "/".to_owned(), ..tmpfs("/a") };
+        assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].source");
         let mount = v1::Mount { mode: 0o10000, ..tmpfs("/a") };
         assert_eq!(refused(|spec| spec.mounts = vec![mount]), "spec.container.mounts[0].mode");
     }
@@ -462,6 +489,6 @@ mod tests {
             privileged: true,
             ..spec()
         };
-        assert_eq!(check(Some(spec.clone()), Policy { privileged: true, ..Policy::default() }), Ok(spec));
+        assert_eq!(check(Some(spec.clone()), &Policy::everything()), Ok(spec));
     }
 }

@@ -102,7 +102,7 @@ pub(crate) struct Arguments {
     /// From that signal to SIGKILL, like 30s or 2m, or a number of seconds; 10s unless given.
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     stop_timeout: Option<pbjson_types::Duration>,
-    /// Processes and threads that a container may have; 0 is no limit.
+    /// Processes and threads that a container may have; what its node's agent says (--limit-pids, 4096) unless given.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     limit_pids: i64,
     /// The directory in which the command runs; the image's unless given.

@@ -1,4 +1,7 @@
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    path::{Component, Path, PathBuf},
+};
 
 use oci_spec::{
     image::Config as ImageConfig,
@@ -11,29 +14,14 @@ use rustix::{
     thread::{CapabilitySet, capabilities as own_capabilities},
 };
 use warren_proto::v1;
-use warren_spec::CAPABILITIES;
+use warren_spec::{CAPABILITIES, DEFAULT_CAPABILITIES};
 
 use super::{super::Error, ContainerOptions, INIT, Identity, cannot_be_built};
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// What a container may do as root unless its service says otherwise: Docker's and containerd's default set.
-const DEFAULT_CAPABILITIES: [&str; 14] = [
-    "AUDIT_WRITE",
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "MKNOD",
-    "NET_BIND_SERVICE",
-    "NET_RAW",
-    "SETFCAP",
-    "SETGID",
-    "SETPCAP",
-    "SETUID",
-    "SYS_CHROOT",
-];
+/// Variables of a process: the runtime sets each by looking through all others, and no image has a hundredth of these.
+const MAX_VARIABLES: usize = 10_000;
 
 /// Open files: enough for servers, and what Debian's shells have.
 const SOFT_FILES: u64 = 1024;
@@ -43,6 +31,12 @@ const HARD_FILES: u64 = 1 << 20;
 pub(super) fn build(image: &ImageConfig, options: &ContainerOptions, identity: &Identity) -> Result<Process, Error> {
     let spec = &options.spec;
     let args = arguments(image, spec)?;
+    let working_dir = working_dir(image, spec)?;
+    let env = environment(image, options, identity);
+    if env.len() > MAX_VARIABLES {
+        let why = format!("its environment has {} variables, and {MAX_VARIABLES} are the most", env.len());
+        return Err(Error::BadSpec(why));
+    }
     let named =
         |names: BTreeSet<&str>| -> Capabilities { names.into_iter().filter_map(|name| name.parse().ok()).collect() };
     let all = named(capabilities(spec));
@@ -72,8 +66,8 @@ pub(super) fn build(image: &ImageConfig, options: &ContainerOptions, identity: &
             .terminal(false)
             .user(user)
             .args(args)
-            .env(environment(image, options, identity))
-            .cwd(working_dir(image, spec))
+            .env(env)
+            .cwd(working_dir)
             .capabilities(capabilities)
             .no_new_privileges(spec.no_new_privileges.unwrap_or(!spec.privileged))
             .rlimits(rlimits)
@@ -82,9 +76,23 @@ pub(super) fn build(image: &ImageConfig, options: &ContainerOptions, identity: &
     assembled().map_err(cannot_be_built)
 }
 
-fn working_dir(image: &ImageConfig, spec: &v1::ContainerSpec) -> String {
+/// Where a process begins. What an image says may be relative, and must not lead to what the runtime has open at the time.
+fn working_dir(image: &ImageConfig, spec: &v1::ContainerSpec) -> Result<String, Error> {
     let of_image = image.working_dir().clone().filter(|directory| !directory.is_empty());
-    if spec.working_dir.is_empty() { of_image.unwrap_or_else(|| "/".to_owned()) } else { spec.working_dir.clone() }
+    let said = if spec.working_dir.is_empty() { of_image.unwrap_or_default() } else { spec.working_dir.clone() };
+    let mut path = PathBuf::from("/");
+    for component in Path::new(&said).components() {
+        match component {
+            Component::Normal(name) => path.push(name),
+            Component::ParentDir => drop(path.pop()),
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    let path = path.to_string_lossy().into_owned();
+    if warren_spec::inside(&path, "/proc") {
+        return Err(Error::BadSpec(format!("working directory {said}: nothing begins in /proc")));
+    }
+    Ok(path)
 }
 
 fn environment(image: &ImageConfig, options: &ContainerOptions, identity: &Identity) -> Vec<String> {
@@ -182,6 +190,10 @@ fn rlimits(spec: &v1::ContainerSpec) -> Result<Vec<PosixRlimit>, Error> {
         let hard = own_files.min(HARD_FILES);
         limits.push(rlimit("nofile", SOFT_FILES.min(hard), hard)?);
     }
+    if !spec.ulimits.keys().any(|name| name.eq_ignore_ascii_case("core")) {
+        // What a process has in memory is in its core dump. A program may ask for one.
+        limits.push(rlimit("core", 0, own_hard_limit("core").unwrap_or(u64::MAX))?);
+    }
     // -1 is no limit, which is what the kernel's largest number means.
     let amount = |value: i64| u64::try_from(value).unwrap_or(u64::MAX);
     for (name, limit) in &spec.ulimits {
@@ -239,6 +251,30 @@ mod tests {
         super::tests::{image, options},
         *,
     };
+
+    #[test]
+    fn nothing_begins_in_the_kernels_own_files() {
+        let image = |directory: &str| -> ImageConfig {
+            serde_json::from_value(serde_json::json!({ "WorkingDir": directory })).expect("a configuration")
+        };
+        let directory = |of_image: &str, of_service: &str| {
+            let spec = v1::ContainerSpec { working_dir: of_service.to_owned(), ..Default::default() };
+            working_dir(&image(of_image), &spec).map_err(|error| error.to_string())
+        };
+        for (of_image, of_service, expected) in [
+            ("", "", "/"),
+            ("/srv/", "", "/srv"),
+            ("srv/./x", "", "/srv/x"),
+            ("/a/../../b", "", "/b"),
+            ("/srv", "/home", "/home"),
+        ] {
+            assert_eq!(directory(of_image, of_service), Ok(expected.to_owned()), "{of_image} {of_service}");
+        }
+        for (of_image, of_service) in [("/proc/self/fd/7", ""), ("/a/../proc/self", ""), ("", "/proc/self/fd/8")] {
+            let why = directory(of_image, of_service).expect_err("refused");
+            assert!(why.contains("nothing begins in /proc"), "{why}");
+        }
+    }
 
     #[test]
     fn a_service_overrides_its_image() {
