@@ -328,7 +328,7 @@ fn a_container_has_bounds_that_nobody_asked_for() {
     let all = all.expect("a limit");
     let all: u64 = all.trim().parse().unwrap_or_else(|_| panic!("{all:?} is no number"));
     assert!((1000..4 << 20).contains(&all), "{all}");
-    let mount = inside.mount("/run/secrets/key");
+    let mount = inside.mount("/run/secrets");
     assert!(["ro", "nosuid", "nodev", "noexec"].iter().all(|flag| mount.contains(flag)), "{mount}");
     let limits = inside.proc("limits");
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).expect("a line");

@@ -159,6 +159,10 @@ const DESCRIPTORS: [&[u8]; 3] = [
     tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
 ];
 
+/// Bytes of a message to what strangers may call, too: a request for a certificate and a token are a tenth of that. What is larger is
+/// refused by its length, before there is room for it.
+const MAX_NEWCOMER: usize = 64 << 10;
+
 /// All services of the API.
 #[must_use]
 pub(crate) fn router(context: &Context, dispatcher: Dispatcher, relay: Relay, feed: Feed) -> tonic::service::Routes {
@@ -179,7 +183,7 @@ pub(crate) fn router(context: &Context, dispatcher: Dispatcher, relay: Relay, fe
         .add_service(ExecServer::new(exec::Exec(context.clone(), relay.clone())))
         .add_service(StatsServer::new(stats::Stats(context.clone(), relay)))
         .add_service(VolumesServer::new(volumes::Volumes(context.clone())))
-        .add_service(ClusterServer::new(cluster::Cluster(context.clone())))
+        .add_service(ClusterServer::new(cluster::Cluster(context.clone())).max_decoding_message_size(MAX_NEWCOMER))
         .add_service(OperatorsServer::new(operators::Operators(context.clone())))
         .add_service(LockServer::new(lock::Open))
         .add_service(EventsServer::new(events::Events(context.clone(), feed)))
@@ -189,7 +193,7 @@ pub(crate) fn router(context: &Context, dispatcher: Dispatcher, relay: Relay, fe
                 .max_encoding_message_size(MAX_MESSAGE),
         )
         .add_service(DispatcherServer::new(dispatcher))
-        .add_service(health);
+        .add_service(health.max_decoding_message_size(MAX_NEWCOMER));
     // It knows its own description.
     let [own, health, _] = DESCRIPTORS;
     let reflection = tonic_reflection::server::Builder::configure()

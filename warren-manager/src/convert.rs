@@ -372,3 +372,70 @@ pub(crate) fn described<'a>(conditions: impl IntoIterator<Item = &'a Condition>)
 /// The restart policy of a service that says nothing about it.
 pub(crate) const DEFAULT_RESTART: RestartPolicy =
     RestartPolicy { condition: RestartCondition::Any, delay: Duration::from_secs(1), max_attempts: 0 };
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+    use crate::validate;
+
+    /// What agents and newcomers send, and operators.
+    #[test]
+    fn whatever_comes_is_read_or_refused() {
+        let status = v1::ContainerStatus {
+            state: v1::ContainerState::Running.into(),
+            message: "it runs".to_owned(),
+            changed_at: Some(pbjson_types::Timestamp { seconds: 1, nanos: 2 }),
+            addresses: vec!["10.128.0.2".to_owned(), "fd00::2".to_owned()],
+            ..Default::default()
+        };
+        let resources = v1::ResourceAmounts { cpu_millis: 1000, memory_bytes: 1 << 30 };
+        let node = v1::NodeDescription {
+            hostname: "node-1".to_owned(),
+            labels: [("zone".to_owned(), "eu".to_owned())].into(),
+            resources: Some(resources),
+            address: "192.0.2.1".to_owned(),
+            ..Default::default()
+        };
+        let container = v1::ContainerSpec {
+            image: "registry.example/web:1".to_owned(),
+            command: vec!["sh".to_owned()],
+            env: [("A".to_owned(), "b".to_owned())].into(),
+            stop_timeout: Some(pbjson_types::Duration { seconds: 3, nanos: 4 }),
+            user: "1:2".to_owned(),
+            mounts: vec![v1::Mount {
+                r#type: 2,
+                source: "/srv".to_owned(),
+                target: "/x".to_owned(),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let service = v1::ServiceSpec {
+            name: "web".to_owned(),
+            container: Some(container),
+            ports: vec![v1::Port { container_port: 80, host_port: 8080, ..Default::default() }],
+            constraints: vec!["node.labels.zone==eu".to_owned()],
+            ..Default::default()
+        };
+        let good = [status.encode_to_vec(), node.encode_to_vec(), service.encode_to_vec()];
+        let good: Vec<_> = good.iter().map(Vec::as_slice).collect();
+        let policy = validate::Policy::default();
+        warren_fuzz::fuzz(&good, |bytes| {
+            if let Ok(status) = v1::ContainerStatus::decode(bytes)
+                && let Some(status) = observed_status(status)
+            {
+                assert!(status.message.len() <= MAX_WORDS + 3 && status.health_message.len() <= MAX_WORDS + 3);
+                let _ = status.changed_at.shifted(i64::MIN).to_proto();
+                let _ = status.changed_at.shifted(i64::MAX).to_proto();
+            }
+            if let Ok(wire) = v1::NodeDescription::decode(bytes) {
+                let _ = validate::description(&description(wire), None);
+            }
+            if let Ok(spec) = v1::ServiceSpec::decode(bytes) {
+                let _ = validate::service_spec(Some(spec), &policy);
+            }
+        });
+    }
+}

@@ -45,7 +45,7 @@ const NEWS_PATIENCE: Duration = Duration::from_secs(1);
 /// new ones.
 const VISITORS: usize = 256;
 const VISITORS_OF_ONE: usize = 16;
-const VISIT: Duration = Duration::from_secs(60);
+const VISIT: Duration = Duration::from_secs(20);
 
 /// So long after the members have changed, those who follow something are looked for among them.
 const MEMBERS_LOOK: Duration = Duration::from_secs(1);

@@ -2,6 +2,7 @@
 
 mod bench;
 mod build_ebpf;
+mod fuzz;
 mod kernels;
 mod mixin;
 mod network;
@@ -28,6 +29,8 @@ enum Command {
     Test(test::Arguments),
     /// Simulates managers, agents and operators while everything fails that can, by seed.
     Sim(sim::Arguments),
+    /// Gives every parser of what strangers send a million damaged inputs.
+    Fuzz(fuzz::Arguments),
     /// Tests on other kernels, in QEMU: the kernel programs, and what depends on cgroup v2, WireGuard and NFS.
     Kernels(kernels::Arguments),
     /// Renders dashboards and alerts from deploy/mixin.
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Up(arguments) => up::run(arguments),
         Command::Test(arguments) => test::run(arguments),
         Command::Sim(arguments) => sim::run(arguments),
+        Command::Fuzz(arguments) => fuzz::run(arguments),
         Command::Kernels(arguments) => kernels::run(arguments),
         Command::Mixin => mixin::run(),
         Command::Bench(arguments) => bench::run(arguments),

@@ -198,6 +198,25 @@ mod tests {
     }
 
     #[test]
+    fn whatever_comes_is_read_or_refused() {
+        let zone = zone(3);
+        let good = [
+            request("web.warren.example.", RecordType::A, Some(4096)),
+            request("db.", RecordType::AAAA, None),
+            request("x.y.z.example.", RecordType::TXT, Some(100)),
+        ];
+        let good: Vec<_> = good.iter().map(Vec::as_slice).collect();
+        let (mut scratch, mut out) = (Vec::new(), Vec::new());
+        warren_fuzz::fuzz(&good, |bytes| {
+            out.clear();
+            if let Some(question) = Question::read(bytes) {
+                let _ = question.answer(&zone, MAX, &mut scratch, &mut out);
+                assert!(out.len() <= usize::from(MAX), "{} bytes", out.len());
+            }
+        });
+    }
+
+    #[test]
     fn a_plain_question_is_answered() {
         let zone = zone(3);
         for name in ["web.warren.example.", "WEB.Warren.EXAMPLE.", "web."] {

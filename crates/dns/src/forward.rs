@@ -217,6 +217,9 @@ impl Forwarder {
             Problem::Timeout => Failure::Timeout,
             Problem::Unreachable => Failure::Other,
         })?;
+        let mut message = message;
+        let end = keep_chain(&fqdn, &mut message.answers);
+        message.authorities.retain(|record| record.name.zone_of(&end));
         let bytes = message.to_vec().map_or(usize::MAX, |bytes| bytes.len() * MEMORY_A_BYTE + OVERHEAD);
         let soa = message.authorities.into_iter().find(|record| record.record_type() == RecordType::SOA);
         let negative = message.answers.is_empty();
@@ -234,6 +237,23 @@ impl Forwarder {
     }
 }
 
+/// Keeps those records of an answer that are about the name that was asked for, or about one that it is an alias of, and returns the last of
+/// these. Whatever else a server says there, nobody has asked, and it may be a lie about others' names.
+fn keep_chain(name: &Name, records: &mut Vec<Record>) -> Name {
+    let mut end = name.clone();
+    let mut chain = vec![name.clone()];
+    // Servers put aliases in order; those that do not are followed as well, as long as there are any.
+    while let Some(target) = records.iter().find_map(|record| match &record.data {
+        RData::CNAME(target) if record.name == end && !chain.contains(&target.0) => Some(target.0.clone()),
+        _ => None,
+    }) {
+        chain.push(target.clone());
+        end = target;
+    }
+    records.retain(|record| chain.contains(&record.name));
+    end
+}
+
 /// That there is nothing is true for the lesser of two times (RFC 2308, 5).
 fn negative_ttl(mut soa: Record) -> Record {
     if let RData::SOA(data) = &soa.data {
@@ -245,6 +265,29 @@ fn negative_ttl(mut soa: Record) -> Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn records_of_others_are_nobodys() {
+        use hickory_server::proto::rr::rdata::{A, CNAME};
+
+        let name = |text: &str| Name::from_ascii(text).expect("a name");
+        let alias = |from: &str, to: &str| Record::from_rdata(name(from), 60, RData::CNAME(CNAME(name(to))));
+        let address = |of: &str| Record::from_rdata(name(of), 60, RData::A(A::new(192, 0, 2, 1)));
+        let kept = |asked: &str, records: &[Record]| {
+            let mut records = records.to_vec();
+            let end = keep_chain(&name(asked), &mut records);
+            let names: Vec<_> = records.iter().map(|record| record.name.to_string()).collect();
+            (names.join(" "), end.to_string())
+        };
+        let foreign = [address("a.example."), address("bank.example."), alias("other.", "a.example.")];
+        assert_eq!(kept("a.example.", &foreign), ("a.example.".to_owned(), "a.example.".to_owned()));
+        let chain =
+            [address("c.net."), alias("b.org.", "c.net."), alias("A.example.", "b.org."), address("bank.example.")];
+        assert_eq!(kept("a.example.", &chain).1, "c.net.");
+        assert_eq!(kept("a.example.", &chain).0.split(' ').count(), 3);
+        let round = [alias("a.example.", "b.org."), alias("b.org.", "a.example.")];
+        assert_eq!(kept("a.example.", &round).1, "b.org.", "it ends");
+    }
 
     #[test]
     fn the_nodes_resolvers_are_asked_and_not_this_one() {

@@ -3,21 +3,20 @@ use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
     num::NonZeroU32,
     os::fd::AsRawFd as _,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use hickory_server::{
-    Server,
-    net::{NetError, runtime::Time, xfer::Protocol},
+    net::{NetError, xfer::Protocol},
     proto::{
-        op::{Edns, Header, HeaderCounts, Metadata, OpCode, ResponseCode},
+        op::{Edns, Header, HeaderCounts, MessageType, Metadata, OpCode, ResponseCode},
         rr::{DNSClass, Record, RecordType},
         serialize::binary::BinEncoder,
     },
-    server::{Request, RequestHandler, ResponseHandler, ResponseInfo},
+    server::{Request, ResponseHandler, ResponseInfo},
     zone_handler::{MessageResponse, MessageResponseBuilder},
 };
 use nix::{
@@ -26,12 +25,14 @@ use nix::{
 };
 use socket2::{Domain, Socket, Type};
 use tokio::{
-    net::TcpListener,
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
     runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
+use warren_connections::{Connections, at_most, client};
 
 use crate::{
     fast::Question,
@@ -83,8 +84,11 @@ const SOCKETS: usize = 2;
 const RECEIVE_BUFFER: usize = 4 << 20;
 /// A connection without a request is closed after this time.
 const TCP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Responses waiting on one connection.
-const TCP_RESPONSES: usize = 128;
+/// Connections at a time, in all and of one client: the oldest make room for new ones.
+const CONNECTIONS: usize = 1024;
+const OF_ONE_CLIENT: usize = 64;
+/// Such errors of accept as too many open files do not go away at once.
+const PAUSE: Duration = Duration::from_millis(50);
 /// Connections waiting to be accepted.
 const BACKLOG: i32 = 1024;
 /// What fits into a packet that no link on the way cuts up (DNS flag day 2020).
@@ -149,8 +153,7 @@ pub async fn serve(
         let (handler, runtime, stop) = (handler.clone(), Handle::current(), stop.clone());
         datagrams.spawn_blocking(move || handler.answer_datagrams(Arc::new(socket), &runtime, &stop));
     }
-    let mut server = Server::new(handler);
-    server.register_listener(sockets.tcp, TCP_TIMEOUT, TCP_RESPONSES);
+    let connections = handler.answer_connections(sockets.tcp);
     tracing::info!(address = %sockets.address, "names are answered");
     let forget = async {
         loop {
@@ -160,9 +163,7 @@ pub async fn serve(
     };
     tokio::select! {
         () = shutdown.cancelled() => {}
-        outcome = server.block_until_done() => if let Err(error) = outcome {
-            tracing::error!(%error, "names are no longer answered over TCP");
-        },
+        () = connections => {}
         Some(ended) = datagrams.join_next() => {
             let outcome = ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
             if let Err(error) = outcome {
@@ -172,7 +173,6 @@ pub async fn serve(
         () = forget => {}
     }
     // Requests that are being answered may be cut off: whoever asked asks again.
-    server.shutdown_token().cancel();
 }
 
 /// A place among the requests that are being answered, and whether the node's resolvers may be asked. What waits for them does not keep
@@ -471,9 +471,98 @@ impl Handler {
     }
 }
 
+/// Collects an answer that goes back by a connection.
+#[derive(Clone, Default)]
+struct Collected(Arc<Mutex<Vec<u8>>>);
+
 #[async_trait::async_trait]
-impl RequestHandler for Handler {
-    async fn handle_request<R: ResponseHandler, T: Time>(&self, request: &Request, handle: R) -> ResponseInfo {
-        self.respond(request, handle, self.allows(request.src().ip()), true).await
+impl ResponseHandler for Collected {
+    async fn send_response<'a>(
+        &mut self,
+        response: MessageResponse<
+            '_,
+            'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+            impl Iterator<Item = &'a Record> + Send + 'a,
+        >,
+    ) -> Result<ResponseInfo, NetError> {
+        let mut bytes = Vec::with_capacity(usize::from(MIN_UDP));
+        let mut encoder = BinEncoder::new(&mut bytes);
+        encoder.set_max_size(u16::MAX);
+        let info = response.destructive_emit(&mut encoder)?;
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = bytes;
+        Ok(info)
+    }
+}
+
+impl Handler {
+    /// Answers what comes by connections. Never returns.
+    async fn answer_connections(&self, listener: TcpListener) {
+        let places = Connections::new(at_most(CONNECTIONS), OF_ONE_CLIENT);
+        let (others, locals) = (Arc::new(Semaphore::new(ANSWERING)), Arc::new(Semaphore::new(LOCAL)));
+        let mut answering = JoinSet::new();
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                Some(_) = answering.join_next() => continue,
+            };
+            match accepted {
+                Ok((stream, from)) => {
+                    let mut place = places.enter(client(from.ip()));
+                    let (handler, others, locals) = (self.clone(), Arc::clone(&others), Arc::clone(&locals));
+                    answering.spawn(async move {
+                        tokio::select! {
+                            // Whatever ends it, the client asks again.
+                            _ = handler.answer_connection(stream, from, &others, &locals) => {}
+                            () = place.given_up() => {}
+                        }
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a connection to the resolver could not be accepted");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Answers one connection's requests, one after the other, until it is silent for too long.
+    async fn answer_connection(
+        &self,
+        mut stream: TcpStream,
+        from: SocketAddr,
+        others: &Arc<Semaphore>,
+        locals: &Arc<Semaphore>,
+    ) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        loop {
+            let request = async {
+                let mut bytes = vec![0; stream.read_u16().await?.into()];
+                stream.read_exact(&mut bytes).await?;
+                Ok::<_, io::Error>(bytes)
+            };
+            let bytes = tokio::time::timeout(TCP_TIMEOUT, request).await??;
+            let allowed = self.allows(from.ip());
+            let Some((_permit, may_forward)) = permit(others, locals) else { return Ok(()) };
+            let answer = match Request::from_bytes(bytes, from, Protocol::Tcp) {
+                // A response is nobody's question.
+                Ok(request) if request.metadata.message_type == MessageType::Response => return Ok(()),
+                Ok(request) => {
+                    let collected = Collected::default();
+                    self.respond(&request, collected.clone(), allowed, may_forward).await;
+                    std::mem::take(&mut *collected.0.lock().unwrap_or_else(PoisonError::into_inner))
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "a malformed DNS request");
+                    self.observer.answered(RecordType::ZERO, ResponseCode::FormErr, Source::Local, Duration::ZERO);
+                    return Ok(());
+                }
+            };
+            let length = u16::try_from(answer.len()).map_err(io::Error::other)?;
+            let written = stream.write_all(&[&length.to_be_bytes()[..], &answer].concat()).await;
+            written?;
+        }
     }
 }

@@ -285,3 +285,21 @@ async fn a_connection_ends_with_its_certificate_and_with_who_signed_it() {
     assert!(!lasts(&mut known).await, "the old one is not believed any more");
     calls.iter().for_each(tokio::task::JoinHandle::abort);
 }
+
+#[test]
+fn whatever_comes_is_read_or_refused() {
+    use rustls::pki_types::{CertificateDer, pem::PemObject as _};
+
+    let ours = authority("c");
+    let token = Token::new(ours.certificate_pem(), Secret::random().expect("random")).expect("a token").to_string();
+    let certificate = CertificateDer::from_pem_slice(ours.certificate_pem().as_bytes()).expect("a certificate");
+    let request = Request::new().expect("a request");
+    let good = [token.as_bytes(), &certificate, request.pem().as_bytes(), ours.certificate_pem().as_bytes()];
+    warren_fuzz::fuzz(&good, |bytes| {
+        let _ = crate::tls::read(bytes);
+        if let Ok(text) = std::str::from_utf8(bytes) {
+            let _ = text.parse::<Token>();
+            let _ = ours.sign(text, &identity(Role::Worker, "w"), SystemTime::now(), DAY);
+        }
+    });
+}

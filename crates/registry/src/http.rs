@@ -481,6 +481,31 @@ mod tests {
     use super::*;
 
     #[test]
+    fn whatever_comes_is_read_or_refused() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = Client::new("registry.example", false, Credentials::Anonymous, &[]).expect("a client");
+        let good: [&[u8]; 3] = [
+            br#"Bearer realm="https://auth.example/token",service="registry.example",scope="repository:a:pull""#,
+            br#"Basic realm="x", Bearer realm=https://a.example, error="invalid_token""#,
+            br#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"x","detail":{}}]}"#,
+        ];
+        warren_fuzz::fuzz(&good, |bytes| {
+            let Ok(text) = std::str::from_utf8(bytes) else { return };
+            for challenge in http_auth::ChallengeParser::new(text).flatten() {
+                for (_, value) in &challenge.params {
+                    if let Ok(url) = value.to_unescaped().parse::<Url>()
+                        && client.check(&url).is_ok()
+                    {
+                        let is_followed = url.scheme() == "https" && url.username().is_empty();
+                        assert!(is_followed && url.host_str() != Some("localhost"), "{url}");
+                    }
+                }
+            }
+            let _ = text.parse::<warren_spec::ImageName>();
+        });
+    }
+
+    #[test]
     fn a_registry_leads_nobody_astray() {
         let client = |host: &str, plain| Client::new(host, plain, Credentials::Anonymous, &[]).expect("a client");
         let follows = |client: &Client, url: &str| client.check(&url.parse().expect("a URL")).is_ok();

@@ -47,10 +47,19 @@ pub(crate) fn parse(filter: &str) -> EnvFilter {
     EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"))
 }
 
-/// A filter that leaves out what consensus's libraries say about every entry and file, unless the filter names them. Of a member that is
-/// away, consensus warns ten times a second.
+/// A filter that leaves out what libraries say about every entry, file, connection and question, unless the filter names them. Of a member
+/// that is away, consensus warns ten times a second; of what strangers send, whoever reads it as often as they like.
 fn quiet(filter: &str) -> String {
-    const CHATTY: [(&str, &str); 3] = [("openraft", "error"), ("raft_log", "warn"), ("chunked_wal", "warn")];
+    const CHATTY: [(&str, &str); 8] = [
+        ("openraft", "error"),
+        ("raft_log", "warn"),
+        ("chunked_wal", "warn"),
+        ("rustls", "error"),
+        ("h2", "error"),
+        ("hyper", "error"),
+        ("hickory_server", "error"),
+        ("hickory_proto", "error"),
+    ];
     let mut quiet = filter.to_owned();
     for (library, level) in CHATTY.into_iter().filter(|(library, _)| !filter.contains(library)) {
         quiet.push_str(&format!(",{library}={level}"));

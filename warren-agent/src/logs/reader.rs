@@ -312,6 +312,16 @@ mod tests {
     }
 
     #[test]
+    fn whatever_comes_is_read_or_refused() {
+        let good: [&[u8]; 3] = [
+            b"2026-11-22T10:00:00.123456789Z stdout F hello world\n",
+            b"2026-11-22T10:00:00Z stderr P part",
+            b"9999-12-31T23:59:59.999999999Z stdout F \xff\x00",
+        ];
+        warren_fuzz::fuzz(&good, |bytes| drop(parse(bytes)));
+    }
+
+    #[test]
     fn lines_are_read_in_order_by_number_and_by_time() {
         let directory = tempfile::tempdir().expect("a directory");
         let write = |name: &str, text: &str| fs::write(directory.path().join(name), text).expect("writable");

@@ -366,6 +366,30 @@ mod tests {
         entry
     }
 
+    #[test]
+    fn whatever_comes_is_read_or_refused() {
+        let digest = format!("sha256:{}", "0".repeat(64));
+        let entry = json!({ "mediaType": "x", "digest": digest, "size": 3, "platform": { "os": "linux" } });
+        let manifest = json!({ "schemaVersion": 2, "config": entry, "layers": [entry, entry] }).to_string();
+        let index = json!({ "schemaVersion": 2, "manifests": [entry, entry], "annotations": { "a": "b" } }).to_string();
+        let configuration = json!({
+            "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": [digest] },
+            "config": { "Env": ["A=b"], "User": "1:2", "Cmd": ["x"], "Volumes": { "/v": {} }, "WorkingDir": "/w" },
+        });
+        let configuration = configuration.to_string();
+        warren_fuzz::fuzz(&[manifest.as_bytes(), index.as_bytes(), configuration.as_bytes()], |bytes| {
+            match Document::parse(bytes) {
+                Ok(Document::Index(entries)) => drop(fitting(entries, machine())),
+                Ok(Document::Manifest(manifest)) => assert!(manifest.labels().len() <= MAX_LAYERS + 1),
+                Err(why) => assert!(why.len() < 4096, "{} bytes", why.len()),
+            }
+            match parse_json::<Configuration>("it", bytes) {
+                Ok(configuration) => drop(configuration.check()),
+                Err(why) => assert!(why.len() < 4096, "{} bytes", why.len()),
+            }
+        });
+    }
+
     #[tokio::test]
     async fn images_of_all_builders_are_understood() {
         let mut blobs = Blobs::default();

@@ -77,10 +77,8 @@ impl RootFs {
         made.mounts = leased.mounts(id).await?;
         let of_image = image.config.user().as_deref().unwrap_or_default();
         let user = if spec.user.is_empty() { of_image } else { &spec.user };
-        let is_named = |mount: &v1::SecretMount| !users::is_root(&mount.user) || !mount.group.is_empty();
-        if !users::is_root(user) || spec.secrets.iter().chain(&spec.configs).any(is_named) {
-            made.users = users::Users::mounted(made.mounts.clone()).await?;
-        }
+        // Also for root: the runtime reads them whoever the user is.
+        made.users = users::Users::mounted(made.mounts.clone()).await?;
         made.identity = made.users.identity(user)?;
         Ok(made)
     }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use containerd_client::types::Mount;
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat, openat2};
 use warren_spec::{Principal, User};
 
 use super::{Error, rootfs};
@@ -117,13 +117,16 @@ fn identify(user: &User, passwd: &str, group: &str) -> Result<Identity, Error> {
 const MAX_FILE: u64 = 1 << 20;
 
 /// Reads `/etc/passwd` and `/etc/group` below a directory; one that is not there is empty. Paths below it cannot lead out of
-/// it.
+/// it. What is no file is refused: the runtime reads them too, and would wait for ever for who writes to a pipe.
 fn read_files(root: &Path) -> io::Result<Users> {
     let root = openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let read = |path: &str| -> io::Result<String> {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
         match openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS) {
             Ok(file) => {
+                if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::RegularFile {
+                    return Err(io::Error::other(format!("its /{path} is no file")));
+                }
                 let mut bytes = Vec::new();
                 File::from(file).take(MAX_FILE).read_to_end(&mut bytes)?;
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
@@ -145,6 +148,18 @@ mod tests {
     fn identity(user: &str) -> Result<Identity, String> {
         let user = user.parse().expect("a user");
         identify(&user, PASSWD, GROUP).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused() {
+        let root = tempfile::tempdir().expect("a directory");
+        assert!(read_files(root.path()).is_ok(), "there need be none");
+        std::fs::create_dir(root.path().join("etc")).expect("writable");
+        std::fs::write(root.path().join("etc/passwd"), PASSWD).expect("writable");
+        let pipe = root.path().join("etc/group");
+        rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR, 0).expect("writable");
+        let refused = read_files(root.path()).expect_err("a pipe").to_string();
+        assert_eq!(refused, "its /etc/group is no file");
     }
 
     #[test]
