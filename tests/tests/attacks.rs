@@ -333,13 +333,8 @@ fn a_container_has_bounds_that_nobody_asked_for() {
     let limits = inside.proc("limits");
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).expect("a line");
     assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
-    for process in [&world.manager, &world.agent] {
-        let id = process.as_ref().expect("it runs").id();
-        let owner = fs::metadata(format!("/proc/{id}/environ")).expect("it runs");
-        assert_eq!(std::os::unix::fs::MetadataExt::uid(&owner), 0);
-    }
     for masked in ["/proc/interrupts", "/proc/kcore", "/proc/keys"] {
-        let (_, said) = inside.shell(&world, &format!("head -c 100 {masked} | wc -c"));
+        let (_, said) = plain.shell(&world, &format!("head -c 100 {masked} | wc -c"));
         assert_eq!(said.trim().lines().last(), Some("0"), "{masked}: {said}");
     }
 }

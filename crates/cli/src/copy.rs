@@ -112,7 +112,7 @@ async fn out_of(client: &ClientArguments, container: &str, path: &str, to: &Path
             Err(Error::Copy(output::printable(&format!("{path} of {container}: {error}")).into_owned()))
         }
         Ok(()) if ended.has_only_changed() => {
-            eprintln!("{} of {container}: {}", output::printable(&path), ended.said());
+            eprintln!("{} of {container}: {}", output::printable(path), ended.said());
             Ok(())
         }
         _ => ended.checked(container),

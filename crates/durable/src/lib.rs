@@ -37,6 +37,23 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     }
 }
 
+/// Makes a directory for nobody but this user; one that was there already is nobody else's from now on, which is what is returned.
+///
+/// # Errors
+///
+/// When it cannot be made or closed.
+pub fn private_directory(directory: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    let mode = fs::metadata(directory)?.permissions().mode();
+    let was_open = mode & 0o077 != 0;
+    if was_open {
+        fs::set_permissions(directory, fs::Permissions::from_mode(mode & 0o7700))?;
+    }
+    Ok(was_open)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -56,21 +73,4 @@ mod tests {
         replace(Path::new("here"), b"three").expect("writes");
         assert_eq!(fs::read(at("here")).expect("readable"), b"three");
     }
-}
-
-/// Makes a directory for nobody but this user; one that was there already is nobody else's from now on, which is what is returned.
-///
-/// # Errors
-///
-/// When it cannot be made or closed.
-pub fn private_directory(directory: &Path) -> io::Result<bool> {
-    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
-
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    let mode = fs::metadata(directory)?.permissions().mode();
-    let was_open = mode & 0o077 != 0;
-    if was_open {
-        fs::set_permissions(directory, fs::Permissions::from_mode(mode & 0o7700))?;
-    }
-    Ok(was_open)
 }

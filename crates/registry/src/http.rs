@@ -130,7 +130,7 @@ impl Client {
             Some(expected) if warren_spec::is_digest(&expected) => {
                 let mut digest = Verifier::new(&expected);
                 digest.update(&bytes);
-                if !digest.is_it() {
+                if !digest.matches() {
                     return Err(Failure::Unusable(format!("its manifest is not the one of {expected}")));
                 }
                 Ok((bytes, expected))
@@ -169,7 +169,7 @@ impl Client {
                     Some(Err(error))
                 }
                 None => {
-                    let is_another = verifier.take().is_some_and(|verifier| !verifier.is_it());
+                    let is_another = verifier.take().is_some_and(|verifier| !verifier.matches());
                     is_another.then(|| Err(io::Error::new(io::ErrorKind::InvalidData, Mismatch)))
                 }
             };
@@ -418,7 +418,7 @@ impl Verifier {
         }
     }
 
-    fn is_it(self) -> bool {
+    fn matches(self) -> bool {
         let own = match self.digest {
             Digest::Sha256(digest) => format!("sha256:{}", hex(&digest.finalize())),
             Digest::Sha512(digest) => format!("sha512:{}", hex(&digest.finalize())),
@@ -558,7 +558,7 @@ mod tests {
             let mut verifier = Verifier::new(digest);
             verifier.update(b"a");
             verifier.update(b"bc");
-            assert_eq!(verifier.is_it(), good, "{digest}");
+            assert_eq!(verifier.matches(), good, "{digest}");
         }
     }
 }
