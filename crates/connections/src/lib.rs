@@ -6,12 +6,19 @@
 use std::{
     collections::{BTreeMap, HashMap},
     hash::Hash,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::sync::oneshot;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::oneshot,
+};
+
+/// Such errors of accept as too many open files do not go away at once.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// What tells one client from another by its address: all of an IPv4 address, the first 64 bits of an IPv6 one, for that is
 /// what one machine has at the least.
@@ -23,6 +30,23 @@ pub fn client(address: IpAddr) -> IpAddr {
             Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
         }
         v4 @ IpAddr::V4(_) => v4,
+    }
+}
+
+impl Connections<IpAddr> {
+    /// Waits for the next connection and gives it a place. What fails is logged, and tried again.
+    ///
+    /// Cancel safe: a connection that was not returned is the next call's.
+    pub async fn accept(&self, listener: &TcpListener) -> (TcpStream, SocketAddr, Place<IpAddr>) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, address)) => return (stream, address, self.enter(client(address.ip()))),
+                Err(error) => {
+                    tracing::warn!(%error, listener = ?listener.local_addr().ok(), "a connection could not be accepted");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
     }
 }
 

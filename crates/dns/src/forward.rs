@@ -1,9 +1,8 @@
 use std::{
     fs,
     net::{IpAddr, SocketAddr, SocketAddrV6},
-    num::NonZeroUsize,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -12,19 +11,18 @@ use hickory_server::proto::{
     op::ResponseCode,
     rr::{LowerName, Name, RData, Record, RecordType},
 };
-use lru::LruCache;
+use moka::{Expiry, future::Cache};
 
 use crate::exchange::{Problem, Servers};
 
 /// How long all of them together may take: less than a client's five seconds, so that it hears of the failure.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// Answers kept.
-const CACHED: usize = 10_000;
-/// Memory that they take at most, in bytes.
-const CACHED_BYTES: usize = 16 << 20;
+/// Memory that answers take at most, in bytes, and one of them.
+const CACHED_BYTES: u64 = 16 << 20;
+const MAX_CACHED: u32 = 1 << 20;
 /// What a byte of an answer takes in memory, and what each answer does besides, as measured: about.
-const MEMORY_A_BYTE: usize = 4;
-const OVERHEAD: usize = 512;
+const MEMORY_A_BYTE: u32 = 4;
+const OVERHEAD: u32 = 512;
 /// How long an answer is kept at most, whatever it says, and one that there is nothing.
 const MAX_TTL: Duration = Duration::from_secs(3600);
 const MAX_NEGATIVE_TTL: Duration = Duration::from_secs(300);
@@ -124,56 +122,32 @@ impl Failure {
     }
 }
 
+/// An answer that is remembered.
+#[derive(Clone)]
 struct Kept {
-    answer: Forwarded,
+    answer: Arc<Forwarded>,
     at: Instant,
-    until: Instant,
-    bytes: usize,
+    /// How long; zero for what only those hear who wait for it now.
+    ttl: Duration,
+    /// What it takes in memory.
+    bytes: u32,
 }
 
-/// What is remembered, the latest used first; bounded in bytes as well as in number.
-struct Cache {
-    kept: LruCache<(LowerName, RecordType), Kept>,
-    bytes: usize,
-}
+/// Keeps answers as long as they say.
+struct UntilTheirEnd;
 
-impl Cache {
-    fn get(&mut self, key: &(LowerName, RecordType), now: Instant) -> Option<Forwarded> {
-        let kept = self.kept.get(key)?;
-        if kept.until <= now {
-            self.remove(key);
-            return None;
-        }
-        Some(kept.answer.aged(now - kept.at))
-    }
-
-    fn remove(&mut self, key: &(LowerName, RecordType)) {
-        if let Some(kept) = self.kept.pop(key) {
-            self.bytes -= kept.bytes;
-        }
-    }
-
-    fn put(&mut self, key: (LowerName, RecordType), kept: Kept) {
-        self.remove(&key);
-        if kept.bytes > CACHED_BYTES / 16 {
-            // It would take the place of too many others.
-            return;
-        }
-        self.bytes += kept.bytes;
-        if let Some((_, oldest)) = self.kept.push(key, kept) {
-            self.bytes -= oldest.bytes;
-        }
-        while self.bytes > CACHED_BYTES {
-            let Some((_, oldest)) = self.kept.pop_lru() else { return };
-            self.bytes -= oldest.bytes;
-        }
+impl Expiry<Key, Kept> for UntilTheirEnd {
+    fn expire_after_create(&self, _: &Key, kept: &Kept, _: Instant) -> Option<Duration> {
+        Some(kept.ttl)
     }
 }
+
+type Key = (LowerName, RecordType);
 
 /// Asks upstream, and remembers. Whom it asks may change.
 pub struct Forwarder {
     servers: ArcSwap<Servers>,
-    cache: Mutex<Cache>,
+    cache: Cache<Key, Kept>,
 }
 
 impl std::fmt::Debug for Forwarder {
@@ -186,11 +160,12 @@ impl Forwarder {
     /// Asks these.
     #[must_use]
     pub fn new(upstreams: &Upstreams) -> Self {
-        let size = NonZeroUsize::new(CACHED).unwrap_or(NonZeroUsize::MIN);
-        Self {
-            servers: ArcSwap::from_pointee(Servers::new(upstreams.0.clone())),
-            cache: Mutex::new(Cache { kept: LruCache::new(size), bytes: 0 }),
-        }
+        let cache = Cache::builder()
+            .max_capacity(CACHED_BYTES)
+            .weigher(|_, kept: &Kept| kept.bytes)
+            .expire_after(UntilTheirEnd)
+            .build();
+        Self { servers: ArcSwap::from_pointee(Servers::new(upstreams.0.clone())), cache }
     }
 
     /// Asks others from now on. What is remembered stays.
@@ -199,13 +174,19 @@ impl Forwarder {
     }
 
     /// What is remembered.
-    pub(crate) fn cached(&self, name: &LowerName, kind: RecordType) -> Option<Forwarded> {
-        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        cache.get(&(name.clone(), kind), Instant::now())
+    pub(crate) async fn cached(&self, name: &LowerName, kind: RecordType) -> Option<Forwarded> {
+        let kept = self.cache.get(&(name.clone(), kind)).await?;
+        Some(kept.answer.aged(kept.at.elapsed()))
     }
 
-    /// Asks.
+    /// Asks. One question is asked once at a time, whoever else waits for the same: else somebody who forges answers
+    /// had as many chances as there are askers.
     pub(crate) async fn ask(&self, name: &LowerName, kind: RecordType) -> Result<Forwarded, Failure> {
+        let kept = self.cache.try_get_with((name.clone(), kind), self.ask_upstream(name, kind)).await;
+        kept.map(|kept| kept.answer.aged(kept.at.elapsed())).map_err(|failure| *failure)
+    }
+
+    async fn ask_upstream(&self, name: &LowerName, kind: RecordType) -> Result<Kept, Failure> {
         let servers = self.servers.load_full();
         if servers.is_empty() {
             return Err(Failure::NoUpstream);
@@ -213,14 +194,13 @@ impl Forwarder {
         let mut fqdn = Name::from(name);
         fqdn.set_fqdn(true);
         let asked = tokio::time::timeout(PATIENCE, servers.ask(&fqdn, kind)).await;
-        let message = asked.unwrap_or(Err(Problem::Timeout)).map_err(|problem| match problem {
+        let mut message = asked.unwrap_or(Err(Problem::Timeout)).map_err(|problem| match problem {
             Problem::Timeout => Failure::Timeout,
             Problem::Unreachable => Failure::Other,
         })?;
-        let mut message = message;
         let end = keep_chain(&fqdn, &mut message.answers);
         message.authorities.retain(|record| record.name.zone_of(&end));
-        let bytes = message.to_vec().map_or(usize::MAX, |bytes| bytes.len() * MEMORY_A_BYTE + OVERHEAD);
+        let bytes = message.to_vec().map_or(u32::MAX, |bytes| bytes.len() as u32 * MEMORY_A_BYTE + OVERHEAD);
         let soa = message.authorities.into_iter().find(|record| record.record_type() == RecordType::SOA);
         let negative = message.answers.is_empty();
         let answer = Forwarded {
@@ -228,12 +208,9 @@ impl Forwarder {
             records: message.answers,
             soa: soa.filter(|_| negative).map(negative_ttl),
         };
-        if let Some(ttl) = answer.ttl().filter(|ttl| !ttl.is_zero()) {
-            let at = Instant::now();
-            let kept = Kept { answer: answer.clone(), at, until: at + ttl, bytes };
-            self.cache.lock().unwrap_or_else(PoisonError::into_inner).put((name.clone(), kind), kept);
-        }
-        Ok(answer)
+        // A large one would take the place of too many others.
+        let ttl = answer.ttl().filter(|_| bytes <= MAX_CACHED).unwrap_or_default();
+        Ok(Kept { answer: Arc::new(answer), at: Instant::now(), ttl, bytes })
     }
 }
 
@@ -302,30 +279,67 @@ mod tests {
         assert!(Upstreams::from_resolv_conf(Path::new("/none"), own).0.is_empty());
     }
 
-    #[test]
-    fn what_is_remembered_is_bounded_in_bytes() {
-        let mut cache = Cache { kept: LruCache::new(NonZeroUsize::new(CACHED).expect("not zero")), bytes: 0 };
-        let key =
-            |i: usize| (LowerName::from(Name::from_ascii(format!("n{i}.example.")).expect("a name")), RecordType::TXT);
-        let now = Instant::now();
-        let kept = |bytes| Kept {
-            answer: Forwarded { code: ResponseCode::NoError, records: Vec::new(), soa: None },
-            at: now,
-            until: now + MAX_TTL,
-            bytes,
-        };
-        let large = CACHED_BYTES / 20;
+    fn kept(bytes: u32, ttl: Duration) -> Kept {
+        let answer = Forwarded { code: ResponseCode::NoError, records: Vec::new(), soa: None };
+        Kept { answer: Arc::new(answer), at: Instant::now(), ttl, bytes }
+    }
+
+    fn key(i: usize) -> Key {
+        (LowerName::from(Name::from_ascii(format!("n{i}.example.")).expect("a name")), RecordType::TXT)
+    }
+
+    #[tokio::test]
+    async fn what_is_remembered_is_bounded_in_bytes_and_in_time() {
+        let cache = Forwarder::new(&Upstreams::default()).cache;
         for i in 0..1000 {
-            cache.put(key(i), kept(large));
-            assert!(cache.bytes <= CACHED_BYTES);
+            cache.insert(key(i), kept(CACHED_BYTES as u32 / 20, MAX_TTL)).await;
         }
-        assert_eq!((cache.kept.len(), cache.bytes), (20, 20 * large));
-        assert!(cache.get(&key(999), now).is_some() && cache.get(&key(0), now).is_none());
-        cache.put(key(999), kept(1));
-        assert_eq!(cache.bytes, 19 * large + 1);
-        cache.put(key(5), kept(CACHED_BYTES));
-        assert!(cache.get(&key(5), now).is_none());
-        assert!(cache.get(&key(999), now + MAX_TTL).is_none());
-        assert_eq!(cache.bytes, 19 * large);
+        cache.run_pending_tasks().await;
+        assert_eq!((cache.entry_count(), cache.weighted_size() <= CACHED_BYTES), (20, true));
+        cache.insert(key(2000), kept(1, Duration::from_millis(50))).await;
+        assert!(cache.get(&key(2000)).await.is_some());
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        assert!(cache.get(&key(2000)).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn one_question_is_asked_once_whoever_waits_for_it() {
+        use hickory_server::proto::{op::Message, rr::rdata::A};
+
+        let server = tokio::net::UdpSocket::bind("127.0.0.1:0").await.expect("a port");
+        let forwarder = Arc::new(Forwarder::new(&Upstreams(vec![server.local_addr().expect("an address")])));
+        let asked = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let answering = tokio::spawn({
+            let asked = Arc::clone(&asked);
+            async move {
+                let mut buffer = [0; 512];
+                loop {
+                    let (length, from) = server.recv_from(&mut buffer).await.expect("a question");
+                    asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    // Long enough for all of them to come.
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                    let question = Message::from_vec(&buffer[..length]).expect("a message");
+                    let mut answer = question.clone();
+                    answer.metadata.message_type = hickory_server::proto::op::MessageType::Response;
+                    let name = question.queries[0].name().clone();
+                    answer.add_answer(Record::from_rdata(name, 0, RData::A(A::new(192, 0, 2, 1))));
+                    server.send_to(&answer.to_vec().expect("bytes"), from).await.expect("sent");
+                }
+            }
+        });
+        let name = LowerName::from(Name::from_ascii("one.example.").expect("a name"));
+        let ask = || {
+            let (forwarder, name) = (Arc::clone(&forwarder), name.clone());
+            tokio::spawn(async move { forwarder.ask(&name, RecordType::A).await })
+        };
+        let waiting: Vec<_> = (0..50).map(|_| ask()).collect();
+        for asking in waiting {
+            assert_eq!(asking.await.expect("no panic").expect("an answer").records.len(), 1);
+        }
+        assert_eq!(asked.load(std::sync::atomic::Ordering::Relaxed), 1);
+        // It may not be kept: the next one is another question.
+        ask().await.expect("no panic").expect("an answer");
+        assert_eq!(asked.load(std::sync::atomic::Ordering::Relaxed), 2);
+        answering.abort();
     }
 }

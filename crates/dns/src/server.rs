@@ -3,21 +3,21 @@ use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
     num::NonZeroU32,
     os::fd::AsRawFd as _,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use hickory_server::{
-    net::{NetError, xfer::Protocol},
+    net::xfer::Protocol,
     proto::{
-        op::{Edns, Header, HeaderCounts, MessageType, Metadata, OpCode, ResponseCode},
+        op::{Edns, MessageType, Metadata, OpCode, ResponseCode},
         rr::{DNSClass, Record, RecordType},
         serialize::binary::BinEncoder,
     },
-    server::{Request, ResponseHandler, ResponseInfo},
-    zone_handler::{MessageResponse, MessageResponseBuilder},
+    server::Request,
+    zone_handler::MessageResponseBuilder,
 };
 use nix::{
     errno::Errno,
@@ -32,7 +32,7 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
-use warren_connections::{Connections, at_most, client};
+use warren_connections::{Connections, at_most};
 
 use crate::{
     fast::Question,
@@ -87,8 +87,6 @@ const TCP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections at a time, in all and of one client: the oldest make room for new ones.
 const CONNECTIONS: usize = 1024;
 const OF_ONE_CLIENT: usize = 64;
-/// Such errors of accept as too many open files do not go away at once.
-const PAUSE: Duration = Duration::from_millis(50);
 /// Connections waiting to be accepted.
 const BACKLOG: i32 = 1024;
 /// What fits into a packet that no link on the way cuts up (DNS flag day 2020).
@@ -256,38 +254,6 @@ fn payload(asked: &Edns) -> u16 {
     asked.max_payload().clamp(MIN_UDP, MAX_UDP)
 }
 
-/// Takes answers back to where a request came from.
-#[derive(Clone)]
-struct Datagrams {
-    socket: Arc<UdpSocket>,
-    to: SocketAddr,
-    /// What is longer is cut off.
-    limit: u16,
-}
-
-#[async_trait::async_trait]
-impl ResponseHandler for Datagrams {
-    async fn send_response<'a>(
-        &mut self,
-        response: MessageResponse<
-            '_,
-            'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-        >,
-    ) -> Result<ResponseInfo, NetError> {
-        let mut bytes = Vec::with_capacity(usize::from(MIN_UDP));
-        let mut encoder = BinEncoder::new(&mut bytes);
-        encoder.set_max_size(self.limit);
-        let info = response.destructive_emit(&mut encoder)?;
-        // It waits only while the socket's buffer is full, which the kernel empties.
-        self.socket.send_to(&bytes, self.to)?;
-        Ok(info)
-    }
-}
-
 /// An answer as it goes out.
 struct Reply {
     code: ResponseCode,
@@ -343,10 +309,14 @@ impl Handler {
                 if allowed && self.answer_plain(request, &mut scratch, &mut answers[to.len()]) {
                     to.push(Some(address));
                 } else if let Some((permit, may_forward)) = permit(&others, &locals) {
-                    let datagrams = Datagrams { socket: Arc::clone(&socket), to: from, limit: MIN_UDP };
-                    let (handler, request) = (self.clone(), request.to_vec());
+                    let (handler, request, socket) = (self.clone(), request.to_vec(), Arc::clone(&socket));
                     runtime.spawn(async move {
-                        handler.answer_other(request, datagrams, allowed, may_forward).await;
+                        if let Some(answer) = handler.answer_other(request, from, allowed, may_forward).await
+                            && let Err(error) = socket.send_to(&answer, from)
+                        {
+                            // It waits only while the socket's buffer is full, which the kernel empties.
+                            tracing::debug!(%error, "a DNS answer could not be sent");
+                        }
                         drop(permit);
                     });
                 }
@@ -372,27 +342,31 @@ impl Handler {
         answered
     }
 
-    /// Answers any request.
-    async fn answer_other(&self, bytes: Vec<u8>, mut to: Datagrams, allowed: bool, may_forward: bool) {
+    /// The answer to any datagram; none to what is no request.
+    async fn answer_other(
+        &self,
+        bytes: Vec<u8>,
+        from: SocketAddr,
+        allowed: bool,
+        may_forward: bool,
+    ) -> Option<Vec<u8>> {
         const RESPONSE: u8 = 0x80;
-        let (Some(&[id_high, id_low, flags, _]), true) = (bytes.first_chunk(), bytes.len() >= HEADER) else { return };
+        let [id_high, id_low, flags, _] = *bytes.first_chunk().filter(|_| bytes.len() >= HEADER)?;
         // A response is nobody's question, and port 0 nobody's address.
-        if flags & RESPONSE != 0 || to.to.port() == 0 {
-            return;
+        if flags & RESPONSE != 0 || from.port() == 0 {
+            return None;
         }
-        match Request::from_bytes(bytes, to.to, Protocol::Udp) {
+        match Request::from_bytes(bytes, from, Protocol::Udp) {
             Ok(request) => {
-                if let Some(edns) = &request.edns {
-                    to.limit = payload(edns);
-                }
-                self.respond(&request, to, allowed, may_forward).await;
+                let limit = request.edns.as_ref().map_or(MIN_UDP, payload);
+                self.respond(&request, limit, allowed, may_forward).await
             }
             Err(error) => {
                 tracing::debug!(%error, "a malformed DNS request");
-                let mut refusal = [0; HEADER];
+                let mut refusal = vec![0; HEADER];
                 refusal[..4].copy_from_slice(&[id_high, id_low, flags | RESPONSE, ResponseCode::FormErr.low()]);
-                let _ = to.socket.send_to(&refusal, to.to);
                 self.observer.answered(RecordType::ZERO, ResponseCode::FormErr, Source::Local, Duration::ZERO);
+                Some(refusal)
             }
         }
     }
@@ -427,7 +401,7 @@ impl Handler {
             return (kind, reply);
         }
         drop(zone);
-        if let Some(cached) = self.forwarder.cached(name, kind) {
+        if let Some(cached) = self.forwarder.cached(name, kind).await {
             return (kind, Reply::forwarded(cached, Source::Cached));
         }
         let asked = if may_forward { self.forwarder.ask(name, kind).await } else { Err(Failure::Overloaded) };
@@ -441,13 +415,8 @@ impl Handler {
         (kind, reply)
     }
 
-    async fn respond(
-        &self,
-        request: &Request,
-        mut handle: impl ResponseHandler,
-        allowed: bool,
-        may_forward: bool,
-    ) -> ResponseInfo {
+    /// The answer to a request, cut off where it is longer than `limit`; none where it cannot be written.
+    async fn respond(&self, request: &Request, limit: u16, allowed: bool, may_forward: bool) -> Option<Vec<u8>> {
         let began = Instant::now();
         let (kind, reply) = self.reply(request, allowed, may_forward).await;
         let mut metadata = Metadata::response_from_request(&request.metadata);
@@ -461,39 +430,13 @@ impl Handler {
             builder.edns(&edns);
         }
         let message = builder.build(metadata, &reply.records, [], &reply.soa, &reply.additional);
-        let sent = handle.send_response(message).await;
-        self.observer.answered(kind, reply.code, reply.source, began.elapsed());
-        sent.unwrap_or_else(|error| {
-            tracing::debug!(%error, "a DNS answer could not be sent");
-            metadata.response_code = ResponseCode::ServFail;
-            Header { metadata, counts: HeaderCounts::default() }.into()
-        })
-    }
-}
-
-/// Collects an answer that goes back by a connection.
-#[derive(Clone, Default)]
-struct Collected(Arc<Mutex<Vec<u8>>>);
-
-#[async_trait::async_trait]
-impl ResponseHandler for Collected {
-    async fn send_response<'a>(
-        &mut self,
-        response: MessageResponse<
-            '_,
-            'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-            impl Iterator<Item = &'a Record> + Send + 'a,
-        >,
-    ) -> Result<ResponseInfo, NetError> {
         let mut bytes = Vec::with_capacity(usize::from(MIN_UDP));
         let mut encoder = BinEncoder::new(&mut bytes);
-        encoder.set_max_size(u16::MAX);
-        let info = response.destructive_emit(&mut encoder)?;
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = bytes;
-        Ok(info)
+        encoder.set_max_size(limit);
+        let written = message.destructive_emit(&mut encoder);
+        self.observer.answered(kind, reply.code, reply.source, began.elapsed());
+        written.inspect_err(|error| tracing::debug!(%error, "a DNS answer could not be written")).ok()?;
+        Some(bytes)
     }
 }
 
@@ -504,27 +447,18 @@ impl Handler {
         let (others, locals) = (Arc::new(Semaphore::new(ANSWERING)), Arc::new(Semaphore::new(LOCAL)));
         let mut answering = JoinSet::new();
         loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
+            let (stream, from, mut place) = tokio::select! {
+                accepted = places.accept(&listener) => accepted,
                 Some(_) = answering.join_next() => continue,
             };
-            match accepted {
-                Ok((stream, from)) => {
-                    let mut place = places.enter(client(from.ip()));
-                    let (handler, others, locals) = (self.clone(), Arc::clone(&others), Arc::clone(&locals));
-                    answering.spawn(async move {
-                        tokio::select! {
-                            // Whatever ends it, the client asks again.
-                            _ = handler.answer_connection(stream, from, &others, &locals) => {}
-                            () = place.given_up() => {}
-                        }
-                    });
+            let (handler, others, locals) = (self.clone(), Arc::clone(&others), Arc::clone(&locals));
+            answering.spawn(async move {
+                tokio::select! {
+                    // Whatever ends it, the client asks again.
+                    _ = handler.answer_connection(stream, from, &others, &locals) => {}
+                    () = place.given_up() => {}
                 }
-                Err(error) => {
-                    tracing::warn!(%error, "a connection to the resolver could not be accepted");
-                    tokio::time::sleep(PAUSE).await;
-                }
-            }
+            });
         }
     }
 
@@ -549,11 +483,10 @@ impl Handler {
             let answer = match Request::from_bytes(bytes, from, Protocol::Tcp) {
                 // A response is nobody's question.
                 Ok(request) if request.metadata.message_type == MessageType::Response => return Ok(()),
-                Ok(request) => {
-                    let collected = Collected::default();
-                    self.respond(&request, collected.clone(), allowed, may_forward).await;
-                    std::mem::take(&mut *collected.0.lock().unwrap_or_else(PoisonError::into_inner))
-                }
+                Ok(request) => match self.respond(&request, u16::MAX, allowed, may_forward).await {
+                    Some(answer) => answer,
+                    None => return Ok(()),
+                },
                 Err(error) => {
                     tracing::debug!(%error, "a malformed DNS request");
                     self.observer.answered(RecordType::ZERO, ResponseCode::FormErr, Source::Local, Duration::ZERO);
@@ -561,8 +494,7 @@ impl Handler {
                 }
             };
             let length = u16::try_from(answer.len()).map_err(io::Error::other)?;
-            let written = stream.write_all(&[&length.to_be_bytes()[..], &answer].concat()).await;
-            written?;
+            stream.write_all(&[&length.to_be_bytes()[..], &answer].concat()).await?;
         }
     }
 }

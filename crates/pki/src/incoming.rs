@@ -36,6 +36,8 @@ pub struct Incoming {
     peer: Peer,
     /// When it is over, whatever the other end wants.
     over: Over,
+    /// Bytes that it may still send.
+    left: u64,
 }
 
 type Over = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -77,7 +79,14 @@ impl Connected for Incoming {
 impl AsyncRead for Incoming {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.check(cx)?;
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let read = (buf.filled().len() - before) as u64;
+        match self.left.checked_sub(read) {
+            Some(left) => self.left = left,
+            None => return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, "it has sent too much"))),
+        }
+        polled
     }
 }
 
@@ -128,8 +137,9 @@ pub(crate) const VISIT: Duration = Duration::from_secs(60);
 pub(crate) const OF_ONE_MEMBER: usize = 256;
 /// Whether somebody silent is still there is looked at after this time.
 const SILENCE: Duration = Duration::from_secs(60);
-/// Such errors of accept, as too many open files, do not go away at once.
-const PAUSE: Duration = Duration::from_millis(50);
+/// Bytes that one of them may send. A request to join has 64 KiB at the most; the rest would be a flood of frames, each of which
+/// takes time to answer.
+const VISITORS_BYTES: u64 = 256 << 10;
 
 /// Connections to a manager, each when it is known who is at the other end. One whose certificate is not of the cluster, or has
 /// run out, is not among them.
@@ -143,19 +153,10 @@ pub fn incoming(listener: TcpListener, credentials: Credentials) -> ReceiverStre
             members: Connections::new(usize::MAX, OF_ONE_MEMBER),
         };
         while !sender.is_closed() {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
+            let (stream, address, mut turn) = tokio::select! {
+                accepted = handshakes.accept(&listener) => accepted,
                 () = sender.closed() => return,
             };
-            let (stream, address) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                    tokio::time::sleep(PAUSE).await;
-                    continue;
-                }
-            };
-            let mut turn = handshakes.enter(client(address.ip()));
             let (sender, credentials, known) = (sender.clone(), credentials.clone(), known.clone());
             tokio::spawn(async move {
                 let greeted = tokio::select! {
@@ -203,7 +204,7 @@ async fn greet(
                 () = place.given_up() => {}
             }
         });
-        return Ok(Incoming { stream, peer: Peer { address, identity: None }, over });
+        return Ok(Incoming { stream, peer: Peer { address, identity: None }, over, left: VISITORS_BYTES });
     };
     let credentials = credentials.clone();
     let mut place = known.members.enter(identity.clone());
@@ -218,7 +219,7 @@ async fn greet(
             } => {}
         }
     });
-    Ok(Incoming { stream, peer: Peer { address, identity: Some(identity) }, over })
+    Ok(Incoming { stream, peer: Peer { address, identity: Some(identity) }, over, left: u64::MAX })
 }
 
 /// Returns when a certificate that is valid until then, in seconds since the epoch, is not any more; clocks may be set meanwhile.

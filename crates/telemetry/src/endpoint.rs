@@ -29,7 +29,7 @@ use tokio::{
     sync::Semaphore,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use warren_connections::{Connections, Place, client};
+use warren_connections::{Connections, Place};
 
 use crate::{Access, Checks, FileError, Meters, access::Tls, cli::NativeHistograms, exposition::Format};
 
@@ -46,8 +46,6 @@ const LIFETIME: Duration = Duration::from_secs(600);
 const COLLECTING: usize = 2;
 /// How long what is being answered may take at the end.
 const LAST_ANSWER: Duration = Duration::from_secs(10);
-/// Such errors of accept as too many open files do not go away at once.
-const PAUSE: Duration = Duration::from_millis(50);
 
 /// What an endpoint serves.
 #[derive(Clone, Debug)]
@@ -141,20 +139,11 @@ impl Endpoint {
         let (tasks, end) = (TaskTracker::new(), CancellationToken::new());
         let mut shutdown = pin!(shutdown);
         loop {
-            let accepted = tokio::select! {
-                accepted = tcp.accept() => accepted,
+            let (stream, _, place) = tokio::select! {
+                accepted = connections.accept(&tcp) => accepted,
                 () = &mut shutdown => break,
             };
-            match accepted {
-                Ok((stream, address)) => {
-                    let place = connections.enter(client(address.ip()));
-                    tasks.spawn(answer(stream, tls.clone(), router.clone(), place, end.clone()));
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "a connection to the metrics endpoint could not be accepted");
-                    tokio::time::sleep(PAUSE).await;
-                }
-            }
+            tasks.spawn(answer(stream, tls.clone(), router.clone(), place, end.clone()));
         }
         end.cancel();
         tasks.close();
