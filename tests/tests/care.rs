@@ -270,7 +270,7 @@ fn a_cluster_is_upgraded_one_manager_at_a_time() {
     managers[last].instead(&[]);
     managers[last].start();
     for manager in &managers {
-        until("the schema is raised", || (schema(manager) == Some(6)).then_some(()));
+        until("the schema is raised", || (schema(manager) == Some(7)).then_some(()));
         until("all is there", || (names(manager) == ["ahead", "four", "one", "three", "two", "web"]).then_some(()));
     }
     assert_eq!(managers[0].running("web"), before, "its containers have run on");
@@ -293,7 +293,7 @@ fn a_cluster_is_upgraded_one_manager_at_a_time() {
     let refused = World::run(managers[back].command().stdin(Stdio::null()).env("RUST_BACKTRACE", "0"));
     assert_eq!(refused.code, 8, "{}{}", refused.stdout, refused.stderr);
     let why =
-        "is unusable: the log holds a transaction of schema 6, this manager reads 3 to 5: another version wrote it";
+        "is unusable: the log holds a transaction of schema 7, this manager reads 3 to 5: another version wrote it";
     assert!(refused.stderr.contains(why), "{}", refused.stderr);
     let events = managers[new].warren(&["events", "--type", "manager"]).succeeded();
     assert!(["1 (", "2 (", "3 ("].iter().all(|number| events.contains(number)), "{events}");

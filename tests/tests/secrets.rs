@@ -223,3 +223,86 @@ fn a_registrys_credentials_are_a_secret() {
     let logs = log.args([world.path("agent.log"), world.path("manager.log")]).output().expect("cat");
     assert!(!String::from_utf8_lossy(&logs.stdout).contains(VALUE));
 }
+
+#[test]
+fn a_secret_can_be_a_variable_and_is_nowhere_else() {
+    let world = World::with_warren("variable");
+    let _ = secret(&world, "secret", "create", "password", VALUE).succeeded();
+    let _ = secret(&world, "config", "create", "colour", "dark red\nand blue").succeeded();
+    let options =
+        ["--secret", "source=password,env=DB_PASSWORD", "--config", "source=colour,env=COLOUR", "--user", "demo"];
+    let inside = Inside::of(&world, "web", &[&options[..], &["--env", "PLAIN=1"]].concat());
+    let environment = |inside: &Inside| -> Vec<String> {
+        let all = until("it is the command", || Some(inside.proc("environ")).filter(|all| all.contains("DB_PASSWORD")));
+        all.split('\0').map(str::to_owned).collect()
+    };
+    let variables = environment(&inside);
+    for wanted in [format!("DB_PASSWORD={VALUE}"), "COLOUR=dark red\nand blue".to_owned(), "PLAIN=1".to_owned()] {
+        assert!(variables.contains(&wanted), "{variables:?}");
+    }
+    // What is run in it later has the same; who is not its user, nothing of it.
+    let asked = |id: &str, user: &[&str]| {
+        let command = ["--", "sh", "-c", "echo \"[$DB_PASSWORD]\""];
+        world.warren(&[&["container", "exec"], user, &[id], &command].concat())
+    };
+    assert_eq!(asked(&inside.id, &[]).succeeded().trim(), format!("[{VALUE}]"));
+    let other = asked(&inside.id, &["--user", "65534"]);
+    assert_eq!((other.code, other.stdout.trim()), (0, "[]"));
+    assert!(other.stderr.contains("left out"), "{}", other.stderr);
+    assert_eq!(world.warren(&["container", "exec", &inside.id, "--", "no-such-program"]).code, 127);
+    // It is in no spec, here or at the manager, and on no disk.
+    for arguments in [
+        &["service", "inspect", "web", "--format", "json"][..],
+        &["container", "inspect", &inside.id, "--format", "json"],
+    ] {
+        assert!(!world.warren(arguments).succeeded().contains(VALUE), "{arguments:?}");
+    }
+    assert!(!world.ctr(&["containers", "info", &inside.id]).stdout.contains(VALUE));
+    let mut found = Vec::new();
+    holders(world.directory.path(), &mut found);
+    let secrets = world.path("secrets").display().to_string();
+    assert!(found.iter().any(|path| path.starts_with(&secrets)), "the search finds what there is: {found:?}");
+    found.retain(|path| !path.starts_with(&secrets) && !path.contains("/rootfs/"));
+    assert_eq!(found, Vec::<String>::new());
+    // Another value is another environment: the container is replaced.
+    let _ = secret(&world, "secret", "update", "password", "another").succeeded();
+    until("it is replaced", || {
+        let all = Inside::all(&world, "web");
+        let [now] = all.as_slice() else { return None };
+        (now.id != inside.id && environment(now).contains(&"DB_PASSWORD=another".to_owned())).then_some(())
+    });
+    // An init program comes first, and a command that is not there is said as a shell says it.
+    let first = Inside::of(&world, "first", &[&options[..], &["--init"]].concat());
+    assert!(first.proc("comm").contains("init"), "{}", first.proc("comm"));
+    assert_eq!(asked(&first.id, &[]).succeeded().trim(), "[another]");
+    let missing = ["service", "create", "missing", "--image", image_name(), "--restart", "never"];
+    let _ = world.warren(&[&missing[..], &options, &["--", "no-such-program"]].concat()).succeeded();
+    let ended = world.container_when("missing", "it ends", |c| c["status"]["exitCode"].is_number());
+    assert_eq!(ended["status"]["exitCode"], 127);
+    // What cannot be a variable.
+    let _ = secret(&world, "secret", "create", "zero", "a\0b").succeeded();
+    let _ = world.warren(&[
+        "service",
+        "create",
+        "zero",
+        "--image",
+        image_name(),
+        "--restart",
+        "never",
+        "--secret",
+        "source=zero,env=Z",
+    ]);
+    let refused = world.container_when("zero", "it fails", |c| c["status"]["state"] == "CONTAINER_STATE_FAILED");
+    let why = refused["status"]["message"].as_str().unwrap_or_default();
+    assert!(why.contains("secret \"zero\" has a zero byte"), "{why}");
+    let create = |more: &[&str]| {
+        let create = ["service", "create", "wrong", "--image", image_name()];
+        world.warren(&[&create[..], more].concat()).failed(2)
+    };
+    let refused = create(&["--secret", "source=password,env=A,target=/x"]);
+    assert!(refused.contains("spec.container.secrets[0].env: makes it a variable"), "{refused}");
+    let refused = create(&["--secret", "source=password,env=A", "--env", "A=1"]);
+    assert!(refused.contains("spec.container.secrets[0].env: \"A\" is given twice"), "{refused}");
+    let refused = create(&["--secret", "source=password,env=A,on-update=signal"]);
+    assert!(refused.contains("spec.container.secrets[0].on_update: signal is for files"), "{refused}");
+}

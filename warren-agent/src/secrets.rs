@@ -1,9 +1,13 @@
 //! Secrets and configs of this node's containers: in memory, and as files on a tmpfs that nobody but root sees. A value is
 //! never written to a disk, and never to a log.
+//!
+//! Those that are wanted as variables are in a file as well. The container begins with a helper that reads it and becomes the container's
+//! command with them, so that they are in no spec: containerd keeps specs on the disk.
 
 use std::{
     collections::BTreeMap,
-    fmt, fs, io,
+    fmt, fs,
+    io::{self, Write as _},
     os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -39,6 +43,14 @@ pub enum Error {
         /// Who is missing.
         why: String,
     },
+    /// It cannot be a variable.
+    #[error("{kind} {name:?} has a zero byte, which no environment variable can hold")]
+    ZeroByte {
+        /// Secret or config.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
     /// A file.
     #[error("{action}: {source}")]
     Io {
@@ -51,6 +63,22 @@ pub enum Error {
 
 fn io(action: String) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { action, source }
+}
+
+/// The program that puts values into the environment of the one that it becomes.
+static HELPER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/env"));
+/// What holds a container's variables.
+const ENV: &str = "env";
+
+/// Puts the helper where containers have it from. Those that run keep the one that they began with.
+pub(crate) fn install_helper(path: &Path) -> io::Result<()> {
+    if fs::read(path).is_ok_and(|there| there == HELPER) {
+        return Ok(());
+    }
+    let new = path.with_extension("new");
+    fs::write(&new, HELPER)?;
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o755))?;
+    fs::rename(&new, path)
 }
 
 fn kind_name(kind: SecretKind) -> &'static str {
@@ -156,9 +184,43 @@ impl Secrets {
         }
     }
 
-    fn mounts(spec: &v1::ContainerSpec) -> impl Iterator<Item = (SecretKind, usize, &v1::SecretMount)> {
+    fn all(spec: &v1::ContainerSpec) -> impl Iterator<Item = (SecretKind, usize, &v1::SecretMount)> {
         let secrets = spec.secrets.iter().enumerate().map(|(i, mount)| (SecretKind::Secret, i, mount));
         secrets.chain(spec.configs.iter().enumerate().map(|(i, mount)| (SecretKind::Config, i, mount)))
+    }
+
+    /// Those that are files.
+    fn mounts(spec: &v1::ContainerSpec) -> impl Iterator<Item = (SecretKind, usize, &v1::SecretMount)> {
+        Self::all(spec).filter(|(_, _, mount)| mount.env.is_empty())
+    }
+
+    /// Writes the file with a container's variables, if it has any, and says where it is.
+    pub(crate) fn write_env(
+        &self,
+        container: &str,
+        spec: &v1::ContainerSpec,
+        (uid, gid): (u32, u32),
+    ) -> Result<Option<PathBuf>, Error> {
+        let mut entries = Vec::new();
+        for (kind, _, mount) in Self::all(spec).filter(|(_, _, mount)| !mount.env.is_empty()) {
+            let value = self.value(kind, &mount.source)?;
+            if value.contains(&0) {
+                return Err(Error::ZeroByte { kind: kind_name(kind), name: mount.source.clone() });
+            }
+            entries.extend([mount.env.as_bytes(), b"=", &value, b"\0"].concat());
+        }
+        if entries.is_empty() {
+            return Ok(None);
+        }
+        let file = self.directory.join(container).join(ENV);
+        let write = || {
+            fs::create_dir_all(self.directory.join(container))?;
+            let mut opened = fs::File::options().write(true).create(true).truncate(true).mode(0o400).open(&file)?;
+            chown(&file, Some(uid), Some(gid))?;
+            opened.write_all(&entries)
+        };
+        write().map_err(io("writing the secrets that are variables".to_owned()))?;
+        Ok(Some(file))
     }
 
     /// Writes a container's files and says where it is to have them. `owner` says whose each is.

@@ -186,7 +186,9 @@ struct Stored {
 }
 
 /// The newest layout of states and transactions.
-pub const SCHEMA: u32 = 6;
+pub const SCHEMA: u32 = 7;
+/// The first in which a secret can be an environment variable.
+pub(crate) const SECRETS_IN_ENV: u32 = 7;
 /// The oldest that is written; a cluster's managers write one between both: [`State::schema`].
 pub const OLDEST_WRITTEN_SCHEMA: u32 = 5;
 /// The oldest that is read: what a newer one has besides is as if it had never been used.

@@ -132,7 +132,7 @@ pub(crate) fn port(text: &str) -> Result<v1::Port, String> {
     Ok(port)
 }
 
-/// `name`, or `source=name,target=file,mode=0400,uid=www-data,gid=33,on-update=signal,signal=HUP`.
+/// `name`, or `source=name,target=file,mode=0400,uid=www-data,gid=33,on-update=signal,signal=HUP`, or `source=name,env=VARIABLE`.
 pub(crate) fn secret(text: &str) -> Result<v1::SecretMount, String> {
     let mut mount = v1::SecretMount { on_update: v1::OnUpdate::Restart.into(), ..Default::default() };
     if !text.contains('=') {
@@ -144,6 +144,7 @@ pub(crate) fn secret(text: &str) -> Result<v1::SecretMount, String> {
         match name {
             "source" | "src" => mount.source = value.to_owned(),
             "target" => mount.target = value.to_owned(),
+            "env" => mount.env = value.to_owned(),
             "mode" => {
                 let mode = u32::from_str_radix(value, 8);
                 mount.mode = mode.map_err(|_| format!("{option:?}: a mode is an octal number"))?;

@@ -19,4 +19,4 @@ pub use secret::secret_name;
 pub use signal::signal;
 pub use sysctl::{SafeSysctl, sysctl};
 pub use ulimit::{ULIMITS, ulimit};
-pub use user::{InvalidUser, Principal, User};
+pub use user::{InvalidUser, MAX_ID, Principal, User};

@@ -23,12 +23,16 @@ pub struct User {
 #[error("{0:?} is not a user: give a name or a number, and with a colon a group")]
 pub struct InvalidUser(String);
 
+/// The largest number of a user or group that the container runtimes take. What counts in 32 bits with a sign would make 0, which is
+/// root, of one beyond.
+pub const MAX_ID: u32 = i32::MAX as u32;
+
 /// As useradd(8) and adduser allow them, and what images in the wild have besides.
 const MAX_NAME: usize = 32;
 
 fn principal(text: &str) -> Option<Principal> {
     if text.bytes().all(|byte| byte.is_ascii_digit()) {
-        return text.parse().ok().map(Principal::Id);
+        return text.parse().ok().filter(|id| *id <= MAX_ID).map(Principal::Id);
     }
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-$@+".contains(&byte);
     let well_formed = text.len() <= MAX_NAME && !text.starts_with('-') && text.bytes().all(allowed);
@@ -69,7 +73,7 @@ mod tests {
         ] {
             assert_eq!(text.parse(), Ok(User { user, group }), "{text}");
         }
-        for text in ["", ":", "a:", ":a", "4294967296", "a b", "a:b:c", "-a", "../x"] {
+        for text in ["", ":", "a:", ":a", "4294967296", "2147483648", "0:2147483648", "a b", "a:b:c", "-a", "../x"] {
             assert!(text.parse::<User>().is_err(), "{text}");
         }
     }

@@ -162,7 +162,7 @@ impl Containerd {
     ) -> Result<Execution, Error> {
         let id = &start.container;
         let mut process = self.process_of(id).await?;
-        process.set_args(Some(start.command.clone()));
+        process.set_args(Some(super::spec::with_same_env(&process, &start.command)));
         process.set_terminal(Some(start.terminal.is_some()));
         if let Some(size) = start.terminal.as_ref().filter(|size| size.rows > 0 && size.columns > 0) {
             let size = BoxBuilder::default().height(size.rows).width(size.columns).build();

@@ -88,6 +88,12 @@ impl RootFs {
         &self.leased
     }
 
+    /// The container's own user and group.
+    #[must_use]
+    pub fn user(&self) -> (u32, u32) {
+        (self.identity.uid, self.identity.gid)
+    }
+
     /// Who a secret's or config's file belongs to: whom its mount names, else the container's user.
     ///
     /// # Errors
@@ -280,12 +286,11 @@ fn copy_directory(from: &Path, to: &Path, linked: &mut HashMap<(u64, u64), PathB
             io::copy(&mut File::open(&source)?, &mut written)?;
             fchown(&written, Some(found.uid()), Some(found.gid()))?;
             copy_attributes(&source, &target, &found)?;
-        } else if kind.is_socket() {
-            // Of a server that is not there.
+        } else if !kind.is_fifo() {
+            // A socket is of a server that is not there. A device is not made here with the agent's rights for others to open.
             continue;
         } else {
-            let kind = FileType::from_raw_mode(found.mode());
-            mknodat(CWD, &target, kind, Mode::from_raw_mode(found.mode() & 0o7777), found.rdev())?;
+            mknodat(CWD, &target, FileType::Fifo, Mode::from_raw_mode(found.mode() & 0o7777), 0)?;
             lchown(&target, Some(found.uid()), Some(found.gid()))?;
             copy_attributes(&source, &target, &found)?;
         }

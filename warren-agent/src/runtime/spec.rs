@@ -23,7 +23,7 @@ use warren_proto::v1;
 use warren_spec::{NotAllowed, Policy};
 
 use super::{Error, VolumePath, users::Identity};
-pub(super) use process::last_of_each_name;
+pub(super) use process::{last_of_each_name, with_same_env};
 
 /// Length of a CPU period, in microseconds: the kernel's default.
 const CPU_PERIOD: u64 = 100_000;
@@ -33,6 +33,9 @@ const SHARES_PER_CORE: i64 = 1024;
 const HOSTNAME_ID: usize = 12;
 /// Where the init program is in a container that wants one.
 const INIT: &str = "/run/warren/init";
+/// In one with secrets in its environment: the program that puts them there, and where it has them from.
+pub(super) const ENV: &str = "/run/warren/env";
+pub(super) const ENV_VALUES: &str = "/run/warren/env.values";
 
 /// What a container is to be, apart from its image.
 #[derive(Clone, Debug, Default)]
@@ -53,6 +56,8 @@ pub struct ContainerOptions {
     pub files: Vec<(PathBuf, &'static str)>,
     /// Files and directories with secrets and configs.
     pub secrets: Vec<(PathBuf, String)>,
+    /// Its secrets that are variables, if it has any: the program that it begins with, and the file for that.
+    pub env: Option<(PathBuf, PathBuf)>,
     /// Where its volumes are, by name.
     pub volumes: BTreeMap<String, VolumePath>,
     /// What it may have of its node.
@@ -219,6 +224,10 @@ fn mounts(options: &ContainerOptions) -> Result<Vec<Mount>, Error> {
     }
     for (source, target) in &options.secrets {
         mounts.push(bind_with(source, target, true, &["nosuid", "nodev", "noexec"])?);
+    }
+    if let Some((program, values)) = &options.env {
+        mounts.push(bind(program, ENV, true)?);
+        mounts.push(bind_with(values, ENV_VALUES, true, &["nosuid", "nodev", "noexec"])?);
     }
     if spec.init {
         let init = options.init.as_deref().ok_or_else(|| {

@@ -108,7 +108,14 @@ fn identify(user: &User, passwd: &str, group: &str) -> Result<Identity, Error> {
         name.is_some_and(|name| members.split(',').any(|member| member == name))
     };
     let listed = group.lines().map(fields).filter(lists);
-    let groups = listed.filter_map(|fields| number(&fields, 2)).filter(|id| *id != gid).collect();
+    let groups = listed.filter_map(|fields| number(&fields, 2)).filter(|id| *id != gid && *id <= warren_spec::MAX_ID);
+    let groups = groups.collect();
+    if let Some(id) = [uid, gid].into_iter().find(|id| *id > warren_spec::MAX_ID) {
+        return Err(Error::BadSpec(format!(
+            "user: the image's files say {id}, and {} is the most",
+            warren_spec::MAX_ID
+        )));
+    }
     let home = entry.and_then(|entry| entry.get(5).filter(|home| !home.is_empty()).cloned());
     Ok(Identity { uid, gid, groups, home: home.unwrap_or_else(|| "/".to_owned()) })
 }
@@ -173,6 +180,14 @@ mod tests {
         assert_eq!(identity("1000"), Ok(unknown.clone()));
         assert_eq!(identity("1000:1000"), Ok(Identity { gid: 1000, ..unknown }));
         assert_eq!(identity("nobody"), Err("user: the image has no user \"nobody\"".to_owned()));
+        // What counts with a sign would take them for root, or for nobody at all.
+        let large = identify(&"big".parse().expect("a user"), "big:x:4294967296:0::/:\nbig:x:2147483648:0::/:\n", "");
+        assert!(large.is_err(), "{large:?}");
+        let large = identify(&"big".parse().expect("a user"), "big:x:2147483648:0::/:\n", "");
+        assert_eq!(
+            large.map_err(|error| error.to_string()),
+            Err("user: the image's files say 2147483648, and 2147483647 is the most".to_owned())
+        );
         assert_eq!(identity("web:nobody"), Err("user: the image has no group \"nobody\"".to_owned()));
     }
 }

@@ -11,7 +11,10 @@ use super::{Context, Error, lookup, pages::page, secrets::Secrets, volumes::Volu
 use crate::{
     convert,
     ids::{NodeId, ServiceId},
-    state::{Change, Expected, Mode, Node, Rejection, Service, ServiceSpec, State, Transaction, protocol_name},
+    state::{
+        Change, Expected, Mode, Node, Rejection, SECRETS_IN_ENV, Service, ServiceSpec, State, Transaction,
+        protocol_name,
+    },
     store, validate,
 };
 
@@ -62,6 +65,16 @@ impl Services {
             }
         };
         Ok(spec)
+    }
+
+    /// Whether every manager can read what the spec has: while one is of an earlier version, new things wait.
+    fn check_schema(state: &State, spec: &ServiceSpec) -> Result<(), Error> {
+        let mut mounts = spec.container.secrets.iter().chain(&spec.container.configs);
+        if state.schema() < SECRETS_IN_ENV && mounts.any(|mount| !mount.env.is_empty()) {
+            let why = "secrets in the environment have to wait until all managers are of this version";
+            return Err(validate::Invalid::new("spec.container.secrets", why).into());
+        }
+        Ok(())
     }
 
     /// Whether containers would have names that are too long, or another's: `web-1` is the first container of `web`.
@@ -172,6 +185,7 @@ impl Services {
         // A client that repeats a request after a lost answer is answered with what it made.
         let known = self.0.store.read().await?;
         if !known.has_done(&request.request_id) {
+            Self::check_schema(&known, &spec)?;
             Self::check_names(&known, &spec, None)?;
             self.check_ports(&known, &spec, None)?;
         }
@@ -189,6 +203,7 @@ impl Services {
             return self.shown(&spec.name).or_else(|_| self.shown(&request.service));
         }
         let known = lookup::service(&state, &request.service)?;
+        Self::check_schema(&state, &spec)?;
         Self::check_names(&state, &spec, Some(&known.spec))?;
         self.check_ports(&state, &spec, Some(&known.spec))?;
         let spec = self.pinned(spec, Some(&known.spec)).await?;
@@ -233,6 +248,7 @@ impl Services {
             Object::Service(spec) => {
                 let spec = validate::service_spec(Some(spec), &self.0.policy)?;
                 let known = state.service_named(&spec.name).cloned();
+                Self::check_schema(state, &spec)?;
                 Self::check_names(state, &spec, known.as_ref().map(|known| &known.spec))?;
                 self.check_ports(state, &spec, known.as_ref().map(|known| &known.spec))?;
                 Ok(Some(match known {

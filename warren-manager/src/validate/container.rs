@@ -111,6 +111,10 @@ fn image(image: &str) -> Result<(), Invalid> {
     image.parse::<ImageName>().map(drop).map_err(|error| Invalid::new(FIELD, error.to_string()))
 }
 
+fn variable(name: &str) -> bool {
+    !name.is_empty() && !name.contains(['=', '\0'])
+}
+
 /// Command, arguments and environment: what the kernel passes to the process.
 fn words(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
     // What a process is given is copied string by string (MAX_ARG_STRLEN in the kernel's binfmts.h), each with a NUL behind it.
@@ -124,7 +128,7 @@ fn words(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
         }
     }
     for key in spec.env.keys() {
-        if key.is_empty() || key.contains(['=', '\0']) {
+        if !variable(key) {
             return invalid("spec.container.env", format!("{key:?} is not a variable's name"));
         }
     }
@@ -212,6 +216,7 @@ fn secrets(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
         let why = format!("{:?} is not a secret's name", spec.registry_secret);
         return invalid("spec.container.registry_secret", why);
     }
+    let mut variables: BTreeSet<&String> = spec.env.keys().collect();
     for (list, mounts) in [("secrets", &spec.secrets), ("configs", &spec.configs)] {
         if mounts.len() > MAX_LIST {
             return invalid(format!("spec.container.{list}"), format!("are more than {MAX_LIST}"));
@@ -221,6 +226,28 @@ fn secrets(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
             let field = |name: &str| format!("spec.container.{list}[{i}].{name}");
             if !warren_spec::secret_name(&mount.source) {
                 return invalid(field("source"), format!("{:?} is not a name of one", mount.source));
+            }
+            if !mount.env.is_empty() {
+                if !variable(&mount.env) {
+                    return invalid(field("env"), format!("{:?} is not a variable's name", mount.env));
+                }
+                if !variables.insert(&mount.env) {
+                    return invalid(field("env"), format!("{:?} is given twice", mount.env));
+                }
+                let plain = v1::SecretMount {
+                    source: mount.source.clone(),
+                    env: mount.env.clone(),
+                    on_update: mount.on_update,
+                    ..Default::default()
+                };
+                if *mount != plain {
+                    return invalid(field("env"), "makes it a variable: target, mode, owner and signal are for files");
+                }
+                if mount.on_update() == v1::OnUpdate::Signal {
+                    let why = "signal is for files: a process's variables stay as they are; restart or none";
+                    return invalid(field("on_update"), why);
+                }
+                continue;
             }
             let target = if mount.target.is_empty() { &mount.source } else { &mount.target };
             let is_path = target != "/" && warren_spec::absolute(target);

@@ -251,7 +251,9 @@ impl<'de> Deserialize<'de> for Secret {
             type Value = Secret;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a name, or a map with source, target, mode, uid, gid, onUpdate and signal")
+                f.write_str(
+                    "a name, or a map with source, target, mode, uid, gid, onUpdate and signal, or with source and env",
+                )
             }
 
             fn visit_str<E: de::Error>(self, name: &str) -> Result<Secret, E> {
@@ -283,6 +285,9 @@ struct SecretMount {
     on_update: Option<OnUpdate>,
     #[serde(default, deserialize_with = "or_default")]
     signal: String,
+    /// A variable instead of a file.
+    #[serde(default, deserialize_with = "or_default")]
+    env: String,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -585,6 +590,7 @@ impl Secret {
             signal: mount.signal,
             user: mount.uid.0,
             group: mount.gid.0,
+            env: mount.env,
             ..Default::default()
         })
     }

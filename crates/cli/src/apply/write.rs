@@ -253,7 +253,7 @@ fn check_of(check: v1::HealthCheck) -> Option<Value> {
 
 fn secret_of(secret: v1::SecretMount) -> Map<String, Value> {
     let on_update = secret.on_update();
-    let v1::SecretMount { source, target, mode, uid, gid, on_update: _, signal, user, group } = secret;
+    let v1::SecretMount { source, target, mode, uid, gid, on_update: _, signal, user, group, env } = secret;
     let whose = |name: String, number: u32| if name.is_empty() && number != 0 { number.to_string() } else { name };
     let on_update = match on_update {
         v1::OnUpdate::None => "none",
@@ -268,6 +268,7 @@ fn secret_of(secret: v1::SecretMount) -> Map<String, Value> {
         .text("gid", whose(group, gid))
         .text("onUpdate", on_update.to_owned())
         .text("signal", signal)
+        .text("env", env)
         .0
 }
 

@@ -157,7 +157,7 @@ pub(crate) struct Arguments {
     endpoint_mode: EndpointMode,
     /// A secret as a file below /run/secrets: NAME, or source=NAME,target=FILE,mode=0400,uid=USER,gid=GROUP,on-update=restart|signal|none;
     /// may be repeated. The file belongs to the container's user unless uid names another; a new value replaces the containers
-    /// unless on-update says otherwise.
+    /// unless on-update says otherwise. With source=NAME,env=VARIABLE it is an environment variable instead.
     #[arg(long, value_name = "SECRET", value_parser = parse::secret)]
     secret: Vec<v1::SecretMount>,
     /// A config as a file below /run/configs, in the same words; may be repeated.

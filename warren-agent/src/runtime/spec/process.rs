@@ -16,9 +16,12 @@ use rustix::{
 use warren_proto::v1;
 use warren_spec::{CAPABILITIES, DEFAULT_CAPABILITIES};
 
-use super::{super::Error, ContainerOptions, INIT, Identity, cannot_be_built};
+use super::{super::Error, ContainerOptions, ENV, ENV_VALUES, INIT, Identity, cannot_be_built};
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Words of an init program before its command.
+const INIT_ARGUMENTS: usize = 2;
 
 /// Variables of a process: the runtime sets each by looking through all others, and no image has a hundredth of these.
 const MAX_VARIABLES: usize = 10_000;
@@ -30,7 +33,7 @@ const HARD_FILES: u64 = 1 << 20;
 /// The container's first process.
 pub(super) fn build(image: &ImageConfig, options: &ContainerOptions, identity: &Identity) -> Result<Process, Error> {
     let spec = &options.spec;
-    let args = arguments(image, spec)?;
+    let args = arguments(image, options)?;
     let working_dir = working_dir(image, spec)?;
     let env = environment(image, options, identity);
     if env.len() > MAX_VARIABLES {
@@ -104,7 +107,8 @@ fn environment(image: &ImageConfig, options: &ContainerOptions, identity: &Ident
 }
 
 /// The command line: a service's command replaces the image's entrypoint and, as Docker has it, its command too.
-fn arguments(image: &ImageConfig, spec: &v1::ContainerSpec) -> Result<Vec<String>, Error> {
+fn arguments(image: &ImageConfig, options: &ContainerOptions) -> Result<Vec<String>, Error> {
+    let spec = &options.spec;
     let entrypoint = image.entrypoint().clone().unwrap_or_default();
     let image_args = image.cmd().clone().unwrap_or_default();
     let mut args = if spec.command.is_empty() { entrypoint } else { spec.command.clone() };
@@ -116,10 +120,20 @@ fn arguments(image: &ImageConfig, spec: &v1::ContainerSpec) -> Result<Vec<String
     if args.is_empty() {
         return Err(Error::BadSpec("neither the service nor its image says what to run".to_owned()));
     }
+    if options.env.is_some() {
+        args.splice(0..0, [ENV, ENV_VALUES].map(str::to_owned));
+    }
     if spec.init {
         args.splice(0..0, [INIT.to_owned(), "--".to_owned()]);
     }
     Ok(args)
+}
+
+/// The command line of another process of a container, which has the same secrets in its environment as the first one.
+pub(in super::super) fn with_same_env(first: &Process, command: &[String]) -> Vec<String> {
+    let has_values = first.args().iter().flatten().take(INIT_ARGUMENTS + 2).any(|word| word == ENV_VALUES);
+    let through: &[&str] = if has_values { &[ENV, ENV_VALUES] } else { &[] };
+    through.iter().map(|word| (*word).to_owned()).chain(command.iter().cloned()).collect()
 }
 
 /// One entry a variable, the last one's value, in the order of first mention. An image may name very many.
@@ -280,16 +294,33 @@ mod tests {
     fn a_service_overrides_its_image() {
         let args = |command: &[&str], args: &[&str], init| {
             let own = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
-            arguments(
-                &image(),
-                &v1::ContainerSpec { command: own(command), args: own(args), init, ..Default::default() },
-            )
+            let spec = v1::ContainerSpec { command: own(command), args: own(args), init, ..Default::default() };
+            arguments(&image(), &options(spec))
         };
         assert_eq!(args(&[], &[], false).expect("a command"), ["/entry", "a"]);
         assert_eq!(args(&[], &["b"], false).expect("a command"), ["/entry", "b"]);
         assert_eq!(args(&["/sh"], &[], false).expect("a command"), ["/sh"]);
         assert_eq!(args(&["/sh"], &["-c"], true).expect("a command"), [INIT, "--", "/sh", "-c"]);
-        assert!(arguments(&ImageConfig::default(), &v1::ContainerSpec::default()).is_err());
+        assert!(arguments(&ImageConfig::default(), &options(v1::ContainerSpec::default())).is_err());
+    }
+
+    #[test]
+    fn variables_that_are_secrets_come_by_a_program_and_in_no_spec() {
+        let helper = Some(("/lib/env".into(), "/run/values".into()));
+        let with_env = |init| {
+            let spec = v1::ContainerSpec { init, ..Default::default() };
+            let options = ContainerOptions { env: helper.clone(), ..options(spec) };
+            build(&image(), &options, &Identity::ROOT).expect("a process")
+        };
+        let shell = ["sh".to_owned()];
+        for (init, first) in [(false, &[][..]), (true, &[INIT, "--"])] {
+            let process = with_env(init);
+            let expected = [first, &[ENV, ENV_VALUES, "/entry", "a"]].concat();
+            assert_eq!(process.args().clone().expect("arguments"), expected);
+            assert_eq!(with_same_env(&process, &shell), [ENV, ENV_VALUES, "sh"]);
+        }
+        let without = build(&image(), &options(v1::ContainerSpec::default()), &Identity::ROOT).expect("a process");
+        assert_eq!(with_same_env(&without, &shell), ["sh"]);
     }
 
     #[test]
