@@ -550,9 +550,10 @@ impl World {
         let hierarchies = mounts.lines().filter_map(|line| {
             let mut fields = line.split(' ');
             let (target, kind) = (fields.nth(1)?, fields.next()?);
-            matches!(kind, "cgroup" | "cgroup2").then(|| Path::new(target).join(&self.name))
+            let both = [self.name.clone(), format!("{}-logs", self.name)].map(|name| Path::new(target).join(name));
+            matches!(kind, "cgroup" | "cgroup2").then_some(both)
         });
-        hierarchies.filter(|path| path.is_dir()).collect()
+        hierarchies.flatten().filter(|path| path.is_dir()).collect()
     }
 }
 

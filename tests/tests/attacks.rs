@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{SocketAddr, TcpStream},
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
@@ -406,4 +406,85 @@ fn connections_to_the_resolver_are_a_containers_own_matter() {
     let (code, answer) = other.shell(&world, "nslookup other 169.254.1.1");
     let _ = (process.kill(), process.wait());
     assert_eq!(code, 0, "{answer}");
+}
+
+/// Sends frames that ask for an answer, for as long as it is let, and says how many bytes that were.
+const FLOOD: &str = r#"
+import socket, ssl, sys, threading
+context = ssl.create_default_context()
+context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+context.set_alpn_protocols(["h2"])
+stream = context.wrap_socket(socket.create_connection(("127.0.0.1", int(sys.argv[1]))))
+stream.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+def drain():
+    try:
+        while stream.recv(65536): pass
+    except OSError: pass
+threading.Thread(target=drain, daemon=True).start()
+ping, sent = bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + b"warren??", 0
+try:
+    while sent < 50_000_000:
+        stream.sendall(ping * 100)
+        sent += 1700
+except OSError: pass
+print(sent)
+"#;
+
+#[test]
+fn a_flood_of_frames_ends_with_its_connection() {
+    let mut world = World::empty("flood");
+    world.start_manager();
+    let port = world.api_port.to_string();
+    let sent: u64 = run("python3", &["-c", FLOOD, &port]).succeeded().trim().parse().expect("a number");
+    // What was under way in buffers comes besides.
+    assert!(sent < 20_000_000, "{sent}");
+    assert_eq!(world.warren(&["service", "ls"]).code, 0);
+}
+
+/// A cgroup in which nothing runs for as long as this is there.
+struct Frozen(PathBuf);
+
+impl Frozen {
+    fn new(cgroup: PathBuf) -> Self {
+        let frozen = Self(cgroup);
+        frozen.set(true);
+        frozen
+    }
+
+    fn set(&self, on: bool) {
+        let (v1, v2) = if on { ("FROZEN", "1") } else { ("THAWED", "0") };
+        let (file, state) =
+            if self.0.join("freezer.state").exists() { ("freezer.state", v1) } else { ("cgroup.freeze", v2) };
+        fs::write(self.0.join(file), state).expect("it may");
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.set(false);
+    }
+}
+
+#[test]
+fn a_runtime_that_hangs_fails_the_container_and_no_other() {
+    let mut world = World::with_containerd("hung");
+    world.start_manager();
+    world.start_agent(&["--runtime-timeout-s", "2"]);
+    world.wait_ready();
+    // Whatever joins a frozen cgroup waits: the runtime waits for it.
+    let frozen = until("a freezer", || {
+        let _ = Inside::of(&world, "before", &[]);
+        let freezer = |path: &PathBuf| path.join("freezer.state").exists() || path.join("cgroup.freeze").exists();
+        world
+            .cgroups()
+            .into_iter()
+            .find(|path| path.ends_with(world.cgroup_parent().trim_start_matches('/')) && freezer(path))
+    });
+    let frozen = Frozen::new(frozen);
+    let _ = world.warren(&["service", "create", "hung", "--image", image_name(), "--restart", "never", "--", "true"]);
+    let said = refusal(&world, "hung");
+    drop(frozen);
+    assert!(said.contains("the container runtime has not created it in 2 s"), "{said}");
+    let _ = world.warren(&["service", "rm", "hung", "--wait"]).succeeded();
+    let _ = Inside::of(&world, "after", &[]);
 }

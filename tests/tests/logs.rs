@@ -226,3 +226,42 @@ fn followers_of_a_service_go_on_when_its_agent_is_back() {
     let expected: Vec<u32> = (0..).take(numbers.len()).collect();
     assert_eq!(numbers, expected);
 }
+
+#[test]
+fn logs_of_what_has_ended_are_bounded_together() {
+    let mut world = World::with_containerd("ended");
+    world.start_manager();
+    world.start_agent(&["--ended-logs-max-mb", "0.03"]);
+    world.wait_ready();
+    for name in ["first", "second"] {
+        world.create(
+            name,
+            1,
+            &[],
+            "head -c 20000 /dev/zero | tr '\\0' x; echo; trap 'exit 0' TERM; while :; do sleep 0.05; done",
+        );
+        let id = Inside::only(&world, name).id;
+        until("it has written", || (logs(&world, &["container", "logs", &id]).0.len() >= 20_000).then_some(()));
+        let _ = world.warren(&["service", "scale", name, "0", "--wait"]).succeeded();
+    }
+    let kept = |name: &str| logs(&world, &["service", "logs", name]).0.len();
+    until("the older one's is removed", || (kept("first") == 0).then_some(()));
+    assert!(kept("second") >= 20_000);
+    // What writes a log has a place of its own, with a bound.
+    let writing = Inside::of(&world, "writing", &[]);
+    let writer = fs::read_dir("/proc").expect("a directory").flatten().find(|process| {
+        let command = fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let command = String::from_utf8_lossy(&command);
+        command.contains("container-log") && command.contains(&writing.id)
+    });
+    let cgroups = fs::read_to_string(writer.expect("a writer").path().join("cgroup")).expect("it runs");
+    let own = format!("{}-logs", world.cgroup_parent());
+    assert!(cgroups.lines().any(|line| line.ends_with(&own)), "{cgroups}");
+    let limited = world.cgroups().into_iter().filter(|path| path.to_string_lossy().ends_with(&own));
+    let quota = |directory: std::path::PathBuf| {
+        let said =
+            ["cpu.max", "cpu.cfs_quota_us"].iter().find_map(|file| fs::read_to_string(directory.join(file)).ok());
+        said?.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    assert!(limited.filter_map(quota).any(|quota| quota >= 50_000), "{own}");
+}

@@ -179,6 +179,37 @@ fn containers_of_two_nodes_reach_each_other() {
     // Somebody who is no member puts nothing into the network.
     let members = run("nft", &["list", "chain", "inet", "warren", "guard"]).succeeded();
     assert!(members.contains("udp dport 4789 ip saddr != { 192.0.2.1, 192.0.2.2 } drop"), "{members}");
+    // Nor does a member under others' addresses: two datagrams, of which the container hears one.
+    let listen = "import socket\n\
+        own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+        own.bind(('', 7777))\n\
+        own.settimeout(3)\n\
+        print('listening', flush=True)\n\
+        try:\n    while True: print(own.recv(100).decode(), flush=True)\n\
+        except TimeoutError: pass";
+    let mut nsenter = Command::new("nsenter");
+    let is_here = |one: &&Inside| run("ip", &["route", "get", &one.addresses[0]]).succeeded().contains("dev wrn");
+    let here = web.iter().find(is_here).expect("one of them is on this node");
+    nsenter.args(["--target", &here.pid.to_string(), "--net", "python3", "-c", listen]);
+    let mut listening = nsenter.stdout(std::process::Stdio::piped()).spawn().expect("nsenter");
+    let mut said = std::io::BufReader::new(listening.stdout.take().expect("a pipe"));
+    let mut first = String::new();
+    std::io::BufRead::read_line(&mut said, &mut first).expect("it listens");
+    let address = here.addresses[0].clone();
+    let _ = World::run(other.command("ip").args(["addr", "add", "198.51.100.7/32", "dev", "lo"])).succeeded();
+    let send = |source: &str, what: &str| {
+        let send = format!(
+            "import socket\nown = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\nown.bind(('{source}', 0))\n\
+             own.sendto(b'{what}', ('{address}', 7777))"
+        );
+        let _ = World::run(other.command("python3").args(["-c", &send])).succeeded();
+    };
+    send("198.51.100.7", "forged");
+    send("", "own");
+    let mut heard = String::new();
+    std::io::Read::read_to_string(&mut said, &mut heard).expect("it ends");
+    let _ = listening.wait();
+    assert_eq!(heard, "own\n");
     // A node that is gone is forgotten.
     let routes = || run("ip", &["route", "show", "dev", "warren-vxlan"]).succeeded();
     assert_eq!(routes().lines().count(), 1, "{}", routes());

@@ -220,6 +220,7 @@ pub async fn run(options: Options, shutdown: CancellationToken, started: impl Fn
     let listener = endpoint::bind(options.metrics_addr, &options.telemetry.access).await?;
     let data_dir_error = |source| Error::DataDir { path: options.data_dir.clone(), source };
     let node_id = membership::node_id(&options.data_dir).map_err(data_dir_error)?;
+    crate::secrets::install_helper(&options.node.env_helper).map_err(data_dir_error)?;
     let cache = Cache::open(&options.data_dir.join("containers")).map_err(data_dir_error)?;
     let containerd = runtime::connect(&options.containerd_socket, &options.containerd_namespace).await?;
     let containerd = containerd.with_max_image(options.max_image);

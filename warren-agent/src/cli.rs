@@ -3,7 +3,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     num::NonZeroU32,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
@@ -166,6 +166,12 @@ pub struct NodeArguments {
     /// Hours for which a container's log is kept after its end.
     #[arg(long, env = "WARREN_KEEP_LOGS_H", default_value_t = 24.0, value_parser = hours)]
     pub keep_logs_h: f64,
+    /// Megabytes of logs of ended containers together: beyond it, and when the disk is full, the oldest are removed early.
+    #[arg(long, env = "WARREN_ENDED_LOGS_MAX_MB", default_value_t = 1000.0, value_parser = positive)]
+    pub ended_logs_max_mb: f64,
+    /// Seconds that the container runtime may take to create a container, and to start it.
+    #[arg(long, env = "WARREN_RUNTIME_TIMEOUT_S", default_value_t = 120.0, value_parser = positive)]
+    pub runtime_timeout_s: f64,
     /// Where containers' secrets are, in memory only: it becomes a tmpfs.
     #[arg(long, env = "WARREN_SECRETS_DIR", default_value = "/run/warren/secrets")]
     pub secrets_dir: PathBuf,
@@ -191,6 +197,12 @@ fn hours(text: &str) -> Result<f64, String> {
 fn positive(text: &str) -> Result<f64, String> {
     let number: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
     if (0.001..1e6).contains(&number) { Ok(number) } else { Err("not between 0.001 and a million".to_owned()) }
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
 }
 
 fn parse_label(text: &str) -> Result<(String, String), String> {
@@ -221,6 +233,8 @@ impl AgentArguments {
             node: NodeSettings {
                 cgroup_parent: node.cgroup_parent.clone(),
                 init: node.init_path.clone().or_else(node::init),
+                env_helper: self.data_dir.join("env"),
+                runtime_timeout: Duration::from_secs_f64(node.runtime_timeout_s),
                 policy: node.policy.clone(),
                 pids_limit: node.limit_pids,
             },
@@ -243,6 +257,8 @@ impl AgentArguments {
                 max_bytes: (node.log_max_mb * 1e6) as u64,
                 files: node.log_files,
                 keep: Duration::from_secs_f64(node.keep_logs_h * 3600.0),
+                max_ended_bytes: (node.ended_logs_max_mb * 1e6) as u64,
+                cgroup: with_suffix(&node.cgroup_parent, "-logs"),
             },
             secrets_dir: node.secrets_dir.clone(),
             registries: node.registries.options(),

@@ -145,6 +145,11 @@ fn begin_look(directories: Vec<PathBuf>) -> JoinHandle<Option<String>> {
 /// A twentieth of a file system, or this, whichever is less, must be free: below it, images and logs have no room.
 const ROOM: u64 = 100 << 20;
 
+/// Whether a directory's file system has room, or does not say.
+pub(crate) fn has_room(directory: &Path) -> bool {
+    trouble(directory).is_none()
+}
+
 fn trouble(directory: &Path) -> Option<String> {
     let shown = directory.display();
     let found = match rustix::fs::statvfs(directory) {

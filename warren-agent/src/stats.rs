@@ -10,7 +10,7 @@ use warren_telemetry::Source;
 
 use crate::tasks::{Running, now};
 use cgroup::Hierarchies;
-pub(crate) use cgroup::limit;
+pub(crate) use cgroup::{join_cpu, limit, limit_cpu};
 pub(crate) use used::Used;
 
 /// Of what the probes count, what people look at.

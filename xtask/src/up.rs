@@ -371,6 +371,7 @@ impl Up {
         for mount in cgroup_mounts() {
             // Empty by now; one that is not has somebody else's containers.
             let _ = fs::remove_dir(mount.join(name));
+            let _ = fs::remove_dir(mount.join(format!("{name}-logs")));
         }
         remove(&self.directory)?;
         if let Some(directory) = self.arguments.socket.parent().filter(|_| self.made_socket_directory) {

@@ -12,7 +12,8 @@ use std::{
     time::SystemTime,
 };
 
-use super::{FILE, LOST, lost};
+use super::{FILE, LOST, OWNER, Owner, lost};
+use crate::stats;
 
 /// The first argument of the program that makes it this process.
 pub const COMMAND: &str = "container-log";
@@ -32,7 +33,9 @@ pub fn write(argument: &str) -> ExitCode {
     // The runtime asks it to end as soon as the container has: what is still in the pipes, a crash's last words perhaps, is
     // written first. It ends with the pipes.
     let _ = ctrlc::set_handler(|| ());
-    let rotating = Mutex::new(Rotating::new(PathBuf::from(next()), max_bytes, files));
+    let directory = PathBuf::from(next());
+    join_others(&directory);
+    let rotating = Mutex::new(Rotating::new(directory, max_bytes, files));
     thread::scope(|scope| {
         for (descriptor, stream) in [(3, "stdout"), (4, "stderr")] {
             let rotating = &rotating;
@@ -46,6 +49,14 @@ pub fn write(argument: &str) -> ExitCode {
         }
     });
     ExitCode::SUCCESS
+}
+
+/// Goes where what it may take of the processors is bounded. Where that cannot be, the log counts more.
+fn join_others(directory: &Path) {
+    let owner = fs::read(directory.join(OWNER)).ok().and_then(|json| serde_json::from_slice::<Owner>(&json).ok());
+    if let Some(owner) = owner.filter(|owner| !owner.writer.as_os_str().is_empty()) {
+        let _ = stats::join_cpu(&owner.writer);
+    }
 }
 
 /// Reads lines to the end, whatever becomes of them: a full disk must not hold the container up.

@@ -254,6 +254,9 @@ fn guards(out: &mut String, place: &Place, tables: &Tables, overlay: Option<&str
     );
     if let Some(overlay) = overlay {
         let _ = writeln!(out, "    iifname \"{overlay}\" ip daddr 127.0.0.0/8 drop");
+        // Other nodes' containers are whom it leads to, and nobody else sends from there.
+        let _ = writeln!(out, "    iifname \"{overlay}\" ip6 saddr != fe80::/10 fib saddr . iif oif missing drop");
+        let _ = writeln!(out, "    iifname \"{overlay}\" meta nfproto ipv4 fib saddr . iif oif missing drop");
     }
     if has_v6 {
         let _ = write!(
@@ -410,6 +413,7 @@ mod tests {
             "ip saddr { 10.128.0.0/24 } ip daddr != { 10.128.0.0/10, 10.127.0.0/16 } masquerade",
             "ip daddr 10.127.0.0/16 meta l4proto tcp reject with tcp reset",
             "iifname != \"lo\" iifname != \"wrn*\" iifname != \"overlay\" ip daddr { 10.128.0.0/10, 10.127.0.0/16 } drop",
+            "iifname \"overlay\" meta nfproto ipv4 fib saddr . iif oif missing drop",
             "ct direction original tcp dport { 7443 } reject with tcp reset",
             "ct direction original ip daddr . tcp dport { 192.0.2.1 . 7443 } reject with tcp reset",
             "ct direction original ip6 daddr . tcp dport { 2001:db8::1 . 7443 } reject with tcp reset",

@@ -35,6 +35,39 @@ pub(crate) fn limit(cgroup: &Path, controller: &str, file: &str, value: &str) ->
     Hierarchies::of_this_process().limit(cgroup, controller, file, value)
 }
 
+/// Bounds what all processes of a cgroup may take of the processors together, in thousandths of one. The cgroup is made unless it is
+/// there.
+///
+/// # Errors
+///
+/// As for [`limit`].
+pub(crate) fn limit_cpu(cgroup: &Path, millis: u64) -> io::Result<()> {
+    /// In microseconds: the kernel's default.
+    const PERIOD: u64 = 100_000;
+    let hierarchies = Hierarchies::of_this_process();
+    let quota = PERIOD * millis / 1000;
+    match hierarchies.directory("cpu", &everywhere(cgroup, "cpu")) {
+        Some((_, true)) => hierarchies.limit(cgroup, "cpu", "cpu.max", &format!("{quota} {PERIOD}")),
+        _ => hierarchies.limit(cgroup, "cpu", "cpu.cfs_quota_us", &quota.to_string()),
+    }
+}
+
+/// Moves this process into a cgroup, as far as its processor time is concerned.
+///
+/// # Errors
+///
+/// When there is none, or the kernel refuses.
+pub(crate) fn join_cpu(cgroup: &Path) -> io::Result<()> {
+    let found = Hierarchies::of_this_process().directory("cpu", &everywhere(cgroup, "cpu"));
+    let (directory, _) = found.ok_or(io::ErrorKind::NotFound)?;
+    fs::write(directory.join("cgroup.procs"), "0")
+}
+
+/// What /proc says of a process that is in this cgroup of both versions.
+fn everywhere(cgroup: &Path, controller: &str) -> String {
+    format!("0::{0}\n1:{controller}:{0}", cgroup.display())
+}
+
 impl Hierarchies {
     pub(super) fn of_this_process() -> Self {
         Self::parse(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
@@ -78,8 +111,7 @@ impl Hierarchies {
 
     /// Sets a limit of a cgroup that is made unless it is there; of v2, below controllers that its parents hand down.
     fn limit(&self, cgroup: &Path, controller: &str, file: &str, value: &str) -> io::Result<()> {
-        let shown = format!("0::{0}\n1:{controller}:{0}", cgroup.display());
-        let found = self.directory(controller, &shown);
+        let found = self.directory(controller, &everywhere(cgroup, controller));
         let (directory, v2) = found.ok_or_else(|| io::Error::other(format!("there are no cgroups of {controller}")))?;
         fs::create_dir_all(&directory)?;
         if v2 {

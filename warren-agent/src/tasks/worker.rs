@@ -17,7 +17,7 @@ use warren_spec::{ImageName, InvalidImageName, Policy};
 use super::{Action, Board, Cache, CachedContainer, Ending, Event, Lifecycle, Phase, RuntimePhase, Timings};
 use crate::{
     health::{Checks, Health, Subject},
-    logs::{self, Logs},
+    logs::Logs,
     network::{Files, Leaving, Mounted, Network, Tables},
     runtime::{self, ContainerOptions, Containerd, Images, LocalImage, NetworkNamespace, VolumePath, Wanted},
     secrets::Secrets,
@@ -77,6 +77,10 @@ pub struct NodeSettings {
     pub cgroup_parent: PathBuf,
     /// A program for containers that want an init: static, and understanding `init -- command`.
     pub init: Option<PathBuf>,
+    /// The program that containers with secrets in their environment begin with: see [`crate::secrets`].
+    pub env_helper: PathBuf,
+    /// How long the runtime may take to create a container, and to start it.
+    pub runtime_timeout: Duration,
     /// What containers may have of the node.
     pub policy: Policy,
     /// Processes of a container whose service does not say; 0 is no limit.
@@ -399,12 +403,15 @@ impl Worker {
         rootfs.fill(&spec, &volumes).await.map_err(|error| Ending::Failed(error.to_string()))?;
         let secrets = self.shared.secrets.write(&self.id, &spec, |mount| rootfs.owner(mount));
         let secrets = secrets.map_err(|error| Ending::Failed(error.to_string()))?;
+        let env = self.shared.secrets.write_env(&self.id, &spec, rootfs.user());
+        let env = env.map_err(|error| Ending::Failed(error.to_string()))?;
         let (network, files) = self.connect(&spec).await?;
         let options = ContainerOptions {
             id: self.id.clone(),
             network,
             files,
             secrets,
+            env: env.map(|values| (self.shared.node.env_helper.clone(), values)),
             volumes,
             spec,
             resources: assignment.resources.unwrap_or_default(),
@@ -518,19 +525,24 @@ impl Worker {
         let failed = |error: runtime::Error| Ending::Failed(error.to_string());
         let began = Instant::now();
         let owner = self.assignment.as_ref().map_or((String::new(), 0), |a| (a.service_id.clone(), a.slot));
-        let output = self.shared.logs.uri(&self.id, &logs::Owner { service: owner.0, slot: owner.1 });
+        let output = self.shared.logs.uri(&self.id, owner.0, owner.1);
         let output = output.map_err(|error| Ending::Failed(format!("its log cannot be kept: {error}")))?;
-        let pid = self.shared.containerd.create_task(&self.id, &output).await.map_err(|error| {
-            self.shared.timings.failed("create");
-            failed(error)
-        })?;
+        let limit = self.shared.node.runtime_timeout;
+        let late = |what: &str| {
+            let seconds = limit.as_secs_f64();
+            Ending::Failed(format!(
+                "the container runtime has not {what} it in {seconds} s (the agent's --runtime-timeout-s)"
+            ))
+        };
+        let created = tokio::time::timeout(limit, self.shared.containerd.create_task(&self.id, &output)).await;
+        let pid = created.map_err(|_| late("created")).and_then(|created| created.map_err(failed));
+        let pid = pid.inspect_err(|_| self.shared.timings.failed("create"))?;
         let created = began.elapsed();
         self.shared.timings.phase(RuntimePhase::Create, created);
         let began = Instant::now();
-        self.shared.containerd.start_task(&self.id).await.map_err(|error| {
-            self.shared.timings.failed("start");
-            failed(error)
-        })?;
+        let started = tokio::time::timeout(limit, self.shared.containerd.start_task(&self.id)).await;
+        let started = started.map_err(|_| late("started")).and_then(|started| started.map_err(failed));
+        started.inspect_err(|_| self.shared.timings.failed("start"))?;
         let started = began.elapsed();
         self.shared.timings.phase(RuntimePhase::Start, started);
         self.note(|status| {
