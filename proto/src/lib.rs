@@ -11,3 +11,20 @@ pub mod v1 {
 
 /// What gRPC reflection serves.
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("descriptors");
+
+impl v1::Endpoint {
+    /// One of its service's ports as it is at this endpoint, which may have been made before the service was changed: the one that is published
+    /// alike or, where that is not published, has the same name. `None` where it has no such port.
+    #[must_use]
+    pub fn port<'a>(&'a self, of_service: &'a v1::Port) -> Option<&'a v1::Port> {
+        let Some(own) = &self.own_ports else { return Some(of_service) };
+        let is_alike = |own: &&v1::Port| {
+            let same = match of_service.host_port {
+                0 => own.name == of_service.name,
+                published => own.host_port == published,
+            };
+            same && (own.protocol() == v1::Protocol::Udp) == (of_service.protocol() == v1::Protocol::Udp)
+        };
+        own.ports.iter().find(is_alike)
+    }
+}

@@ -165,13 +165,13 @@ const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures");
 #[test]
 fn what_the_versions_before_wrote_is_read() {
     let world = World::empty("upgrade");
-    for schema in [3, 4] {
+    for schema in [3, 4, 5, 6] {
         let mut manager = Manager::new(&world, &format!("m{schema}"));
         let directory = manager.directory.display().to_string();
         let left = format!("{FIXTURES}/manager-schema-{schema}.tar.gz");
         let _ = run("tar", &["-xzf", &left, "-C", &directory]).succeeded();
         let identity = || fs::read_to_string(manager.directory.join("manager/manager.json")).expect("readable");
-        assert!(identity().contains(&format!("\"format\": {schema}")), "{}", identity());
+        assert!(identity().contains(&format!("\"format\": {}", schema.min(5))), "{}", identity());
         manager.start();
         until("it leads", || manager.info().filter(|info| info["leaderId"] == "1"));
         let mut expected: Vec<_> =
@@ -194,12 +194,31 @@ fn what_the_versions_before_wrote_is_read() {
                 assert_eq!(inspect("svc-15")["spec"]["lostAfter"], "90s");
             }
         }
+        // Its containers are made of what they were, whatever the words for it.
+        let containers = |manager: &Manager, service: &str| -> Vec<Value> {
+            let shown = manager.warren(&["service", "ps", service, "--format", "json"]).succeeded();
+            serde_json::from_str(&shown).expect("JSON")
+        };
+        if schema > 4 {
+            until("the schema is raised", || (self::schema(&manager) == Some(7)).then_some(()));
+            let images: Vec<_> = containers(&manager, "svc-3").iter().map(|one| one["spec"]["image"].clone()).collect();
+            assert_eq!(images, vec![Value::from("demo:3"); 5]);
+            until("they are of the newest revision", || {
+                let mut all = containers(&manager, "svc-4");
+                all.retain(|one| one["desiredState"] == "CONTAINER_STATE_RUNNING");
+                let is_newest = |one: &Value| one["revision"] == "21" && one["spec"]["env"]["A"] == "20";
+                (all.len() == 2 && all.iter().all(is_newest)).then_some(())
+            });
+        }
         // It goes on in its own words, and reads both after a restart.
         create(&manager, "new", 0, &["--constraint", "node.labels.a==b"]);
         let _ = manager.warren(&["operator", "create", "ada"]).succeeded();
         manager.kill();
         manager.start();
         until("it leads again", || manager.info().filter(|info| info["leaderId"] == "1"));
+        if schema > 4 {
+            assert_eq!(containers(&manager, "svc-3").len(), 5);
+        }
         assert!(names(&manager).contains(&"new".to_owned()));
         assert!(manager.warren(&["operator", "ls"]).succeeded().contains("ada"));
         let identity = fs::read_to_string(manager.directory.join("manager/manager.json")).expect("readable");

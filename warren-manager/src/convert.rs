@@ -96,7 +96,8 @@ pub(crate) fn desired(service: &Service, state: &State) -> u32 {
                 own.any(|container| container.desired == Desired::Running && !container.status.state.is_terminal())
             };
             let wanted = |node: &&Arc<Node>| {
-                reconciler::is_for(node, service) && (node.availability == Availability::Active || has(node))
+                reconciler::is_for(node, &service.spec.constraints)
+                    && (node.availability == Availability::Active || has(node))
             };
             u32::try_from(state.nodes().filter(wanted).count()).unwrap_or(u32::MAX)
         }
@@ -237,9 +238,9 @@ pub(crate) fn container(container: &Container) -> v1::Container {
         created_at: Some(container.created_at.to_proto()),
         desired_state: wire_desired(container.desired).into(),
         status: Some(wire_status(&container.status)),
-        spec: Some(v1::ContainerSpec::clone(&container.spec)),
-        resources: Some(wire_resources(&container.resources)),
-        revision: container.generation,
+        spec: Some(v1::ContainerSpec::clone(&container.revision.spec)),
+        resources: Some(wire_resources(&container.revision.resources)),
+        revision: container.revision.number,
         failures: container.failures,
         // Who asks for it knows what time it is.
         next_try_at: None,
@@ -255,10 +256,10 @@ pub(crate) fn assignment(container: &Container, state: &State) -> v1::Assignment
         service_name: container.service_name.clone(),
         slot: container.slot,
         // To stop it, its agent needs no spec.
-        spec: (container.desired == Desired::Running).then(|| v1::ContainerSpec::clone(&container.spec)),
-        resources: Some(wire_resources(&container.resources)),
+        spec: (container.desired == Desired::Running).then(|| v1::ContainerSpec::clone(&container.revision.spec)),
+        resources: Some(wire_resources(&container.revision.resources)),
         desired_state: wire_desired(container.desired).into(),
-        volumes: state.volumes_of(&container.spec).map(|volume| self::volume(volume, &[])).collect(),
+        volumes: state.volumes_of(&container.revision.spec).map(|volume| self::volume(volume, &[])).collect(),
     }
 }
 
@@ -301,8 +302,8 @@ pub(crate) fn description(wire: v1::NodeDescription) -> Description {
 pub(crate) fn node(node: &Node, state: &State, standing: Standing, conditions: &[Condition]) -> v1::Node {
     let (mut reserved, mut containers) = (Amounts::default(), 0);
     for container in state.containers_on(&node.id).filter(|container| container.holds_resources()) {
-        reserved.cpu_millis += container.resources.reservations.cpu_millis;
-        reserved.memory_bytes += container.resources.reservations.memory_bytes;
+        reserved.cpu_millis += container.revision.resources.reservations.cpu_millis;
+        reserved.memory_bytes += container.revision.resources.reservations.memory_bytes;
         containers += 1;
     }
     let (status, status_message) = match standing.health {

@@ -15,7 +15,7 @@ use crate::{
     clock::Timestamp,
     ids::{ContainerId, NodeId, ServiceId},
     liveness::{Health, Standing},
-    state::{Availability, Change, Container, Desired, Mode, Node, RestartCondition, Service, State},
+    state::{Availability, Change, Constraint, Container, Desired, Mode, Node, RestartCondition, Service, State},
 };
 
 #[cfg(test)]
@@ -91,10 +91,9 @@ impl Plan {
 /// The containers that a slot has had, newest first.
 type Slot = Vec<Arc<Container>>;
 
-/// Whether a node is one for a service's containers, as operators have it.
-pub(crate) fn is_for(node: &Node, service: &Service) -> bool {
-    node.availability != Availability::Drained
-        && service.spec.constraints.iter().all(|constraint| constraint.allows(node))
+/// Whether a node is one for containers with these constraints, as operators have it.
+pub(crate) fn is_for(node: &Node, constraints: &[Constraint]) -> bool {
+    node.availability != Availability::Drained && constraints.iter().all(|constraint| constraint.allows(node))
 }
 
 /// A service, and what is asked of nodes while it is looked at.
@@ -118,7 +117,7 @@ impl<'a, F: Fn(&NodeId) -> Standing> Look<'a, F> {
     fn is_taken_by(&self, node: &Node) -> bool {
         node.availability == Availability::Active
             && (self.standing)(&node.id).health == Health::Ready
-            && is_for(node, self.service)
+            && is_for(node, &self.service.spec.constraints)
             && self.volumes_at.iter().all(|at| **at == node.id)
     }
 
@@ -138,7 +137,7 @@ impl<'a, F: Fn(&NodeId) -> Standing> Look<'a, F> {
         let Some(node) = &container.node else { return Ok(false) };
         let standing = (self.standing)(node);
         // What it has to itself nobody else is given while it may still use it.
-        let holds = || self.state.volumes_of(&container.spec).any(|volume| volume.exclusive);
+        let holds = || self.state.volumes_of(&container.revision.spec).any(|volume| volume.exclusive);
         if standing.health != Health::Down || container.pinned.is_some() || holds() || !self.is_taken_somewhere() {
             return Ok(false);
         }
@@ -155,7 +154,7 @@ impl<'a, F: Fn(&NodeId) -> Standing> Look<'a, F> {
     /// Whether a container is on a node that is not, or no longer, one for it.
     fn must_move(&self, container: &Container) -> bool {
         let node = container.node.as_ref().and_then(|node| self.state.node(node));
-        node.is_some_and(|node| !is_for(node, self.service))
+        node.is_some_and(|node| !is_for(node, &container.revision.constraints))
     }
 }
 
@@ -203,7 +202,7 @@ fn plan_service(plan: &mut Plan, look: &Look<'_, impl Fn(&NodeId) -> Standing>, 
     let wanted: Vec<(u32, Option<NodeId>)> = match service.spec.mode {
         Mode::Replicated(replicas) => (1..=replicas).map(|slot| (slot, None)).collect(),
         Mode::Global => {
-            let own = state.nodes().filter(|node| is_for(node, service));
+            let own = state.nodes().filter(|node| is_for(node, &service.spec.constraints));
             own.map(|node| (0, Some(node.id.clone()))).collect()
         }
     };
@@ -244,7 +243,7 @@ fn service_slots(
                 all_up = false;
             }
             Some(container) => {
-                let current = container.generation == service.generation && !look.must_move(container);
+                let current = container.revision.number == service.generation && !look.must_move(container);
                 match (current, container.status.serves()) {
                     // It serves nobody: there is nothing to wait for.
                     (false, false) if counts => {
@@ -294,7 +293,7 @@ fn vacant(
     }
     // What was removed on purpose or lost with its node did not end by itself: its slot is filled at once.
     let ended_by_itself =
-        slot.first().filter(|last| last.desired == Desired::Running && last.generation == service.generation);
+        slot.first().filter(|last| last.desired == Desired::Running && last.revision.number == service.generation);
     if let Some(last) = ended_by_itself {
         let Some(due) = replaced_at(service, last) else { return false };
         if due > now {
@@ -336,7 +335,7 @@ fn replaced_at(service: &Service, ended: &Container) -> Option<Timestamp> {
 pub fn next_try(service: &Service, container: &Container, now: Timestamp) -> Option<Timestamp> {
     let is_last = container.status.state.is_terminal()
         && container.desired == Desired::Running
-        && container.generation == service.generation;
+        && container.revision.number == service.generation;
     let is_wanted = match service.spec.mode {
         Mode::Replicated(replicas) => container.slot <= replicas,
         Mode::Global => true,

@@ -19,7 +19,7 @@ use warren_proto::v1;
 use crate::{
     ids::{ContainerId, NodeId, ServiceId, VolumeId},
     liveness::Health,
-    state::{Amounts, Availability, Container, Node, Service, State, Volume, protocol_name},
+    state::{Amounts, Availability, Container, Node, Revision, State, Volume, protocol_name},
 };
 
 #[cfg(test)]
@@ -83,7 +83,7 @@ impl Refusal {
         }
     }
 
-    fn words(self, service: Option<&Service>) -> String {
+    fn words(self, revision: &Revision) -> String {
         let words = match self {
             Self::Pinned => "meant for another",
             Self::Down => "not heard of",
@@ -92,8 +92,10 @@ impl Refusal {
             Self::Cordoned => "cordoned",
             Self::Drained => "drained",
             Self::Constraint(at) => {
-                let constraint = service.and_then(|service| service.spec.constraints.get(at));
-                return constraint.map_or_else(|| "a constraint is not met".to_owned(), |it| format!("not {it}"));
+                return revision
+                    .constraints
+                    .get(at)
+                    .map_or_else(|| "a constraint is not met".to_owned(), |it| format!("not {it}"));
             }
             Self::Memory => "not enough memory left",
             Self::Cpu => "not enough CPU left",
@@ -129,24 +131,24 @@ struct Candidate {
     ports: BTreeSet<(u32, &'static str)>,
 }
 
-/// What a container asks of a node; the same for all of a service's generation.
+/// What a container asks of a node; the same for all of a revision.
 #[derive(Debug)]
 struct Wanted {
     reservations: Amounts,
     has_address: bool,
     ports: Vec<(u32, &'static str)>,
     volumes: Vec<Arc<Volume>>,
-    service: Option<Arc<Service>>,
+    revision: Arc<Revision>,
 }
 
 impl Wanted {
     fn new(state: &State, container: &Container) -> Self {
         Self {
-            reservations: container.resources.reservations,
+            reservations: container.revision.resources.reservations,
             has_address: has_address(container),
-            ports: host_ports(state, container),
-            volumes: state.volumes_of(&container.spec).cloned().collect(),
-            service: state.service(&container.service).cloned(),
+            ports: host_ports(container),
+            volumes: state.volumes_of(&container.revision.spec).cloned().collect(),
+            revision: Arc::clone(&container.revision),
         }
     }
 }
@@ -157,7 +159,7 @@ impl Candidate {
         if self.closed.is_some() {
             return self.closed;
         }
-        let constraints = wanted.service.iter().flat_map(|service| &service.spec.constraints);
+        let constraints = wanted.revision.constraints.iter();
         if let Some((at, _)) = constraints.enumerate().find(|(_, constraint)| !constraint.allows(&self.node)) {
             return Some(Refusal::Constraint(at));
         }
@@ -220,17 +222,12 @@ impl Claims {
 }
 
 fn has_address(container: &Container) -> bool {
-    matches!(container.spec.network(), v1::NetworkMode::Cluster | v1::NetworkMode::Unspecified)
+    matches!(container.revision.spec.network(), v1::NetworkMode::Cluster | v1::NetworkMode::Unspecified)
 }
 
-/// The ports that a container needs on its node for itself alone. They are its service's as it is now: what publishes
-/// them follows the service too. Of a service that is gone, they are those that it had in the end.
-fn host_ports(state: &State, container: &Container) -> Vec<(u32, &'static str)> {
-    let shown = |port: &v1::Port| (port.host_port, protocol_name(port));
-    match state.service(&container.service) {
-        Some(service) => service.spec.node_ports().map(shown).collect(),
-        None => container.ports.iter().map(shown).collect(),
-    }
+/// The ports that a container needs on its node for itself alone.
+fn host_ports(container: &Container) -> Vec<(u32, &'static str)> {
+    container.revision.node_ports().map(|port| (port.host_port, protocol_name(port))).collect()
 }
 
 /// A round: nodes as it fills them, and what it has decided.
@@ -256,7 +253,7 @@ pub fn plan(state: &State, health: impl Fn(&NodeId) -> Health) -> Plan {
     let mut round = Round::begin(state, &waiting, health);
     round.avoid_failures(state, &waiting);
     let is_alike = |a: &&Arc<Container>, b: &&Arc<Container>| {
-        (&a.service, a.generation, a.pinned.is_some()) == (&b.service, b.generation, b.pinned.is_some())
+        (&a.revision, a.pinned.is_some()) == (&b.revision, b.pinned.is_some())
     };
     for batch in waiting.chunk_by(is_alike) {
         let wanted = Wanted::new(state, batch[0]);
@@ -292,8 +289,8 @@ impl Round {
                 ports: BTreeSet::new(),
             };
             for container in state.containers_on(&node.id).filter(|container| container.holds_resources()) {
-                let ports = host_ports(state, container);
-                candidate.take(container.resources.reservations, has_address(container), &ports);
+                let ports = host_ports(container);
+                candidate.take(container.revision.resources.reservations, has_address(container), &ports);
                 if let Some(counts) = of_service.get_mut(&container.service) {
                     *counts.entry(at).or_default() += 1;
                 }
@@ -303,7 +300,7 @@ impl Round {
         let mut claims = Claims::default();
         if state.volumes().any(|volume| volume.exclusive) {
             let holders = state.containers().filter(|container| container.holds_resources());
-            let held = holders.flat_map(|container| state.volumes_of(&container.spec));
+            let held = holders.flat_map(|container| state.volumes_of(&container.revision.spec));
             claims.held.extend(held.filter(|volume| volume.exclusive).map(|volume| volume.id.clone()));
         }
         Self {
@@ -318,11 +315,11 @@ impl Round {
 
     /// Where containers that are known by their ends did not even start, others of their kind come last.
     fn avoid_failures(&mut self, state: &State, waiting: &[&Arc<Container>]) {
-        let generations: BTreeMap<&ServiceId, u64> =
-            waiting.iter().map(|container| (&container.service, container.generation)).collect();
-        for (service, generation) in generations {
+        let revisions: BTreeMap<&ServiceId, u64> =
+            waiting.iter().map(|container| (&container.service, container.revision.number)).collect();
+        for (service, revision) in revisions {
             let failed = state.containers_of(service).filter(|container| {
-                container.generation == generation
+                container.revision.number == revision
                     && container.status.state.is_failure()
                     && container.status.started_at.is_none()
             });
@@ -429,19 +426,20 @@ impl Round {
             };
             *refusals.entry(refusal.unwrap_or(Refusal::Pinned)).or_default() += 1;
         }
-        let (message, reason) = explain(self.candidates.len(), &refusals, wanted.service.as_deref());
+        let (message, reason) = explain(self.candidates.len(), &refusals, &wanted.revision);
         let refused = containers.iter().map(|container| (container.id.clone(), message.clone(), reason));
         self.plan.refusals.extend(refused);
     }
 }
 
 /// Why nobody takes a container, in words: "3 nodes: 2 not heard of; 1 not enough memory left".
-fn explain(nodes: usize, refusals: &BTreeMap<Refusal, u32>, service: Option<&Service>) -> (String, Option<Refusal>) {
+fn explain(nodes: usize, refusals: &BTreeMap<Refusal, u32>, revision: &Revision) -> (String, Option<Refusal>) {
     let commonest = refusals.iter().max_by_key(|(_, count)| **count).map(|(refusal, _)| *refusal);
     if nodes == 0 {
         return ("no node has joined the cluster".to_owned(), None);
     }
-    let words: Vec<_> = refusals.iter().map(|(refusal, count)| format!("{count} {}", refusal.words(service))).collect();
+    let words: Vec<_> =
+        refusals.iter().map(|(refusal, count)| format!("{count} {}", refusal.words(revision))).collect();
     let plural = if nodes == 1 { "" } else { "s" };
     (format!("no suitable node ({nodes} node{plural}: {})", words.join("; ")), commonest)
 }

@@ -19,9 +19,10 @@ use network::Numbers;
 pub use network::{ClusterNetwork, InvalidNetwork, NetworkV6};
 pub use objects::{
     AGENT_LABELS, Amounts, Availability, Cluster, Constraint, Container, ContainerState, Description, Desired,
-    Invitation, JoinToken, Manager, Mode, Node, Operator, Probes, Resources, RestartCondition, RestartPolicy, Rotation,
-    Sealed, SealedAuthority, Secret, Service, ServiceSpec, Status, Timing, TokenRole, Trait, Volume,
+    Invitation, JoinToken, Manager, Mode, Node, Operator, Probes, Resources, RestartCondition, RestartPolicy, Revision,
+    Rotation, Sealed, SealedAuthority, Secret, Service, ServiceSpec, Status, Timing, TokenRole, Trait, Volume,
 };
+use objects::{StoredContainer, StoredRevision};
 pub use transaction::{Change, Expected, Rejection, Reply, Transaction};
 pub(crate) use transaction::{kind_name, protocol_name};
 
@@ -44,6 +45,8 @@ const HISTORY: usize = 10_000;
 const DELETED_VOLUMES: usize = 1000;
 /// Changes remembered with who made them.
 const EVENTS: usize = 10_000;
+/// Revisions of a service that are kept although no container has them.
+const KEPT_REVISIONS: usize = 10;
 /// Requests remembered, so that repeating one does nothing.
 const REQUESTS: usize = 10_000;
 
@@ -99,6 +102,8 @@ pub struct State {
     cluster: Option<Arc<Cluster>>,
     services: OrdMap<ServiceId, Arc<Service>>,
     nodes: OrdMap<NodeId, Arc<Node>>,
+    /// What services' containers are made of: the latest of each service, and those that containers have.
+    revisions: OrdMap<(ServiceId, u64), Arc<Revision>>,
     containers: OrdMap<ContainerId, Arc<Container>>,
     secrets: OrdMap<SecretId, Arc<Secret>>,
     volumes: OrdMap<VolumeId, Arc<Volume>>,
@@ -128,6 +133,8 @@ pub struct State {
     volume_names: OrdMap<String, VolumeId>,
     by_service: OrdSet<(ServiceId, ContainerId)>,
     by_node: OrdSet<(NodeId, ContainerId)>,
+    /// How many containers have a revision.
+    users: OrdMap<(ServiceId, u64), usize>,
     /// The container of each slot that is to run and has not ended.
     live: OrdMap<SlotKey, ContainerId>,
     /// Containers that are to run and that no node has yet.
@@ -164,7 +171,9 @@ struct Stored {
     cluster: Option<Arc<Cluster>>,
     services: Vec<Arc<Service>>,
     nodes: Vec<Arc<Node>>,
-    containers: Vec<Arc<Container>>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    revisions: Vec<StoredRevision>,
+    containers: Vec<StoredContainer>,
     secrets: Vec<Arc<Secret>>,
     volumes: Vec<Arc<Volume>>,
     deleted_volumes: OrdSet<(u64, VolumeId)>,
@@ -189,6 +198,9 @@ struct Stored {
 pub const SCHEMA: u32 = 7;
 /// The first in which a secret can be an environment variable.
 pub(crate) const SECRETS_IN_ENV: u32 = 7;
+/// The first in which containers hold the number of a revision, and not what it says; and in which every change of what a service asks of its
+/// containers and their nodes is another one.
+pub(crate) const REVISIONS: u32 = 7;
 /// The oldest that is written; a cluster's managers write one between both: [`State::schema`].
 pub const OLDEST_WRITTEN_SCHEMA: u32 = 5;
 /// The oldest that is read: what a newer one has besides is as if it had never been used.
@@ -285,7 +297,7 @@ impl State {
     #[must_use]
     pub fn is_held(&self, volume: &Volume) -> bool {
         let uses = |container: &&Arc<Container>| {
-            container.holds_resources() && needed_volumes(&container.spec).any(|name| name == volume.name)
+            container.holds_resources() && needed_volumes(&container.revision.spec).any(|name| name == volume.name)
         };
         self.containers.values().any(|container| uses(&container))
     }
@@ -452,6 +464,111 @@ impl State {
         Some(self.history.iter().skip(self.history.len() - newer))
     }
 
+    /// A service's revisions, as far as they are kept, the oldest first.
+    pub fn revisions_of<'a>(&'a self, service: &'a ServiceId) -> impl DoubleEndedIterator<Item = &'a Arc<Revision>> {
+        self.revisions.range((service.clone(), 0)..=(service.clone(), u64::MAX)).map(|(_, revision)| revision)
+    }
+
+    /// Whether revisions are in snapshots. In those of earlier schemas each container has its own spec and resources, and what ports and
+    /// constraints it has is its service's to say: no manager may know more of them than its snapshots do.
+    fn numbers_revisions(&self) -> bool {
+        self.schema() >= REVISIONS
+    }
+
+    fn stored_revisions(&self) -> Vec<StoredRevision> {
+        if !self.numbers_revisions() {
+            return Vec::new();
+        }
+        let service = |revision: &Revision| self.services.get(&revision.service).map(Arc::as_ref);
+        self.revisions.values().map(|revision| StoredRevision::new(revision, service(revision))).collect()
+    }
+
+    fn stored_containers(&self) -> Vec<StoredContainer> {
+        let by_number = self.numbers_revisions();
+        let stored = |container: &Arc<Container>| {
+            if by_number {
+                StoredContainer::by_number(container)
+            } else {
+                StoredContainer::whole(container, !self.services.contains_key(&container.service))
+            }
+        };
+        self.containers.values().map(stored).collect()
+    }
+
+    /// The revision of a container that a snapshot holds.
+    fn restored_revision(&mut self, container: &StoredContainer) -> io::Result<Arc<Revision>> {
+        let key = (container.service.clone(), container.generation);
+        if let Some(known) = self.revisions.get(&key) {
+            return Ok(Arc::clone(known));
+        }
+        if container.spec.is_none() {
+            let why = format!("container {} has no revision {}", container.id, container.generation);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        }
+        let mut revision = container.own_revision();
+        // What it did not say was its service's.
+        if let Some(service) = self.services.get(&container.service) {
+            (revision.ports, revision.constraints) = (service.spec.ports.clone(), service.spec.constraints.clone());
+        }
+        let revision = Arc::new(revision);
+        self.revisions.insert(key, Arc::clone(&revision));
+        Ok(revision)
+    }
+
+    /// Makes a service's revision as it is now, unless there is one of its number.
+    fn insert_revision(&mut self, service: &Service, made_at: u64) -> Arc<Revision> {
+        let key = (service.id.clone(), service.generation);
+        if let Some(known) = self.revisions.get(&key) {
+            return Arc::clone(known);
+        }
+        let spec = &service.spec;
+        let numbers = self.numbers_revisions();
+        let values = needed_secrets(&spec.container).filter(|_| numbers).filter_map(|(kind, name)| {
+            let secret = self.secret_named(kind, name)?;
+            Some((format!("{}/{name}", transaction::kind_name(kind)), secret.sequence))
+        });
+        let revision = Arc::new(Revision {
+            service: service.id.clone(),
+            number: service.generation,
+            made_at: if numbers { made_at } else { 0 },
+            spec: Arc::clone(&spec.container),
+            resources: spec.resources,
+            ports: spec.ports.clone(),
+            constraints: spec.constraints.clone(),
+            values: values.collect(),
+        });
+        self.revisions.insert(key, Arc::clone(&revision));
+        revision
+    }
+
+    /// Forgets what is neither among a service's latest revisions nor any container's.
+    fn prune_revisions(&mut self, service: &ServiceId) {
+        let keep = match self.services.contains_key(service) {
+            true if self.numbers_revisions() => KEPT_REVISIONS,
+            true => 1,
+            false => 0,
+        };
+        let numbers: Vec<_> = self.revisions_of(service).map(|revision| revision.number).collect();
+        for number in numbers.iter().rev().skip(keep) {
+            let key = (service.clone(), *number);
+            if !self.users.contains_key(&key) {
+                self.revisions.remove(&key);
+            }
+        }
+    }
+
+    fn count_user(&mut self, revision: &Revision, more: bool) {
+        let key = (revision.service.clone(), revision.number);
+        let count = self.users.get(&key).copied().unwrap_or(0);
+        let count = if more { count + 1 } else { count.saturating_sub(1) };
+        if count == 0 {
+            self.users.remove(&key);
+            self.prune_revisions(&key.0);
+        } else {
+            self.users.insert(key, count);
+        }
+    }
+
     fn remember(&mut self, change: ContainerChange) {
         self.history.push_back((self.revision, change));
         while self.history.len() > HISTORY {
@@ -463,6 +580,10 @@ impl State {
 
     fn put_container(&mut self, container: Container) {
         let id = container.id.clone();
+        self.count_user(&container.revision, true);
+        if let Some(old) = self.containers.get(&id).cloned() {
+            self.count_user(&old.revision, false);
+        }
         if let Some(old) = self.containers.get(&id)
             && let Some(node) = &old.node
             && container.node.as_ref() != Some(node)
@@ -503,6 +624,7 @@ impl State {
             self.live.remove(&key);
         }
         self.waiting.remove(id);
+        self.count_user(&container.revision, false);
         self.remember(ContainerChange::Deleted(id.clone(), container.service.clone()));
     }
 
@@ -537,7 +659,8 @@ impl State {
             cluster: self.cluster.clone(),
             services: self.services.values().cloned().collect(),
             nodes: self.nodes.values().cloned().collect(),
-            containers: self.containers.values().cloned().collect(),
+            revisions: self.stored_revisions(),
+            containers: self.stored_containers(),
             secrets: self.secrets.values().cloned().collect(),
             volumes: self.volumes.values().cloned().collect(),
             deleted_volumes: self.deleted_volumes.clone(),
@@ -612,8 +735,19 @@ impl State {
             state.secret_names.insert(secret_key(secret.kind, &secret.name), secret.id.clone());
             state.secrets.insert(secret.id.clone(), secret);
         }
+        for revision in stored.revisions {
+            let service = state.services.get(&revision.service);
+            let key = (revision.service.clone(), revision.number);
+            let revision = Arc::new(revision.with(service.map(Arc::as_ref)));
+            state.revisions.insert(key, revision);
+        }
+        // Those that a snapshot from before revisions tells of, as far as it does.
+        for service in state.services.clone().values() {
+            state.insert_revision(service, 0);
+        }
         for container in stored.containers {
-            state.put_container(Arc::unwrap_or_clone(container));
+            let revision = state.restored_revision(&container)?;
+            state.put_container(container.with(revision));
         }
         state.shared_revision = state.revision;
         state.history.clear();

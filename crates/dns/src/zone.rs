@@ -34,6 +34,16 @@ struct Endpoint {
     slot: u32,
     healthy: bool,
     addresses: Vec<IpAddr>,
+    /// What is known of it, where its ports are not its service's.
+    wire: Option<Box<v1::Endpoint>>,
+}
+
+impl Endpoint {
+    /// The number of one of its service's ports, if it has it.
+    fn port(&self, of_service: &v1::Port) -> Option<u16> {
+        let own = self.wire.as_ref().map_or(Some(of_service), |wire| wire.port(of_service))?;
+        u16::try_from(own.container_port).ok()
+    }
 }
 
 /// An answer for one of the cluster's names.
@@ -132,7 +142,12 @@ impl Zone {
 
     fn insert(&mut self, entry: &v1::ServiceEntry) {
         let parse = |list: &[String]| list.iter().filter_map(|address| address.parse().ok()).collect::<Vec<IpAddr>>();
-        let endpoint = |e: &v1::Endpoint| Endpoint { slot: e.slot, addresses: parse(&e.addresses), healthy: e.healthy };
+        let endpoint = |e: &v1::Endpoint| Endpoint {
+            slot: e.slot,
+            addresses: parse(&e.addresses),
+            healthy: e.healthy,
+            wire: e.own_ports.is_some().then(|| Box::new(e.clone())),
+        };
         let endpoints = entry.endpoints.iter().map(endpoint).collect();
         let name = entry.name.to_ascii_lowercase();
         let service =
@@ -245,12 +260,12 @@ impl Zone {
         if kind != RecordType::SRV || service.healthy().next().is_none() {
             return Answer::NoData;
         }
-        let number = u16::try_from(port.container_port).unwrap_or(0);
         let (mut records, mut additional) = (Vec::new(), Vec::new());
         let mut order: Vec<_> = service.healthy().collect();
         order.shuffle(&mut rand::rng());
         for endpoint in order {
             let Ok(target) = self.name_of(&service.instance(endpoint)) else { continue };
+            let Some(number) = endpoint.port(port) else { continue };
             let srv = SRV::new(0, 10, number, target.clone());
             records.push(Record::from_rdata(own.clone(), TTL, RData::SRV(srv)));
             additional.extend(endpoint.addresses.iter().map(|address| record(&target, *address)));

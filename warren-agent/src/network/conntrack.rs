@@ -55,7 +55,8 @@ impl Expected {
                 let here = |endpoint: &&&v1::Endpoint| {
                     port.publish_mode() != v1::PublishMode::Host || endpoint.node_id == place.node_id
                 };
-                let targets = healthy.iter().filter(here).flat_map(|endpoint| addresses(endpoint));
+                let here = healthy.iter().filter(here).filter(|endpoint| endpoint.port(port).is_some());
+                let targets = here.flat_map(|endpoint| addresses(endpoint));
                 let number = u16::try_from(port.host_port).unwrap_or_default();
                 expected.published.entry(number).or_default().extend(targets);
             }

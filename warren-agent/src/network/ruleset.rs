@@ -111,8 +111,9 @@ pub(super) fn render(
             let targets: Vec<_> = healthy
                 .iter()
                 .filter(here)
-                .flat_map(|endpoint| addresses(endpoint))
-                .map(|address| Target { address, port: Some(port.container_port) })
+                .filter_map(|endpoint| Some((endpoint, endpoint.port(port)?.container_port)))
+                .flat_map(|(endpoint, port)| addresses(endpoint).map(move |address| (address, port)))
+                .map(|(address, port)| Target { address, port: Some(port) })
                 .collect();
             let protocol = if port.protocol() == v1::Protocol::Udp { "udp" } else { "tcp" };
             let conflict = |other| Conflict { port: port.host_port, protocol, service: service.name.clone(), other };
@@ -420,6 +421,14 @@ mod tests {
         ] {
             assert!(rules.contains(expected), "{expected} is not in\n{rules}");
         }
+        // One that was made when the service's port was another is reached at that.
+        let mut older = tables();
+        let service = older.services.get_mut("s").expect("there");
+        let own = vec![v1::Port { container_port: 8000, host_port: 8080, ..Default::default() }];
+        service.endpoints[1].own_ports = Some(v1::EndpointPorts { ports: own });
+        let (older, _) = render(&place(), &node, &older, Some("overlay"), &Listeners::default(), &closed);
+        let mixed = "mod 2 map { 0 : 10.128.0.2 . 80, 1 : 10.128.1.2 . 8000 }";
+        assert!(older.contains(mixed), "{mixed} is not in\n{older}");
         assert!(!rules.contains("to 10.128.0.9") && !rules.contains(": 10.128.0.9"), "{rules}");
         assert!(!rules.contains(" . 0 :"), "{rules}");
     }

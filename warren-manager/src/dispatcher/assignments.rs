@@ -86,7 +86,7 @@ impl Assigned {
 /// The secrets and configs that containers need which are to run.
 fn needed<'a>(state: &State, containers: impl Iterator<Item = &'a Arc<Container>>) -> BTreeMap<SecretId, Arc<Secret>> {
     let running = containers.filter(|container| container.desired == Desired::Running);
-    let names = running.flat_map(|container| needed_secrets(&container.spec));
+    let names = running.flat_map(|container| needed_secrets(&container.revision.spec));
     let found = names.filter_map(|(kind, name)| state.secret_named(kind, name));
     found.map(|secret| (secret.id.clone(), Arc::clone(secret))).collect()
 }

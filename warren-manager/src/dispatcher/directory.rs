@@ -195,7 +195,7 @@ fn add<T: prost::Message>(to: &mut Vec<T>, item: T) -> usize {
 fn service_entry(state: &State, service: &Service, down: &BTreeSet<NodeId>) -> v1::ServiceEntry {
     let is_up = |container: &&Arc<Container>| !container.node.as_ref().is_some_and(|node| down.contains(node));
     let reached = state.containers_of(&service.id).filter(is_up);
-    let mut endpoints: Vec<_> = reached.filter_map(|container| endpoint(state, container)).collect();
+    let mut endpoints: Vec<_> = reached.filter_map(|container| endpoint(state, service, container)).collect();
     endpoints.sort_by(|a, b| (a.slot, &a.container_id).cmp(&(b.slot, &b.container_id)));
     v1::ServiceEntry {
         id: service.id.to_string(),
@@ -208,12 +208,12 @@ fn service_entry(state: &State, service: &Service, down: &BTreeSet<NodeId>) -> v
 }
 
 /// A container as others reach it; `None` while they should not or cannot.
-fn endpoint(state: &State, container: &Container) -> Option<v1::Endpoint> {
+fn endpoint(state: &State, service: &Service, container: &Container) -> Option<v1::Endpoint> {
     if container.desired != Desired::Running || container.status.state != ContainerState::Running {
         return None;
     }
     let node = container.node.as_ref()?;
-    let addresses = match container.spec.network() {
+    let addresses = match container.revision.spec.network() {
         v1::NetworkMode::Host => text(state.node(node)?.description.address),
         _ => text(&container.status.addresses),
     };
@@ -223,6 +223,8 @@ fn endpoint(state: &State, container: &Container) -> Option<v1::Endpoint> {
         node_id: node.to_string(),
         addresses,
         healthy: container.status.serves(),
+        own_ports: (container.revision.ports != service.spec.ports)
+            .then(|| v1::EndpointPorts { ports: container.revision.ports.clone() }),
     })
 }
 

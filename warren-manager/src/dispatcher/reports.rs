@@ -105,7 +105,7 @@ impl Reports {
 fn keep_own_addresses(state: &State, container: &Container, addresses: &mut Vec<IpAddr>) -> Result<(), String> {
     let node = container.node.as_ref().and_then(|node| state.node(node));
     let subnets = node.map(|node| state.subnets_of(node)).unwrap_or_default();
-    let has_own = matches!(container.spec.network(), v1::NetworkMode::Cluster | v1::NetworkMode::Unspecified);
+    let has_own = matches!(container.revision.spec.network(), v1::NetworkMode::Cluster | v1::NetworkMode::Unspecified);
     let (mut families, mut refused) = (Vec::new(), None);
     addresses.retain(|address| {
         let is_containers = subnets.iter().any(|subnet| is_containers(*subnet, *address));
@@ -207,9 +207,8 @@ mod tests {
             assert_eq!(keep(&container, &[address, good[1]]), (vec![good[1]], false), "{address}");
         }
         assert_eq!(keep(&container, &[good[0], at(v4, 3)]), (vec![good[0]], false), "one of a family");
-        let mut spec = v1::ContainerSpec::clone(&container.spec);
-        spec.set_network(v1::NetworkMode::Host);
-        container.spec = Arc::new(spec);
+        let revision = Arc::make_mut(&mut container.revision);
+        Arc::make_mut(&mut revision.spec).set_network(v1::NetworkMode::Host);
         assert_eq!(keep(&container, &good), (Vec::new(), false), "it has its node's");
     }
 

@@ -288,7 +288,7 @@ fn a_cordoned_node_keeps_its_container_of_a_global_service_and_holds_nobody_up()
         let live = world.live();
         let running =
             live.iter().filter(|c| c.status.state == ContainerState::Running && c.desired == Desired::Running);
-        running.map(|c| (c.node.as_ref().map(ToString::to_string), c.generation)).collect::<BTreeMap<_, _>>()
+        running.map(|c| (c.node.as_ref().map(ToString::to_string), c.revision.number)).collect::<BTreeMap<_, _>>()
     };
     let on = |node: &str, generation| (Some(node.to_owned()), generation);
     assert_eq!(generations(&world), BTreeMap::from([on("a", 2), on("b", 1), on("c", 2)]));
@@ -352,7 +352,7 @@ fn a_changed_spec_replaces_one_container_at_a_time() {
         world.agents_obey();
     }
     assert_eq!(world.live().len(), 4);
-    assert!(world.live().iter().all(|c| c.generation == 2));
+    assert!(world.live().iter().all(|c| c.revision.number == 2));
 }
 
 #[test]
@@ -369,7 +369,7 @@ fn an_update_is_not_held_up_by_containers_that_serve_nobody() {
     apply(&mut world.state, [put(smaller)]);
     world.settle();
     assert_eq!(states(&world), [ContainerState::Running, ContainerState::Running]);
-    assert!(world.live().iter().all(|c| c.generation == 2));
+    assert!(world.live().iter().all(|c| c.revision.number == 2));
 
     let mut global = World::new(&["a", "b"]);
     let mut agent = service("s", "agent", 0);
@@ -382,7 +382,7 @@ fn an_update_is_not_held_up_by_containers_that_serve_nobody() {
     global.settle();
     let on = |world: &World, node: &str| {
         let node = node.into();
-        world.live().iter().find(|c| c.pinned.as_ref() == Some(&node)).map(|c| c.generation)
+        world.live().iter().find(|c| c.pinned.as_ref() == Some(&node)).map(|c| c.revision.number)
     };
     assert_eq!((on(&global, "a"), on(&global, "b")), (Some(1), Some(2)));
     global.down.clear();
@@ -475,6 +475,6 @@ proptest! {
             world.agents_obey();
         }
         prop_assert_eq!(world.reachable(), replicas as usize);
-        prop_assert!(world.live().iter().all(|c| c.generation == generation));
+        prop_assert!(world.live().iter().all(|c| c.revision.number == generation));
     }
 }

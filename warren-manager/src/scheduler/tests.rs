@@ -249,8 +249,8 @@ proptest! {
         for node in state.nodes() {
             let mut used = Amounts::default();
             for container in state.containers_on(&node.id) {
-                used.cpu_millis += container.resources.reservations.cpu_millis;
-                used.memory_bytes += container.resources.reservations.memory_bytes;
+                used.cpu_millis += container.revision.resources.reservations.cpu_millis;
+                used.memory_bytes += container.revision.resources.reservations.memory_bytes;
             }
             let has = node.description.resources;
             prop_assert!(used.cpu_millis <= has.cpu_millis && used.memory_bytes <= has.memory_bytes);

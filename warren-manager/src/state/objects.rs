@@ -134,7 +134,7 @@ pub struct Service {
     pub updated_at: Timestamp,
     /// What the user wants.
     pub spec: ServiceSpec,
-    /// Counts changes of what its containers run: those of an earlier number are replaced.
+    /// The number of its newest [`Revision`]: containers of an earlier one are replaced.
     pub generation: u64,
     /// Which of the cluster's virtual addresses is its own; given by the state when the service is created.
     pub virtual_index: u32,
@@ -170,7 +170,7 @@ pub struct ServiceSpec {
 impl ServiceSpec {
     /// The ports that each of its containers has to itself on its node.
     pub fn node_ports(&self) -> impl Iterator<Item = &v1::Port> {
-        self.ports.iter().filter(|port| port.host_port != 0 && port.publish_mode() == v1::PublishMode::Host)
+        node_ports(&self.ports)
     }
 }
 
@@ -611,8 +611,55 @@ impl Status {
     }
 }
 
+/// What a service's containers are made of, as it was when it was written. It never changes: a container keeps the one that it was made from,
+/// or one that asks no more of it, whatever becomes of its service.
+#[derive(Clone, Debug)]
+pub struct Revision {
+    /// Whose it is.
+    pub service: ServiceId,
+    /// Counts them, from 1: the service's generation at the time.
+    pub number: u64,
+    /// The state's revision that made it, by which events tell who did; 0 is not known.
+    pub made_at: u64,
+    /// What runs in each container.
+    pub spec: Arc<v1::ContainerSpec>,
+    /// What each may use.
+    pub resources: Resources,
+    /// Where each listens, and how that is published.
+    pub ports: Vec<v1::Port>,
+    /// Which nodes may run them.
+    pub constraints: Vec<Constraint>,
+    /// Which values the secrets and configs had that it names, by `secret/NAME` and `config/NAME`.
+    pub values: BTreeMap<String, u32>,
+}
+
+impl PartialEq for Revision {
+    /// Two of the same service and number are the same: it never changes.
+    fn eq(&self, other: &Self) -> bool {
+        (&self.service, self.number) == (&other.service, other.number)
+    }
+}
+
+impl Revision {
+    /// Whether it asks of containers and nodes what a service's spec does.
+    pub(super) fn is_as(&self, spec: &ServiceSpec) -> bool {
+        (&self.spec, &self.resources, &self.ports, &self.constraints)
+            == (&spec.container, &spec.resources, &spec.ports, &spec.constraints)
+    }
+
+    /// The ports that each of its containers has to itself on its node.
+    pub fn node_ports(&self) -> impl Iterator<Item = &v1::Port> {
+        node_ports(&self.ports)
+    }
+}
+
+fn node_ports(ports: &[v1::Port]) -> impl Iterator<Item = &v1::Port> {
+    ports.iter().filter(|port| port.host_port != 0 && port.publish_mode() == v1::PublishMode::Host)
+}
+
 /// One run of a service's spec. A replacement is another container in the same slot.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(from = "StoredContainer", into = "StoredContainer")]
 pub struct Container {
     /// Its id.
     pub id: ContainerId,
@@ -634,17 +681,159 @@ pub struct Container {
     pub desired: Desired,
     /// What is observed of it.
     pub status: Status,
-    /// What runs in it.
-    pub spec: Arc<v1::ContainerSpec>,
-    /// What it may use.
-    pub resources: Resources,
-    /// The service's generation that it was made from.
-    pub generation: u64,
+    /// What it was made from.
+    pub revision: Arc<Revision>,
     /// Failures in a row in its slot before it.
     pub failures: u32,
-    /// Ports of its node that it holds, once its service, which says so otherwise, is gone.
+}
+
+/// A container as logs and snapshots hold it: with the number of its revision, and in those of schemas before [`super::REVISIONS`] with what
+/// the revision says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct StoredContainer {
+    pub(super) id: ContainerId,
+    version: u64,
+    pub(super) service: ServiceId,
+    service_name: String,
+    slot: u32,
+    pinned: Option<NodeId>,
+    node: Option<NodeId>,
+    created_at: Timestamp,
+    desired: Desired,
+    status: Status,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) spec: Option<Arc<v1::ContainerSpec>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) resources: Option<Resources>,
+    pub(super) generation: u64,
+    failures: u32,
+    /// Those of its node that it holds, once its service, which says so otherwise, is gone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub ports: Vec<v1::Port>,
+    pub(super) ports: Vec<v1::Port>,
+}
+
+impl StoredContainer {
+    /// With the number of its revision alone.
+    pub(super) fn by_number(container: &Container) -> Self {
+        Self {
+            id: container.id.clone(),
+            version: container.version,
+            service: container.service.clone(),
+            service_name: container.service_name.clone(),
+            slot: container.slot,
+            pinned: container.pinned.clone(),
+            node: container.node.clone(),
+            created_at: container.created_at,
+            desired: container.desired,
+            status: container.status.clone(),
+            spec: None,
+            resources: None,
+            generation: container.revision.number,
+            failures: container.failures,
+            ports: Vec::new(),
+        }
+    }
+
+    /// With all that its revision says, as schemas before revisions have it. `is_orphan` says whether its service is gone.
+    pub(super) fn whole(container: &Container, is_orphan: bool) -> Self {
+        let revision = &container.revision;
+        let ports = if is_orphan { revision.node_ports().cloned().collect() } else { Vec::new() };
+        let (spec, resources) = (Some(Arc::clone(&revision.spec)), Some(revision.resources));
+        Self { spec, resources, ports, ..Self::by_number(container) }
+    }
+
+    /// The revision that it tells of itself.
+    pub(super) fn own_revision(&self) -> Revision {
+        Revision {
+            service: self.service.clone(),
+            number: self.generation,
+            made_at: 0,
+            spec: self.spec.clone().unwrap_or_default(),
+            resources: self.resources.unwrap_or_default(),
+            ports: self.ports.clone(),
+            constraints: Vec::new(),
+            values: BTreeMap::new(),
+        }
+    }
+
+    /// The container, with its revision.
+    pub(super) fn with(self, revision: Arc<Revision>) -> Container {
+        Container {
+            id: self.id,
+            version: self.version,
+            service: self.service,
+            service_name: self.service_name,
+            slot: self.slot,
+            pinned: self.pinned,
+            node: self.node,
+            created_at: self.created_at,
+            desired: self.desired,
+            status: self.status,
+            revision,
+            failures: self.failures,
+        }
+    }
+}
+
+impl From<StoredContainer> for Container {
+    fn from(stored: StoredContainer) -> Self {
+        let revision = Arc::new(stored.own_revision());
+        stored.with(revision)
+    }
+}
+
+impl From<Container> for StoredContainer {
+    fn from(container: Container) -> Self {
+        Self::whole(&container, false)
+    }
+}
+
+/// A revision as snapshots hold it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct StoredRevision {
+    pub(super) service: ServiceId,
+    pub(super) number: u64,
+    made_at: u64,
+    /// Not there where it is the service's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    spec: Option<Arc<v1::ContainerSpec>>,
+    resources: Resources,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    ports: Vec<v1::Port>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    constraints: Vec<Constraint>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    values: BTreeMap<String, u32>,
+}
+
+impl StoredRevision {
+    pub(super) fn new(revision: &Revision, service: Option<&Service>) -> Self {
+        let is_services = service.is_some_and(|service| service.spec.container == revision.spec);
+        Self {
+            service: revision.service.clone(),
+            number: revision.number,
+            made_at: revision.made_at,
+            spec: (!is_services).then(|| Arc::clone(&revision.spec)),
+            resources: revision.resources,
+            ports: revision.ports.clone(),
+            constraints: revision.constraints.clone(),
+            values: revision.values.clone(),
+        }
+    }
+
+    pub(super) fn with(self, service: Option<&Service>) -> Revision {
+        let of_service = || service.map(|service| Arc::clone(&service.spec.container));
+        Revision {
+            service: self.service,
+            number: self.number,
+            made_at: self.made_at,
+            spec: self.spec.or_else(of_service).unwrap_or_default(),
+            resources: self.resources,
+            ports: self.ports,
+            constraints: self.constraints,
+            values: self.values,
+        }
+    }
 }
 
 impl Container {

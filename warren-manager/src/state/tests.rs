@@ -54,6 +54,20 @@ pub(crate) fn node(id: &str, cpu_millis: u64, memory_bytes: u64) -> Node {
     }
 }
 
+/// A service's revision as it is now.
+pub(crate) fn revision(service: &Service) -> Arc<Revision> {
+    Arc::new(Revision {
+        service: service.id.clone(),
+        number: service.generation,
+        made_at: 0,
+        spec: service.spec.container.clone(),
+        resources: service.spec.resources,
+        ports: service.spec.ports.clone(),
+        constraints: service.spec.constraints.clone(),
+        values: BTreeMap::new(),
+    })
+}
+
 pub(crate) fn container(id: &str, service: &Service, slot: u32, created_at: u64) -> Container {
     Container {
         id: id.into(),
@@ -62,14 +76,11 @@ pub(crate) fn container(id: &str, service: &Service, slot: u32, created_at: u64)
         service_name: service.spec.name.clone(),
         slot,
         pinned: None,
-        ports: Vec::new(),
         node: None,
         created_at: Timestamp(created_at),
         desired: Desired::Running,
         status: Status::new(ContainerState::New, "", Timestamp(created_at)),
-        spec: service.spec.container.clone(),
-        resources: service.spec.resources,
-        generation: service.generation,
+        revision: revision(service),
         failures: 0,
     }
 }
@@ -496,4 +507,132 @@ proptest! {
             }
         }
     }
+}
+
+/// A service with a published port, as its number and the port that it leads to.
+fn publishing(generation: u64, container_port: u32, image: &str) -> Service {
+    let mut web = service("s", "web", 2);
+    web.generation = generation;
+    web.spec.container = Arc::new(v1::ContainerSpec { image: image.to_owned(), ..Default::default() });
+    web.spec.ports = vec![v1::Port { container_port, host_port: 80, ..Default::default() }];
+    web
+}
+
+fn create(id: &str, generation: u64, slot: u32) -> Change {
+    let (service, at) = ("s".into(), Timestamp(1));
+    Change::Create { id: id.into(), service, generation, slot, pinned: None, failures: 0, at }
+}
+
+/// Each container's id, the number of its revision, its image, and the port that it listens on.
+fn made_of(state: &State) -> Vec<(String, u64, String, u32)> {
+    let of = |container: &Arc<Container>| {
+        let revision = &container.revision;
+        (container.id.to_string(), revision.number, revision.spec.image.clone(), revision.ports[0].container_port)
+    };
+    state.containers().map(of).collect()
+}
+
+#[test]
+fn a_container_keeps_what_it_was_made_of() {
+    for schema in [OLDEST_WRITTEN_SCHEMA, SCHEMA] {
+        let mut state = State { schema: Schema(schema), ..founded() };
+        apply(&mut state, [put(publishing(1, 8000, "one")), create("a", 1, 1), create("b", 1, 2)]);
+        // Another image is another revision, also where ports change with it; what runs keeps its own.
+        let replies = apply(
+            &mut state,
+            [
+                put(publishing(2, 9000, "two")),
+                Change::Remove { id: "b".into() },
+                Change::DeleteContainer { id: "b".into() },
+                create("late", 1, 2),
+                create("c", 2, 2),
+            ],
+        );
+        assert_eq!(replies[3], Err(Rejection::Conflict("service \"web\"".to_owned())));
+        let own = |id: &str, number, image: &str, port| (id.to_owned(), number, image.to_owned(), port);
+        // In words of earlier versions ports are the service's.
+        let kept = |services| if schema == SCHEMA { 8000 } else { services };
+        assert_eq!(made_of(&state), [own("a", 1, "one", kept(9000)), own("c", 2, "two", 9000)]);
+        // What asks nothing else of those that run is theirs at once.
+        apply(&mut state, [put(publishing(2, 9001, "two"))]);
+        let newest = if schema == SCHEMA { 3 } else { 2 };
+        let expected = [own("a", 1, "one", kept(9001)), own("c", newest, "two", 9001)];
+        assert_eq!(made_of(&state), expected);
+        assert_eq!(state.service(&"s".into()).map(|service| service.generation), Some(newest));
+        let bytes = state.to_bytes().expect("bytes");
+        let restored = State::from_bytes(&bytes).expect("a state");
+        assert_eq!(restored.to_bytes().expect("bytes"), bytes);
+        assert_eq!(made_of(&restored), expected);
+        assert_eq!(restored.revisions_of(&"s".into()).count(), if schema == SCHEMA { 3 } else { 2 });
+        let text = String::from_utf8(bytes).expect("JSON");
+        assert_eq!(text.contains("\"revisions\""), schema == SCHEMA, "{text}");
+    }
+}
+
+#[test]
+fn revisions_are_bounded_and_go_with_their_last_container() {
+    let mut state = State { schema: Schema(SCHEMA), ..founded() };
+    apply(&mut state, [put(publishing(1, 80, "1")), create("a", 1, 1)]);
+    for number in 2..=30 {
+        apply(&mut state, [put(publishing(number, 80, &number.to_string()))]);
+    }
+    let numbers = |state: &State| state.revisions_of(&"s".into()).map(|one| one.number).collect::<Vec<_>>();
+    let newest: Vec<_> = (21..=30).collect();
+    assert_eq!(numbers(&state), [&[1], &newest[..]].concat(), "those that are in use, and the latest");
+    apply(&mut state, [Change::DeleteService { id: "s".into(), expected: Expected::Any, ports_stay: true }]);
+    assert_eq!(numbers(&state), [1]);
+    let mut state = State::from_bytes(&state.to_bytes().expect("bytes")).expect("a state");
+    assert_eq!(made_of(&state), [("a".to_owned(), 1, "1".to_owned(), 80)]);
+    apply(&mut state, [Change::DeleteContainer { id: "a".into() }]);
+    assert!(state.revisions.is_empty() && state.users.is_empty());
+}
+
+#[test]
+fn another_value_of_a_secret_is_another_revision() {
+    let mut state = State { schema: Schema(SCHEMA), ..founded() };
+    let secret = |sequence| {
+        let secret = Secret {
+            id: "x".into(),
+            version: 0,
+            kind: v1::SecretKind::Secret,
+            name: "key".to_owned(),
+            labels: BTreeMap::new(),
+            created_at: Timestamp(1),
+            updated_at: Timestamp(1),
+            sequence,
+            size: 1,
+            sealed: Sealed { key: String::new(), value: String::new() },
+        };
+        Change::PutSecret { secret: Box::new(secret), expected: Expected::Any }
+    };
+    let mut web = publishing(1, 80, "one");
+    let mut mount = v1::SecretMount { source: "key".to_owned(), ..Default::default() };
+    mount.set_on_update(v1::OnUpdate::Restart);
+    Arc::make_mut(&mut web.spec.container).secrets = vec![mount];
+    apply(&mut state, [secret(1), put(web), create("a", 1, 1), secret(2)]);
+    let values: Vec<_> = state.revisions_of(&"s".into()).map(|one| (one.number, one.values["secret/key"])).collect();
+    assert_eq!(values, [(1, 1), (2, 2)]);
+    let [first, second] = [1, 2].map(|number| Arc::clone(&state.revisions[&("s".into(), number)]));
+    assert!(Arc::ptr_eq(&first.spec, &second.spec), "it is the same spec");
+}
+
+#[test]
+fn what_many_containers_share_is_stored_once() {
+    const CONTAINERS: u32 = 10_000;
+    let mut state = State { schema: Schema(SCHEMA), ..founded() };
+    let mut web = service("s", "web", CONTAINERS);
+    let env = [("LARGE".to_owned(), "x".repeat(100 << 10))].into();
+    web.spec.container = Arc::new(v1::ContainerSpec { env, ..Default::default() });
+    let creations = (1..=CONTAINERS).map(|slot| create(&format!("container-{slot}"), 1, slot));
+    let changes = std::iter::once(put(web)).chain(creations).collect();
+    state.apply(1, &Transaction { changes, ..Transaction::default() }).expect("made");
+    let bytes = state.to_bytes().expect("bytes");
+    // What a store makes of it.
+    let stored = zstd::encode_all(bytes.as_slice(), 1).expect("compressed");
+    assert!(stored.len() < 2 << 20, "{} of {} bytes", stored.len(), bytes.len());
+    assert!(bytes.len() < 8 << 20, "{}", bytes.len());
+    let restored = State::from_bytes(&bytes).expect("a state");
+    let mut specs = restored.containers().map(|container| Arc::as_ptr(&container.revision));
+    let first = specs.next();
+    assert!(first.is_some() && specs.all(|spec| Some(spec) == first), "and kept once");
 }

@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use warren_proto::v1;
 
 use super::{
-    Availability, Cluster, Container, ContainerState, DELETED_VOLUMES, Desired, Event, JoinToken, Manager, Node,
-    Operator, Origin, REQUESTS, Rotation, Schema, Sealed, SealedAuthority, Secret, Service, State, Status, TokenRole,
-    Volume, events, needed_secrets, needed_volumes, secret_key,
+    Availability, Cluster, Constraint, Container, ContainerState, DELETED_VOLUMES, Desired, Event, JoinToken, Manager,
+    Node, Operator, Origin, REQUESTS, Revision, Rotation, Schema, Sealed, SealedAuthority, Secret, Service, State,
+    Status, TokenRole, Volume, events, needed_secrets, needed_volumes, secret_key,
 };
 use crate::{
     clock::Timestamp,
@@ -430,13 +430,14 @@ impl State {
                     return Err(Rejection::Conflict(format!("service {:?}", known.spec.name)));
                 }
                 let (name, virtual_index) = (known.spec.name.clone(), known.virtual_index);
-                let ports: Vec<v1::Port> = known.spec.node_ports().filter(|_| *ports_stay).cloned().collect();
-                if !ports.is_empty() {
-                    self.keep_ports(id, &ports);
+                if !self.numbers_revisions() {
+                    let ports: Vec<_> = known.spec.node_ports().filter(|_| *ports_stay).cloned().collect();
+                    self.have_all_ask(id, &ports, &[], !ports.is_empty());
                 }
                 self.names.remove(&name);
                 self.virtual_addresses.taken.remove(&virtual_index);
                 self.services.remove(id);
+                self.prune_revisions(id);
             }
             Change::PutSecret { secret, expected } => self.put_secret(secret, *expected)?,
             Change::DeleteSecret { id } => self.delete_secret(id)?,
@@ -502,6 +503,9 @@ impl State {
             Change::Create { id, service, generation, slot, pinned, failures, at } => {
                 let gone = || Rejection::Conflict(format!("service {service}"));
                 let owner = self.services.get(service).ok_or_else(gone)?;
+                if owner.generation != *generation {
+                    return Err(Rejection::Conflict(format!("service {:?}", owner.spec.name)));
+                }
                 let container = Container {
                     id: id.clone(),
                     version: 0,
@@ -509,14 +513,11 @@ impl State {
                     service_name: owner.spec.name.clone(),
                     slot: *slot,
                     pinned: pinned.clone(),
-                    ports: Vec::new(),
                     node: None,
                     created_at: *at,
                     desired: Desired::Running,
                     status: Status::new(ContainerState::New, "", *at),
-                    spec: Arc::clone(&owner.spec.container),
-                    resources: owner.spec.resources,
-                    generation: *generation,
+                    revision: self.current_revision(owner)?,
                     failures: *failures,
                 };
                 self.create_container(container)?;
@@ -541,13 +542,52 @@ impl State {
         Ok(())
     }
 
-    /// Has a service's containers say themselves which ports of their nodes they hold.
-    fn keep_ports(&mut self, service: &ServiceId, ports: &[v1::Port]) {
-        let holders: Vec<_> =
-            self.containers_of(service).filter(|container| container.holds_resources()).map(Arc::clone).collect();
-        for container in holders {
-            let version = self.revision;
-            self.put_container(Container { ports: ports.to_vec(), version, ..Arc::unwrap_or_clone(container) });
+    /// Has all containers of a service ask for these, whatever their revision: in words of earlier versions they have none of their own.
+    /// `is_noted` says whether that is a change of those that are on nodes.
+    fn have_all_ask(&mut self, service: &ServiceId, ports: &[v1::Port], constraints: &[Constraint], is_noted: bool) {
+        let revisions: Vec<_> = self.revisions_of(service).cloned().collect();
+        for revision in revisions {
+            let (ports, constraints) = (ports.to_vec(), constraints.to_vec());
+            let key = (service.clone(), revision.number);
+            let asks = Arc::new(Revision { ports, constraints, ..Revision::clone(&revision) });
+            self.revisions.insert(key, Arc::clone(&asks));
+            let users: Vec<_> = self.containers_of(service).filter(|user| user.revision == revision).cloned().collect();
+            for user in users {
+                let version = if is_noted && user.holds_resources() { self.revision } else { user.version };
+                let revision = Arc::clone(&asks);
+                self.put_container(Container { version, revision, ..Arc::unwrap_or_clone(user) });
+            }
+        }
+    }
+
+    fn current_revision(&self, service: &Service) -> Result<Arc<Revision>, Rejection> {
+        let found = self.revisions.get(&(service.id.clone(), service.generation)).cloned();
+        found.ok_or_else(|| Rejection::Conflict(format!("service {:?}", service.spec.name)))
+    }
+
+    /// Makes the revision of a service that is being written. What asks nothing else of containers themselves, another published port for one,
+    /// is the revision of those that run as well: they are not replaced for it.
+    fn revise(&mut self, known: Option<&Service>, service: &mut Service) {
+        if !self.numbers_revisions() {
+            self.insert_revision(service, self.revision);
+            let (ports, constraints) = (&service.spec.ports, &service.spec.constraints);
+            if known.is_some_and(|known| (&known.spec.ports, &known.spec.constraints) != (ports, constraints)) {
+                self.have_all_ask(&service.id, ports, constraints, false);
+            }
+            return;
+        }
+        let same = known.filter(|known| known.generation == service.generation);
+        let before = same.and_then(|known| self.revisions.get(&(known.id.clone(), known.generation)).cloned());
+        if before.as_ref().is_some_and(|before| before.is_as(&service.spec)) {
+            return;
+        }
+        service.generation += u64::from(before.is_some());
+        let revision = self.insert_revision(service, self.revision);
+        let runs = |user: &&Arc<Container>| before.as_ref().is_some_and(|before| user.revision == *before);
+        let users: Vec<_> = self.containers_of(&service.id).filter(runs).cloned().collect();
+        for user in users {
+            let (version, revision) = (self.revision, Arc::clone(&revision));
+            self.put_container(Container { revision, version, ..Arc::unwrap_or_clone(user) });
         }
     }
 
@@ -580,13 +620,15 @@ impl State {
 
     fn create_container(&mut self, mut container: Container) -> Result<(), Rejection> {
         // Made from a service that may be gone or changed by now: then it is not needed.
-        let current = self.services.get(&container.service).is_some_and(|s| s.generation == container.generation);
+        let number = container.revision.number;
+        let current = self.services.get(&container.service).filter(|service| service.generation == number);
+        let current = current.and_then(|service| self.current_revision(service).ok());
         // Made by who had not seen yet that another leader did it already.
         let taken = self.live_in_slot(&container.service, container.slot, container.pinned.as_ref()).is_some();
-        if !current || taken || self.containers.contains_key(&container.id) {
+        let Some(revision) = current.filter(|_| !taken && !self.containers.contains_key(&container.id)) else {
             return Err(Rejection::Conflict(format!("service {:?}", container.service_name)));
-        }
-        container.version = self.revision;
+        };
+        (container.version, container.revision) = (self.revision, revision);
         self.put_container(container);
         Ok(())
     }
@@ -642,8 +684,12 @@ impl State {
             service.virtual_index =
                 taken.ok_or_else(|| Rejection::Exhausted("virtual address for another service".to_owned()))?;
         }
+        let known = self.services.get(&service.id).cloned();
+        self.revise(known.as_deref(), &mut service);
         self.names.insert(service.spec.name.clone(), service.id.clone());
-        self.services.insert(service.id.clone(), Arc::new(service));
+        let id = service.id.clone();
+        self.services.insert(id.clone(), Arc::new(service));
+        self.prune_revisions(&id);
         Ok(())
     }
 
@@ -660,11 +706,12 @@ impl State {
         let is_update = known.is_some();
         let mut secret = secret.clone();
         secret.version = self.revision;
+        let (kind, name) = (secret.kind, secret.name.clone());
         self.secret_names.insert(key, secret.id.clone());
-        if is_update {
-            self.renew_containers_with(secret.kind, &secret.name);
-        }
         self.secrets.insert(secret.id.clone(), Arc::new(secret));
+        if is_update {
+            self.renew_containers_with(kind, &name);
+        }
         Ok(())
     }
 
@@ -680,7 +727,10 @@ impl State {
             let mut service = Service::clone(&service);
             service.generation += 1;
             service.version = self.revision;
-            self.services.insert(service.id.clone(), Arc::new(service));
+            self.insert_revision(&service, self.revision);
+            let id = service.id.clone();
+            self.services.insert(id.clone(), Arc::new(service));
+            self.prune_revisions(&id);
         }
     }
 
@@ -749,7 +799,7 @@ impl State {
         }
         // Of two assignments that were planned together the first decides where a volume is, and who has it.
         let Some(container) = self.containers.get(id).cloned() else { return };
-        let volumes: Vec<_> = self.volumes_of(&container.spec).cloned().collect();
+        let volumes: Vec<_> = self.volumes_of(&container.revision.spec).cloned().collect();
         let elsewhere = |volume: &Arc<Volume>| volume.node.as_ref().is_some_and(|at| at != node);
         if container.node.is_none()
             && volumes.iter().any(|volume| elsewhere(volume) || (volume.exclusive && self.is_held(volume)))
