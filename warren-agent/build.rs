@@ -25,7 +25,13 @@ fn build_env_helper(source: &Path, out: &Path) {
     println!("cargo:rerun-if-changed={}", source.display());
     let rustc = env::var_os("RUSTC").expect("cargo sets RUSTC");
     let target = env::var_os("TARGET").expect("cargo sets TARGET");
+    let linker = env::var_os("RUSTC_LINKER").map(|linker| {
+        let mut option = std::ffi::OsString::from("linker=");
+        option.push(linker);
+        option
+    });
     let built = Command::new(rustc)
+        .args(linker.iter().flat_map(|linker| [std::ffi::OsStr::new("-C"), linker]))
         .args(["--edition", "2024", "--crate-name", "env", "--target"])
         .arg(target)
         .args([

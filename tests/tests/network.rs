@@ -178,7 +178,7 @@ fn containers_of_two_nodes_reach_each_other() {
     });
     // Somebody who is no member puts nothing into the network.
     let members = run("nft", &["list", "chain", "inet", "warren", "guard"]).succeeded();
-    assert!(members.contains("udp dport 4789 ip saddr != { 192.0.2.1, 192.0.2.2 } drop"), "{members}");
+    assert!(members.contains("udp dport 4789 @th,96,24 0x5741 ip saddr != { 192.0.2.1, 192.0.2.2 } drop"), "{members}");
     // Nor does a member under others' addresses: two datagrams, of which the container hears one.
     let listen = "import socket\n\
         own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\

@@ -246,6 +246,8 @@ fn a_secret_can_be_a_variable_and_is_nowhere_else() {
         world.warren(&[&["container", "exec"], user, &[id], &command].concat())
     };
     assert_eq!(asked(&inside.id, &[]).succeeded().trim(), format!("[{VALUE}]"));
+    let given = asked(&inside.id, &["--env", "DB_PASSWORD=mine"]).succeeded();
+    assert_eq!(given.trim(), "[mine]", "what is given by hand counts more");
     let other = asked(&inside.id, &["--user", "65534"]);
     assert_eq!((other.code, other.stdout.trim()), (0, "[]"));
     assert!(other.stderr.contains("left out"), "{}", other.stderr);
@@ -294,7 +296,8 @@ fn a_secret_can_be_a_variable_and_is_nowhere_else() {
     ]);
     let refused = world.container_when("zero", "it fails", |c| c["status"]["state"] == "CONTAINER_STATE_FAILED");
     let why = refused["status"]["message"].as_str().unwrap_or_default();
-    assert!(why.contains("secret \"zero\" has a zero byte"), "{why}");
+    assert!(why.contains("secret \"zero\" cannot be an environment variable: it has a zero byte"), "{why}");
+    let _ = secret(&world, "secret", "create", "long", &"x".repeat(131_072)).succeeded();
     let create = |more: &[&str]| {
         let create = ["service", "create", "wrong", "--image", image_name()];
         world.warren(&[&create[..], more].concat()).failed(2)
@@ -303,6 +306,11 @@ fn a_secret_can_be_a_variable_and_is_nowhere_else() {
     assert!(refused.contains("spec.container.secrets[0].env: makes it a variable"), "{refused}");
     let refused = create(&["--secret", "source=password,env=A", "--env", "A=1"]);
     assert!(refused.contains("spec.container.secrets[0].env: \"A\" is given twice"), "{refused}");
+    let refused = create(&["--secret", "source=long,env=A"]);
+    assert!(refused.contains("spec.container.secrets[0].env: \"long\" has 131072 bytes"), "{refused}");
+    let create_wrong = ["service", "create", "wrong", "--image", image_name(), "--secret", "source=password,env="];
+    let refused = world.warren(&create_wrong);
+    assert!(refused.code == 2 && refused.stderr.contains("names no variable"), "{}", refused.stderr);
     let refused = create(&["--secret", "source=password,env=A,on-update=signal"]);
     assert!(refused.contains("spec.container.secrets[0].on_update: signal is for files"), "{refused}");
 }

@@ -24,8 +24,11 @@ fn main() -> ExitCode {
     match fs::read(&file) {
         Ok(entries) => {
             for entry in entries.split(|byte| *byte == 0) {
-                if let Some(end) = entry.iter().position(|byte| *byte == b'=') {
-                    command.env(OsStr::from_bytes(&entry[..end]), OsStr::from_bytes(&entry[end + 1..]));
+                let Some(end) = entry.iter().position(|byte| *byte == b'=') else { continue };
+                let (name, value) = (OsStr::from_bytes(&entry[..end]), OsStr::from_bytes(&entry[end + 1..]));
+                // What is given to a command that somebody runs in the container counts more.
+                if env::var_os(name).is_none() {
+                    command.env(name, value);
                 }
             }
         }

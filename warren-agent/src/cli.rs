@@ -136,6 +136,9 @@ pub struct NodeArguments {
         hide_possible_values = true
     )]
     pub containers_reach: Vec<network::Reach>,
+    /// The port of the managers' metrics, which containers reach or do not as above.
+    #[arg(long, env = "WARREN_MANAGERS_METRICS_PORT", default_value_t = 9464)]
+    pub managers_metrics_port: u16,
     /// The domain of services' names.
     #[arg(long, env = "WARREN_DNS_DOMAIN", default_value = "warren")]
     pub dns_domain: String,
@@ -246,6 +249,7 @@ impl AgentArguments {
                 domain: node.dns_domain.clone(),
                 reach: node.containers_reach.clone(),
                 metrics_port: self.metrics_addr.port(),
+                managers_metrics_port: node.managers_metrics_port,
             },
             dns: dns::Options {
                 domain: node.dns_domain.clone(),

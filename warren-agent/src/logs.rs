@@ -151,8 +151,9 @@ impl Logs {
     fn sweep(&self, lives: impl Fn(&str) -> bool, has_room: impl Fn() -> bool) {
         let mut ended = Vec::new();
         for entry in fs::read_dir(&self.options.directory).into_iter().flatten().flatten() {
-            if !lives(&entry.file_name().to_string_lossy()) {
-                let path = entry.path();
+            let path = entry.path();
+            // Its last words may still be on their way.
+            if !lives(&entry.file_name().to_string_lossy()) && !is_written(&path) {
                 ended.push((last_written(&path).unwrap_or(SystemTime::UNIX_EPOCH), size(&path), path));
             }
         }

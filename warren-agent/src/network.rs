@@ -118,6 +118,8 @@ pub struct Options {
     pub reach: Vec<Reach>,
     /// The port of the agents' metrics.
     pub metrics_port: u16,
+    /// The port of managers' metrics.
+    pub managers_metrics_port: u16,
 }
 
 /// What of the cluster's own containers may connect to.

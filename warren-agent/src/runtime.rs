@@ -29,6 +29,7 @@ pub(crate) use rootfs::unfinished;
 pub use rootfs::{RootFs, VolumePath};
 pub use spec::{ContainerOptions, NetworkNamespace};
 pub(crate) use spec::{host_path, hostname};
+pub(crate) use task::kill_shim;
 pub use task::{Found, TaskState};
 
 use std::{io, path::PathBuf, sync::Arc};

@@ -44,12 +44,14 @@ pub enum Error {
         why: String,
     },
     /// It cannot be a variable.
-    #[error("{kind} {name:?} has a zero byte, which no environment variable can hold")]
-    ZeroByte {
+    #[error("{kind} {name:?} cannot be an environment variable: {why}")]
+    NoVariable {
         /// Secret or config.
         kind: &'static str,
         /// Its name.
         name: String,
+        /// Why not.
+        why: &'static str,
     },
     /// A file.
     #[error("{action}: {source}")]
@@ -69,6 +71,8 @@ fn io(action: String) -> impl FnOnce(io::Error) -> Error {
 static HELPER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/env"));
 /// What holds a container's variables.
 const ENV: &str = "env";
+/// Bytes of a variable with its name, without the NUL behind it (MAX_ARG_STRLEN in the kernel's binfmts.h).
+const LONGEST_VARIABLE: usize = (128 << 10) - 1;
 
 /// Puts the helper where containers have it from. Those that run keep the one that they began with.
 pub(crate) fn install_helper(path: &Path) -> io::Result<()> {
@@ -204,8 +208,15 @@ impl Secrets {
         let mut entries = Vec::new();
         for (kind, _, mount) in Self::all(spec).filter(|(_, _, mount)| !mount.env.is_empty()) {
             let value = self.value(kind, &mount.source)?;
-            if value.contains(&0) {
-                return Err(Error::ZeroByte { kind: kind_name(kind), name: mount.source.clone() });
+            let problem = match &value {
+                value if value.contains(&0) => Some("it has a zero byte"),
+                value if mount.env.len() + 1 + value.len() > LONGEST_VARIABLE => {
+                    Some("it is longer than 128 KiB, which is the most that the kernel takes")
+                }
+                _ => None,
+            };
+            if let Some(why) = problem {
+                return Err(Error::NoVariable { kind: kind_name(kind), name: mount.source.clone(), why });
             }
             entries.extend([mount.env.as_bytes(), b"=", &value, b"\0"].concat());
         }

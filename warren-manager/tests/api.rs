@@ -287,7 +287,7 @@ async fn a_silent_node_is_down_and_can_be_removed() {
     let manager = Manager::start().await;
     let agent = Agent::connect(&manager, "node1").await;
     let mut nodes = NodesClient::new(manager.channel.clone());
-    let remove = || v1::RemoveNodeRequest { node: "node1".to_owned() };
+    let remove = || v1::RemoveNodeRequest { node: "node1".to_owned(), ..Default::default() };
     assert_eq!(nodes.remove_node(remove()).await.expect_err("it is up").code(), Code::FailedPrecondition);
     drop(agent);
     let mut status = v1::NodeStatus::Ready;

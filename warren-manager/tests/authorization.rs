@@ -267,7 +267,7 @@ async fn everybody_may_call_what_is_for_them_and_nothing_else() {
 
     // Those who were let in, and removed.
     let (removed_node, removed_worker) = manager.join().await;
-    let removed = v1::RemoveNodeRequest { node: removed_node };
+    let removed = v1::RemoveNodeRequest { node: removed_node, ..Default::default() };
     let _ = NodesClient::new(manager.root()).remove_node(removed).await.expect("removed");
     let removed_operator = manager.log_in("eve").await;
     let removed = v1::DeleteOperatorRequest { operator: "eve".to_owned() };
@@ -355,7 +355,7 @@ async fn a_node_speaks_for_itself_until_it_is_removed() {
 
     let mut nodes = NodesClient::new(manager.root());
     for attempt in 0.. {
-        match nodes.remove_node(v1::RemoveNodeRequest { node: id.clone() }).await {
+        match nodes.remove_node(v1::RemoveNodeRequest { node: id.clone(), ..Default::default() }).await {
             Ok(_) => break,
             Err(status) => assert!(attempt < 100, "{status:?}"),
         }

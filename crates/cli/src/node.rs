@@ -73,11 +73,14 @@ pub(crate) enum Command {
         /// The machine's name, or the manager's number.
         machine: String,
     },
-    /// Removes the record of a node that is down; its containers are replaced elsewhere.
+    /// Removes a node that is down from the cluster: its certificate is revoked, and its containers are replaced elsewhere.
     Rm {
         /// Hostname, id, or unique beginning of an id.
         #[arg(add = complete::nodes())]
         node: String,
+        /// Also while its agent is connected, like that of a stolen machine. Containers that still run there are not stopped.
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -105,8 +108,8 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         }
         Command::Promote { machine } => cluster::set_voter(client, &machine, true).await,
         Command::Demote { machine } => cluster::set_voter(client, &machine, false).await,
-        Command::Rm { node } => {
-            client.nodes().await?.remove_node(v1::RemoveNodeRequest { node: node.clone() }).await?;
+        Command::Rm { node, force } => {
+            client.nodes().await?.remove_node(v1::RemoveNodeRequest { node: node.clone(), force }).await?;
             say!("{node}");
             Ok(())
         }

@@ -144,6 +144,7 @@ pub(crate) fn secret(text: &str) -> Result<v1::SecretMount, String> {
         match name {
             "source" | "src" => mount.source = value.to_owned(),
             "target" => mount.target = value.to_owned(),
+            "env" if value.is_empty() => return Err(format!("{option:?} names no variable")),
             "env" => mount.env = value.to_owned(),
             "mode" => {
                 let mode = u32::from_str_radix(value, 8);

@@ -26,8 +26,8 @@ const TIMEOUT: Duration = Duration::from_millis(1000);
 const ATTEMPTS: usize = 2;
 /// What a datagram may have on every path (DNS flag day 2020).
 const PAYLOAD: u16 = 1232;
-/// More than any datagram has.
-const MAX_DATAGRAM: usize = 65_535;
+/// More than an answer to such a question has.
+const MAX_DATAGRAM: usize = 4096;
 /// How long a server that did not understand EDNS is asked without it.
 const PLAIN_FOR: Duration = Duration::from_secs(300);
 

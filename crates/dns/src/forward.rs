@@ -19,13 +19,15 @@ use crate::exchange::{Problem, Servers};
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Memory that answers take at most, in bytes, and one of them.
 const CACHED_BYTES: u64 = 16 << 20;
-const MAX_CACHED: u32 = 1 << 20;
+const MAX_CACHED: u32 = 64 << 10;
 /// What a byte of an answer takes in memory, and what each answer does besides, as measured: about.
 const MEMORY_A_BYTE: u32 = 4;
 const OVERHEAD: u32 = 512;
 /// How long an answer is kept at most, whatever it says, and one that there is nothing.
 const MAX_TTL: Duration = Duration::from_secs(3600);
 const MAX_NEGATIVE_TTL: Duration = Duration::from_secs(300);
+/// How long it is kept that upstream was of no help (RFC 9520).
+const FAILURE_TTL: Duration = Duration::from_secs(1);
 /// How long it is kept that there is nothing, if the answer does not say.
 const DEFAULT_NEGATIVE_TTL: Duration = Duration::from_secs(5);
 
@@ -81,17 +83,16 @@ impl Forwarded {
         aged
     }
 
-    /// How long it may be kept; `None` for what is no answer.
-    fn ttl(&self) -> Option<Duration> {
-        let negative = self.records.is_empty();
+    /// How long it may be kept; `None` for what is no answer. `negative` is one without a record of the type that was asked for, be
+    /// there aliases or not.
+    fn ttl(&self, negative: bool) -> Option<Duration> {
+        let shortest = self.records.iter().map(|record| record.ttl).min();
+        let shortest = Duration::from_secs(shortest.map_or(u64::MAX, u64::from));
         match self.code {
-            ResponseCode::NoError if !negative => {
-                let shortest = self.records.iter().map(|record| record.ttl).min().unwrap_or(0);
-                Some(Duration::from_secs(shortest.into()).min(MAX_TTL))
-            }
+            ResponseCode::NoError if !negative => Some(shortest.min(MAX_TTL)),
             ResponseCode::NoError | ResponseCode::NXDomain => {
                 let said = self.soa.as_ref().map(|soa| Duration::from_secs(soa.ttl.into()));
-                Some(said.unwrap_or(DEFAULT_NEGATIVE_TTL).min(MAX_NEGATIVE_TTL))
+                Some(said.unwrap_or(DEFAULT_NEGATIVE_TTL).min(MAX_NEGATIVE_TTL).min(shortest))
             }
             _ => None,
         }
@@ -122,10 +123,10 @@ impl Failure {
     }
 }
 
-/// An answer that is remembered.
+/// An answer that is remembered, or that there was none.
 #[derive(Clone)]
 struct Kept {
-    answer: Arc<Forwarded>,
+    answer: Result<Arc<Forwarded>, Failure>,
     at: Instant,
     /// How long; zero for what only those hear who wait for it now.
     ttl: Duration,
@@ -174,44 +175,56 @@ impl Forwarder {
     }
 
     /// What is remembered.
-    pub(crate) async fn cached(&self, name: &LowerName, kind: RecordType) -> Option<Forwarded> {
-        let kept = self.cache.get(&(name.clone(), kind)).await?;
-        Some(kept.answer.aged(kept.at.elapsed()))
+    pub(crate) async fn cached(&self, name: &LowerName, kind: RecordType) -> Option<Result<Forwarded, Failure>> {
+        Some(self.cache.get(&(name.clone(), kind)).await?.answer())
     }
 
-    /// Asks. One question is asked once at a time, whoever else waits for the same: else somebody who forges answers
-    /// had as many chances as there are askers.
+    /// Asks. One question is asked once at a time, whoever else waits for the same, and to its end, whoever goes away: else somebody who forges
+    /// answers had as many chances as there are askers.
     pub(crate) async fn ask(&self, name: &LowerName, kind: RecordType) -> Result<Forwarded, Failure> {
-        let kept = self.cache.try_get_with((name.clone(), kind), self.ask_upstream(name, kind)).await;
-        kept.map(|kept| kept.answer.aged(kept.at.elapsed())).map_err(|failure| *failure)
+        let servers = self.servers.load_full();
+        let (cache, key, name) = (self.cache.clone(), (name.clone(), kind), name.clone());
+        let asked = tokio::spawn(async move { cache.get_with(key, ask_upstream(servers, &name, kind)).await });
+        asked.await.map_or(Err(Failure::Other), |kept| kept.answer())
+    }
+}
+
+impl Kept {
+    fn new(answer: Result<Arc<Forwarded>, Failure>, ttl: Duration, bytes: u32) -> Self {
+        Self { answer, at: Instant::now(), ttl, bytes }
     }
 
-    async fn ask_upstream(&self, name: &LowerName, kind: RecordType) -> Result<Kept, Failure> {
-        let servers = self.servers.load_full();
-        if servers.is_empty() {
-            return Err(Failure::NoUpstream);
-        }
-        let mut fqdn = Name::from(name);
-        fqdn.set_fqdn(true);
-        let asked = tokio::time::timeout(PATIENCE, servers.ask(&fqdn, kind)).await;
-        let mut message = asked.unwrap_or(Err(Problem::Timeout)).map_err(|problem| match problem {
-            Problem::Timeout => Failure::Timeout,
-            Problem::Unreachable => Failure::Other,
-        })?;
-        let end = keep_chain(&fqdn, &mut message.answers);
-        message.authorities.retain(|record| record.name.zone_of(&end));
-        let bytes = message.to_vec().map_or(u32::MAX, |bytes| bytes.len() as u32 * MEMORY_A_BYTE + OVERHEAD);
-        let soa = message.authorities.into_iter().find(|record| record.record_type() == RecordType::SOA);
-        let negative = message.answers.is_empty();
-        let answer = Forwarded {
-            code: message.metadata.response_code,
-            records: message.answers,
-            soa: soa.filter(|_| negative).map(negative_ttl),
-        };
-        // A large one would take the place of too many others.
-        let ttl = answer.ttl().filter(|_| bytes <= MAX_CACHED).unwrap_or_default();
-        Ok(Kept { answer: Arc::new(answer), at: Instant::now(), ttl, bytes })
+    fn answer(&self) -> Result<Forwarded, Failure> {
+        self.answer.as_ref().map(|answer| answer.aged(self.at.elapsed())).map_err(|failure| *failure)
     }
+}
+
+async fn ask_upstream(servers: Arc<Servers>, name: &LowerName, kind: RecordType) -> Kept {
+    if servers.is_empty() {
+        // There may be some in a moment.
+        return Kept::new(Err(Failure::NoUpstream), Duration::ZERO, OVERHEAD);
+    }
+    let mut fqdn = Name::from(name);
+    fqdn.set_fqdn(true);
+    let asked = tokio::time::timeout(PATIENCE, servers.ask(&fqdn, kind)).await;
+    let mut message = match asked.unwrap_or(Err(Problem::Timeout)) {
+        Ok(message) => message,
+        Err(Problem::Timeout) => return Kept::new(Err(Failure::Timeout), FAILURE_TTL, OVERHEAD),
+        Err(Problem::Unreachable) => return Kept::new(Err(Failure::Other), FAILURE_TTL, OVERHEAD),
+    };
+    let end = keep_chain(&fqdn, &mut message.answers);
+    message.authorities.retain(|record| record.name.zone_of(&end));
+    let bytes = message.to_vec().map_or(u32::MAX, |bytes| bytes.len() as u32 * MEMORY_A_BYTE + OVERHEAD);
+    let soa = message.authorities.into_iter().find(|record| record.record_type() == RecordType::SOA);
+    let negative = !message.answers.iter().any(|record| kind == RecordType::ANY || record.record_type() == kind);
+    let answer = Forwarded {
+        code: message.metadata.response_code,
+        records: message.answers,
+        soa: soa.filter(|_| negative).map(negative_ttl),
+    };
+    // A large one would take the place of too many others.
+    let ttl = answer.ttl(negative).filter(|_| bytes <= MAX_CACHED).unwrap_or_default();
+    Kept::new(Ok(Arc::new(answer)), ttl, bytes)
 }
 
 /// Keeps those records of an answer that are about the name that was asked for, or about one that it is an alias of, and returns the last of
@@ -241,6 +254,8 @@ fn negative_ttl(mut soa: Record) -> Record {
 
 #[cfg(test)]
 mod tests {
+    use hickory_server::proto::rr::rdata::SOA;
+
     use super::*;
 
     #[test]
@@ -279,9 +294,26 @@ mod tests {
         assert!(Upstreams::from_resolv_conf(Path::new("/none"), own).0.is_empty());
     }
 
+    #[test]
+    fn an_alias_alone_is_no_answer_and_is_kept_as_its_zone_says() {
+        use hickory_server::proto::rr::rdata::CNAME;
+
+        let name = |text: &str| Name::from_ascii(text).expect("a name");
+        let alias = Record::from_rdata(name("a.example."), 300, RData::CNAME(CNAME(name("b.example."))));
+        let soa = |ttl| SOA::new(name("ns.example."), name("me.example."), 1, 2, 3, 4, ttl);
+        let soa = negative_ttl(Record::from_rdata(name("example."), 3600, RData::SOA(soa(20))));
+        let answer = |code, soa| Forwarded { code, records: vec![alias.clone()], soa };
+        let seconds = |answer: Forwarded, negative| answer.ttl(negative).map(|ttl| ttl.as_secs());
+        assert_eq!(seconds(answer(ResponseCode::NoError, Some(soa.clone())), true), Some(20));
+        assert_eq!(seconds(answer(ResponseCode::NXDomain, Some(soa)), true), Some(20));
+        assert_eq!(seconds(answer(ResponseCode::NoError, None), true), Some(5));
+        assert_eq!(seconds(answer(ResponseCode::NoError, None), false), Some(300));
+        assert_eq!(seconds(answer(ResponseCode::ServFail, None), true), None);
+    }
+
     fn kept(bytes: u32, ttl: Duration) -> Kept {
         let answer = Forwarded { code: ResponseCode::NoError, records: Vec::new(), soa: None };
-        Kept { answer: Arc::new(answer), at: Instant::now(), ttl, bytes }
+        Kept::new(Ok(Arc::new(answer)), ttl, bytes)
     }
 
     fn key(i: usize) -> Key {
@@ -337,9 +369,22 @@ mod tests {
             assert_eq!(asking.await.expect("no panic").expect("an answer").records.len(), 1);
         }
         assert_eq!(asked.load(std::sync::atomic::Ordering::Relaxed), 1);
-        // It may not be kept: the next one is another question.
+        // Whoever goes away takes nothing with him: the next one has the answer that is on its way.
+        let first = ask();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        first.abort();
         ask().await.expect("no panic").expect("an answer");
         assert_eq!(asked.load(std::sync::atomic::Ordering::Relaxed), 2);
+        // It may not be kept: the next one is another question.
+        ask().await.expect("no panic").expect("an answer");
+        assert_eq!(asked.load(std::sync::atomic::Ordering::Relaxed), 3);
         answering.abort();
+        // Nor is one that does not answer asked by everybody anew.
+        let silent = Forwarder::new(&Upstreams(vec!["127.0.0.1:9".parse().expect("an address")]));
+        let name = LowerName::from(Name::from_ascii("silent.example.").expect("a name"));
+        assert!(silent.ask(&name, RecordType::A).await.is_err());
+        assert!(silent.cached(&name, RecordType::A).await.is_some_and(|known| known.is_err()));
+        tokio::time::sleep(FAILURE_TTL + Duration::from_millis(50)).await;
+        assert!(silent.cached(&name, RecordType::A).await.is_none());
     }
 }

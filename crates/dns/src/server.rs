@@ -1,9 +1,10 @@
 use std::{
+    collections::HashMap,
     io::{self, IoSlice, IoSliceMut},
     net::{IpAddr, SocketAddr, UdpSocket},
     num::NonZeroU32,
     os::fd::AsRawFd as _,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -28,7 +29,6 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
     runtime::Handle,
-    sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -121,8 +121,10 @@ impl Sockets {
     }
 }
 
-/// Requests of one socket that are being answered by the whole server, those that wait for the node's resolvers among them.
+/// Requests that are being answered by the whole server, those that wait for the node's resolvers among them.
 const ANSWERING: usize = 4096;
+/// The same of one client.
+const OF_ONE_ASKER: usize = ANSWERING / 8;
 /// The same for those that need nobody else, when there are too many that do.
 const LOCAL: usize = 1024;
 /// Datagrams that are read and sent together.
@@ -142,7 +144,7 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) {
     let limiter = Arc::new(RateLimiter::keyed(Quota::per_second(limits.rate).allow_burst(limits.burst)));
-    let handler = Handler { zone, forwarder, limiter: Arc::clone(&limiter), observer };
+    let handler = Handler { zone, forwarder, limiter: Arc::clone(&limiter), answering: Answering::default(), observer };
     // Threads of their own, which wait in the kernel: what else goes on here does not hold answers up.
     let stop = CancellationToken::new();
     let _stopped = stop.clone().drop_guard();
@@ -173,11 +175,64 @@ pub async fn serve(
     // Requests that are being answered may be cut off: whoever asked asks again.
 }
 
-/// A place among the requests that are being answered, and whether the node's resolvers may be asked. What waits for them does not keep
-/// what is known here from being answered.
-fn permit(others: &Arc<Semaphore>, locals: &Arc<Semaphore>) -> Option<(OwnedSemaphorePermit, bool)> {
-    let waiting = Arc::clone(others).try_acquire_owned().ok().map(|permit| (permit, true));
-    waiting.or_else(|| Some((Arc::clone(locals).try_acquire_owned().ok()?, false)))
+/// Requests that are being answered, and whose they are.
+#[derive(Clone, Default)]
+struct Answering(Arc<Mutex<Counts>>);
+
+#[derive(Default)]
+struct Counts {
+    waiting: usize,
+    of_client: HashMap<IpAddr, usize>,
+    local: usize,
+}
+
+/// One request's place, which it gives back.
+struct Turn {
+    among: Answering,
+    client: IpAddr,
+    /// Whether the node's resolvers may be asked.
+    may_forward: bool,
+}
+
+impl Answering {
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        // Every change leaves it whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for a client's request, if there is one. What waits for the node's resolvers does not keep what is known here from being
+    /// answered, nor does one client's keep others' from being asked.
+    fn turn(&self, client: IpAddr) -> Option<Turn> {
+        let mut counts = self.counts();
+        let own = counts.of_client.get(&client).copied().unwrap_or(0);
+        let may_forward = counts.waiting < ANSWERING && own < OF_ONE_ASKER;
+        if may_forward {
+            counts.waiting += 1;
+            counts.of_client.insert(client, own + 1);
+        } else if counts.local < LOCAL {
+            counts.local += 1;
+        } else {
+            return None;
+        }
+        Some(Turn { among: self.clone(), client, may_forward })
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut counts = self.among.counts();
+        if !self.may_forward {
+            counts.local -= 1;
+            return;
+        }
+        counts.waiting -= 1;
+        if let Some(own) = counts.of_client.get_mut(&self.client) {
+            *own -= 1;
+            if *own == 0 {
+                counts.of_client.remove(&self.client);
+            }
+        }
+    }
 }
 
 fn socket(address: SocketAddr, kind: Type, protocol: socket2::Protocol) -> io::Result<Socket> {
@@ -214,6 +269,7 @@ struct Handler {
     zone: Arc<ArcSwap<Zone>>,
     forwarder: Arc<Forwarder>,
     limiter: Arc<DefaultKeyedRateLimiter<IpAddr>>,
+    answering: Answering,
     observer: Arc<dyn Observer>,
 }
 
@@ -285,7 +341,6 @@ impl Handler {
     /// Answers what comes to a socket until `stop` or until it fails: plain questions at once, as many together as have come,
     /// others beside it. Blocks.
     fn answer_datagrams(&self, socket: Arc<UdpSocket>, runtime: &Handle, stop: &CancellationToken) -> io::Result<()> {
-        let (others, locals) = (Arc::new(Semaphore::new(ANSWERING)), Arc::new(Semaphore::new(LOCAL)));
         let mut requests = vec![[0; MAX_REQUEST]; TOGETHER];
         let mut answers = vec![Vec::new(); TOGETHER];
         let (mut scratch, mut to) = (Vec::new(), Vec::with_capacity(TOGETHER));
@@ -308,16 +363,16 @@ impl Handler {
                 let allowed = self.allows(from.ip());
                 if allowed && self.answer_plain(request, &mut scratch, &mut answers[to.len()]) {
                     to.push(Some(address));
-                } else if let Some((permit, may_forward)) = permit(&others, &locals) {
+                } else if let Some(turn) = self.answering.turn(from.ip()) {
                     let (handler, request, socket) = (self.clone(), request.to_vec(), Arc::clone(&socket));
                     runtime.spawn(async move {
-                        if let Some(answer) = handler.answer_other(request, from, allowed, may_forward).await
+                        if let Some(answer) = handler.answer_other(request, from, allowed, turn.may_forward).await
                             && let Err(error) = socket.send_to(&answer, from)
                         {
                             // It waits only while the socket's buffer is full, which the kernel empties.
                             tracing::debug!(%error, "a DNS answer could not be sent");
                         }
-                        drop(permit);
+                        drop(turn);
                     });
                 }
             }
@@ -401,15 +456,16 @@ impl Handler {
             return (kind, reply);
         }
         drop(zone);
-        if let Some(cached) = self.forwarder.cached(name, kind).await {
-            return (kind, Reply::forwarded(cached, Source::Cached));
-        }
-        let asked = if may_forward { self.forwarder.ask(name, kind).await } else { Err(Failure::Overloaded) };
+        let (asked, source) = match self.forwarder.cached(name, kind).await {
+            Some(cached) => (cached, Source::Cached),
+            None if may_forward => (self.forwarder.ask(name, kind).await, Source::Forwarded),
+            None => (Err(Failure::Overloaded), Source::Forwarded),
+        };
         let reply = match asked {
-            Ok(answer) => Reply::forwarded(answer, Source::Forwarded),
+            Ok(answer) => Reply::forwarded(answer, source),
             Err(failure) => {
                 self.observer.upstream_failed(failure.label());
-                Reply { source: Source::Forwarded, ..Reply::refusal(ResponseCode::ServFail) }
+                Reply { source, ..Reply::refusal(ResponseCode::ServFail) }
             }
         };
         (kind, reply)
@@ -444,18 +500,17 @@ impl Handler {
     /// Answers what comes by connections. Never returns.
     async fn answer_connections(&self, listener: TcpListener) {
         let places = Connections::new(at_most(CONNECTIONS), OF_ONE_CLIENT);
-        let (others, locals) = (Arc::new(Semaphore::new(ANSWERING)), Arc::new(Semaphore::new(LOCAL)));
         let mut answering = JoinSet::new();
         loop {
             let (stream, from, mut place) = tokio::select! {
                 accepted = places.accept(&listener) => accepted,
                 Some(_) = answering.join_next() => continue,
             };
-            let (handler, others, locals) = (self.clone(), Arc::clone(&others), Arc::clone(&locals));
+            let handler = self.clone();
             answering.spawn(async move {
                 tokio::select! {
                     // Whatever ends it, the client asks again.
-                    _ = handler.answer_connection(stream, from, &others, &locals) => {}
+                    _ = handler.answer_connection(stream, from) => {}
                     () = place.given_up() => {}
                 }
             });
@@ -463,13 +518,7 @@ impl Handler {
     }
 
     /// Answers one connection's requests, one after the other, until it is silent for too long.
-    async fn answer_connection(
-        &self,
-        mut stream: TcpStream,
-        from: SocketAddr,
-        others: &Arc<Semaphore>,
-        locals: &Arc<Semaphore>,
-    ) -> io::Result<()> {
+    async fn answer_connection(&self, mut stream: TcpStream, from: SocketAddr) -> io::Result<()> {
         stream.set_nodelay(true)?;
         loop {
             let request = async {
@@ -479,11 +528,11 @@ impl Handler {
             };
             let bytes = tokio::time::timeout(TCP_TIMEOUT, request).await??;
             let allowed = self.allows(from.ip());
-            let Some((_permit, may_forward)) = permit(others, locals) else { return Ok(()) };
+            let Some(turn) = self.answering.turn(from.ip()) else { return Ok(()) };
             let answer = match Request::from_bytes(bytes, from, Protocol::Tcp) {
                 // A response is nobody's question.
                 Ok(request) if request.metadata.message_type == MessageType::Response => return Ok(()),
-                Ok(request) => match self.respond(&request, u16::MAX, allowed, may_forward).await {
+                Ok(request) => match self.respond(&request, u16::MAX, allowed, turn.may_forward).await {
                     Some(answer) => answer,
                     None => return Ok(()),
                 },
@@ -494,7 +543,30 @@ impl Handler {
                 }
             };
             let length = u16::try_from(answer.len()).map_err(io::Error::other)?;
-            stream.write_all(&[&length.to_be_bytes()[..], &answer].concat()).await?;
+            drop(turn);
+            let answer = [&length.to_be_bytes()[..], &answer].concat();
+            tokio::time::timeout(TCP_TIMEOUT, stream.write_all(&answer)).await??;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_one_client_waits_for_keeps_nobody_from_asking() {
+        let answering = Answering::default();
+        let [greedy, other] = ["192.0.2.1", "192.0.2.2"].map(|text| text.parse().expect("an address"));
+        let mut turns: Vec<_> = (0..OF_ONE_ASKER).filter_map(|_| answering.turn(greedy)).collect();
+        assert!(turns.iter().all(|turn| turn.may_forward));
+        let one_more = answering.turn(greedy).expect("what is known here is still answered");
+        assert!(!one_more.may_forward);
+        assert!(answering.turn(other).is_some_and(|turn| turn.may_forward));
+        turns.pop();
+        assert!(answering.turn(greedy).is_some_and(|turn| turn.may_forward));
+        drop((turns, one_more));
+        let counts = answering.counts();
+        assert_eq!((counts.waiting, counts.local, counts.of_client.len()), (0, 0, 0));
     }
 }

@@ -3,11 +3,14 @@
 use std::{
     fmt, io,
     net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::{Duration, SystemTime},
 };
 
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -36,8 +39,8 @@ pub struct Incoming {
     peer: Peer,
     /// When it is over, whatever the other end wants.
     over: Over,
-    /// Bytes that it may still send.
-    left: u64,
+    /// What it may send, if it is a visitor's.
+    budget: Option<(Arc<DefaultKeyedRateLimiter<IpAddr>>, IpAddr)>,
 }
 
 type Over = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -81,10 +84,11 @@ impl AsyncRead for Incoming {
         self.check(cx)?;
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
-        let read = (buf.filled().len() - before) as u64;
-        match self.left.checked_sub(read) {
-            Some(left) => self.left = left,
-            None => return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, "it has sent too much"))),
+        let read = u32::try_from(buf.filled().len() - before).ok().and_then(NonZeroU32::new);
+        if let (Some((budget, client)), Some(read)) = (&self.budget, read)
+            && !matches!(budget.check_key_n(client, read), Ok(Ok(())))
+        {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, "it has sent too much")));
         }
         polled
     }
@@ -102,6 +106,7 @@ impl AsyncWrite for Incoming {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check(cx)?;
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 
@@ -137,9 +142,12 @@ pub(crate) const VISIT: Duration = Duration::from_secs(60);
 pub(crate) const OF_ONE_MEMBER: usize = 256;
 /// Whether somebody silent is still there is looked at after this time.
 const SILENCE: Duration = Duration::from_secs(60);
-/// Bytes that one of them may send. A request to join has 64 KiB at the most; the rest would be a flood of frames, each of which
-/// takes time to answer.
-const VISITORS_BYTES: u64 = 256 << 10;
+/// Bytes that the visitors of one client may send at once, and in a second after that, however often they connect. A request to join has
+/// 64 KiB at the most; more would be a flood of frames, each of which takes time to answer.
+const VISITORS_BURST: NonZeroU32 = NonZeroU32::new(256 << 10).unwrap();
+const VISITORS_RATE: NonZeroU32 = NonZeroU32::new(16 << 10).unwrap();
+/// So many clients are remembered before those that have been quiet are forgotten.
+const REMEMBERED: usize = 1024;
 
 /// Connections to a manager, each when it is known who is at the other end. One whose certificate is not of the cluster, or has
 /// run out, is not among them.
@@ -150,6 +158,7 @@ pub fn incoming(listener: TcpListener, credentials: Credentials) -> ReceiverStre
         let handshakes = Connections::new(at_most(HANDSHAKES), HANDSHAKES_OF_ONE);
         let known = Known {
             visitors: Connections::new(at_most(VISITORS), VISITORS_OF_ONE),
+            budget: Arc::new(RateLimiter::keyed(Quota::per_second(VISITORS_RATE).allow_burst(VISITORS_BURST))),
             members: Connections::new(usize::MAX, OF_ONE_MEMBER),
         };
         while !sender.is_closed() {
@@ -179,6 +188,7 @@ pub fn incoming(listener: TcpListener, credentials: Credentials) -> ReceiverStre
 #[derive(Clone)]
 struct Known {
     visitors: Connections<IpAddr>,
+    budget: Arc<DefaultKeyedRateLimiter<IpAddr>>,
     members: Connections<Identity>,
 }
 
@@ -204,7 +214,11 @@ async fn greet(
                 () = place.given_up() => {}
             }
         });
-        return Ok(Incoming { stream, peer: Peer { address, identity: None }, over, left: VISITORS_BYTES });
+        if known.budget.len() > REMEMBERED {
+            known.budget.retain_recent();
+        }
+        let budget = Some((Arc::clone(&known.budget), client(address.ip())));
+        return Ok(Incoming { stream, peer: Peer { address, identity: None }, over, budget });
     };
     let credentials = credentials.clone();
     let mut place = known.members.enter(identity.clone());
@@ -219,7 +233,7 @@ async fn greet(
             } => {}
         }
     });
-    Ok(Incoming { stream, peer: Peer { address, identity: Some(identity) }, over, left: u64::MAX })
+    Ok(Incoming { stream, peer: Peer { address, identity: Some(identity) }, over, budget: None })
 }
 
 /// Returns when a certificate that is valid until then, in seconds since the epoch, is not any more; clocks may be set meanwhile.

@@ -57,7 +57,8 @@ impl Access {
     pub(crate) fn allows(&self, headers: &HeaderMap) -> bool {
         let Some(path) = &self.token else { return true };
         let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let shown = shown.and_then(|value| value.strip_prefix("Bearer ")).map(str::trim);
+        let shown = shown.and_then(|value| value.split_once(' '));
+        let shown = shown.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
         match (read_token(path), shown) {
             // How long it takes to compare digests says nothing of what was digested.
             (Ok(token), Some(shown)) => Sha256::digest(token) == Sha256::digest(shown),
@@ -171,7 +172,7 @@ mod tests {
         assert!(access.open().is_err() && !allows(Some("Bearer ")), "nothing is no token");
         fs::write(&file, "open sesame\n").expect("writable");
         assert!(access.open().is_ok());
-        assert!(allows(Some("Bearer open sesame")));
+        assert!(allows(Some("Bearer open sesame")) && allows(Some("bearer open sesame")));
         for wrong in [None, Some("Bearer open"), Some("open sesame"), Some("Basic open sesame"), Some("Bearer ")] {
             assert!(!allows(wrong), "{wrong:?}");
         }

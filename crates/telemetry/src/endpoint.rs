@@ -18,7 +18,10 @@ use axum::{
     routing::get,
 };
 use flate2::{Compression, write::GzEncoder};
-use hyper::server::conn::http1;
+use hyper::{
+    server::conn::http1,
+    service::{Service as _, service_fn},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
@@ -185,10 +188,22 @@ async fn answer(stream: TcpStream, tls: Option<Tls>, router: Router, mut place: 
 async fn answer_on<S: AsyncRead + AsyncWrite + Unpin>(stream: S, router: Router, end: CancellationToken) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
-    let mut connection = pin!(http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
+    let asked = CancellationToken::new();
+    let first = asked.clone();
+    let service = service_fn(move |request| {
+        first.cancel();
+        TowerToHyperService::new(router.clone()).call(request)
+    });
+    let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
+    let silent = async {
+        if tokio::time::timeout(FIRST_HEAD_TIMEOUT, asked.cancelled()).await.is_ok() {
+            std::future::pending().await
+        }
+    };
     tokio::select! {
         // What went wrong with it is the client's to see.
         _ = &mut connection => return,
+        () = silent => return,
         () = tokio::time::sleep(LIFETIME) => {}
         () = end.cancelled() => {}
     }

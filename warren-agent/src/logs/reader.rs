@@ -168,21 +168,26 @@ impl Reader {
             if self.file.is_some() && !std::mem::replace(&mut self.is_last_look, true) {
                 continue;
             }
-            self.file = File::open(next).ok().map(BufReader::new);
+            let opened = File::open(&next.1).ok();
+            // Between the look and the opening files may have been renamed.
+            if opened.as_ref().and_then(|file| file.metadata().ok()).is_some_and(|found| found.ino() != next.0) {
+                continue;
+            }
+            self.file = opened.map(BufReader::new);
             self.is_last_look = false;
             self.entry.clear();
         }
     }
 
-    /// The file after this one, if there is one. Files get higher numbers, and the oldest are removed.
-    fn after_this(&self) -> Option<PathBuf> {
+    /// The file after this one and its inode, if there is one. Files get higher numbers, and the oldest are removed.
+    fn after_this(&self) -> Option<(u64, PathBuf)> {
         let inode_of = |path: &Path| fs::metadata(path).ok().map(|metadata| metadata.ino());
         let inode = self.file.as_ref().and_then(|file| file.get_ref().metadata().ok()).map(|metadata| metadata.ino());
         let there: Vec<_> =
             files(&self.directory).into_iter().filter_map(|path| Some((inode_of(&path)?, path))).collect();
         let this = inode.and_then(|inode| there.iter().position(|(other, _)| *other == inode));
         // One that is gone was older than all that are there.
-        there.into_iter().nth(this.map_or(0, |this| this + 1)).map(|(_, path)| path)
+        there.into_iter().nth(this.map_or(0, |this| this + 1))
     }
 
     /// What there is besides whole lines; nothing more comes.

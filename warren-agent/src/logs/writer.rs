@@ -36,12 +36,14 @@ pub fn write(argument: &str) -> ExitCode {
     let directory = PathBuf::from(next());
     join_others(&directory);
     let rotating = Mutex::new(Rotating::new(directory, max_bytes, files));
+    // The pipes are opened once more by their names: that takes no trust in what the numbers mean. Without them it does not say that it is
+    // there, and the container is not started.
+    let open = |descriptor| File::open(format!("/proc/self/fd/{descriptor}"));
+    let (Ok(stdout), Ok(stderr)) = (open(3), open(4)) else { return ExitCode::FAILURE };
     thread::scope(|scope| {
-        for (descriptor, stream) in [(3, "stdout"), (4, "stderr")] {
+        for (file, stream) in [(stdout, "stdout"), (stderr, "stderr")] {
             let rotating = &rotating;
-            // The pipe is opened once more by its name: that takes no trust in what the number means.
-            let opened = File::open(format!("/proc/self/fd/{descriptor}"));
-            scope.spawn(move || opened.map(|file| copy(file, stream, rotating)));
+            scope.spawn(move || copy(file, stream, rotating));
         }
         // The runtime waits for a sign that this process is there.
         if let Ok(mut ready) = File::options().write(true).open("/proc/self/fd/5") {

@@ -128,7 +128,7 @@ impl Peer {
 /// IANA's port for VXLAN.
 pub(super) const VXLAN_PORT: u16 = 4789;
 /// The cluster's network among others on the same wire.
-const VXLAN_ID: u32 = 0x57_41;
+pub(super) const VXLAN_ID: u32 = 0x57_41;
 /// The link's name.
 pub(super) const VXLAN_LINK: &str = "warren-vxlan";
 /// What VXLAN adds to a packet: outer IPv6, UDP, VXLAN and the inner Ethernet header, rounded as all others do.

@@ -286,9 +286,7 @@ impl Network {
 
     /// What containers may not connect to.
     fn closed(&self, tables: &Tables) -> Closed {
-        /// Of managers, unless configured otherwise.
-        const MANAGERS_METRICS: u16 = 9464;
-        let Options { reach, metrics_port, .. } = &self.0.options;
+        let Options { reach, metrics_port, managers_metrics_port, .. } = &self.0.options;
         let mut closed = Closed::default();
         let own = host::addresses();
         let managers = tables.managers.iter();
@@ -299,8 +297,8 @@ impl Network {
         if !reach.contains(&Reach::Metrics) {
             let nodes = tables.nodes.values().filter_map(|node| node.address.parse::<IpAddr>().ok());
             let agents = nodes.map(|node| SocketAddr::new(node, *metrics_port));
-            closed.elsewhere.extend(managers.map(|at| SocketAddr::new(at.ip(), MANAGERS_METRICS)).chain(agents));
-            closed.here.extend([MANAGERS_METRICS, *metrics_port]);
+            closed.elsewhere.extend(managers.map(|at| SocketAddr::new(at.ip(), *managers_metrics_port)).chain(agents));
+            closed.here.extend([*managers_metrics_port, *metrics_port]);
         }
         closed
     }

@@ -241,14 +241,15 @@ fn networks(all: &[IpNet], is_v4: bool) -> String {
 
 /// What is dropped.
 fn guards(out: &mut String, place: &Place, tables: &Tables, overlay: Option<&str>) {
-    let port = super::overlay::VXLAN_PORT;
+    // Other networks may use the same port.
+    let (port, vni) = (super::overlay::VXLAN_PORT, super::overlay::VXLAN_ID);
     let has_v6 = place.subnets.iter().any(|subnet| subnet.addr().is_ipv6());
     let _ = write!(
         out,
         "  chain guard {{
     type filter hook prerouting priority raw; policy accept;
     iifname \"{CONTAINER_LINKS}*\" ip daddr 127.0.0.0/8 drop
-    iifname \"{CONTAINER_LINKS}*\" udp dport {port} drop comment \"not into other nodes' overlay\"
+    iifname \"{CONTAINER_LINKS}*\" udp dport {port} @th,96,24 {vni} drop comment \"not into other nodes' overlay\"
     iifname != \"lo\" iifname != \"{CONTAINER_LINKS}*\" ip daddr {RESOLVER} drop comment \"only containers of this node\"
     iifname \"{CONTAINER_LINKS}*\" meta nfproto ipv4 fib saddr . iif oif missing drop
 "
@@ -286,7 +287,11 @@ fn guards(out: &mut String, place: &Place, tables: &Tables, overlay: Option<&str
             members.iter().filter(|address| address.is_ipv4() == is_v4).map(ToString::to_string).collect();
         if !of_family.is_empty() {
             // Only members of the cluster may put packets into its network.
-            let _ = writeln!(out, "    udp dport {port} {word} saddr != {{ {} }} drop", of_family.join(", "));
+            let _ = writeln!(
+                out,
+                "    udp dport {port} @th,96,24 {vni} {word} saddr != {{ {} }} drop",
+                of_family.join(", ")
+            );
         }
     }
     out.push_str("  }\n");

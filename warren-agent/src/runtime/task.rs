@@ -13,7 +13,9 @@ use containerd_client::{
         v1::{Process, Status},
     },
 };
+use futures::{StreamExt as _, TryStreamExt as _};
 use prost_types::Any;
+use rustix::process::{Pid, Signal, kill_process};
 use warren_proto::v1;
 
 use super::{
@@ -24,6 +26,23 @@ use super::{
 const RUNTIME: &str = "io.containerd.runc.v2";
 /// containerd's name for an OCI runtime spec as JSON.
 const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+
+/// Tasks that are asked after at a time.
+const ASKED_TOGETHER: usize = 32;
+
+/// Kills the process that containerd has beside a container, by the container's id, which is nobody else's.
+pub(crate) fn kill_shim(id: &str) {
+    for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let command = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = command.split(|byte| *byte == 0).collect();
+        let is_shim = words.first().is_some_and(|program| program.ends_with(b"/containerd-shim-runc-v2"));
+        if is_shim && words.windows(2).any(|pair| pair == [&b"-id"[..], id.as_bytes()]) {
+            // Gone already, if not.
+            let _ = Pid::from_raw(pid).map(|pid| kill_process(pid, Signal::KILL));
+        }
+    }
+}
 
 /// Where a task is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,12 +286,18 @@ impl Containerd {
         let request = self.request(api::ListContainersRequest::default());
         let mut client = self.client().containers().max_decoding_message_size(MAX_MESSAGE);
         let listed = client.list(request).await.map_err(Error::call("listing containers"))?.into_inner();
-        let mut found = Vec::new();
-        for container in listed.containers {
-            // Asked one by one: a list leaves out tasks whose shim is slow to answer.
-            let task = self.task(&container.id).await?;
-            found.push(Found { id: container.id, labels: container.labels, task });
-        }
-        Ok(found)
+        // Asked one by one: a list leaves out tasks whose shim is slow to answer.
+        let asked = futures::stream::iter(listed.containers).map(async |container| {
+            let task = match self.task(&container.id).await {
+                // One that nothing is known of keeps nobody from the others.
+                Err(error) if !matches!(error, Error::Unavailable { .. }) => {
+                    tracing::warn!(container = container.id, %error, "nothing is known of a container's task");
+                    Some((TaskState::Unknown, 0))
+                }
+                task => task?,
+            };
+            Ok(Found { id: container.id, labels: container.labels, task })
+        });
+        asked.buffer_unordered(ASKED_TOGETHER).try_collect().await
     }
 }

@@ -127,6 +127,8 @@ pub(super) struct Worker {
     sender: mpsc::UnboundedSender<Event>,
     events: mpsc::UnboundedReceiver<Event>,
     stop_began: Option<Instant>,
+    /// When it was first killed.
+    kill_began: Option<Instant>,
     /// Cancelled with the container's end.
     ended: CancellationToken,
     /// Cancelled once it is to be removed, or the agent ends.
@@ -193,6 +195,7 @@ impl Worker {
             sender: sender.clone(),
             events,
             stop_began: None,
+            kill_began: None,
             ended: CancellationToken::new(),
             removing: removing.clone(),
         };
@@ -295,7 +298,12 @@ impl Worker {
                 self.kill_later(self.stop.timeout);
             }
             Action::Kill => {
-                self.signal(SIGKILL, true).await;
+                let began = *self.kill_began.get_or_insert_with(Instant::now);
+                if began.elapsed() > self.shared.node.runtime_timeout {
+                    let _ = self.end_shim("stop").await;
+                } else {
+                    self.signal(SIGKILL, true).await;
+                }
                 self.kill_later(KILL_PATIENCE);
             }
             Action::Clean => {
@@ -528,25 +536,27 @@ impl Worker {
         let output = self.shared.logs.uri(&self.id, owner.0, owner.1);
         let output = output.map_err(|error| Ending::Failed(format!("its log cannot be kept: {error}")))?;
         let limit = self.shared.node.runtime_timeout;
-        let late = |what: &str| {
-            let seconds = limit.as_secs_f64();
-            Ending::Failed(format!(
-                "the container runtime has not {what} it in {seconds} s (the agent's --runtime-timeout-s)"
-            ))
-        };
+        let late = async |what: &str| Ending::Failed(self.end_shim(what).await);
         let created = tokio::time::timeout(limit, self.shared.containerd.create_task(&self.id, &output)).await;
-        let pid = created.map_err(|_| late("created")).and_then(|created| created.map_err(failed));
+        let pid = match created {
+            Ok(created) => created.map_err(failed),
+            Err(_) => Err(late("create").await),
+        };
         let pid = pid.inspect_err(|_| self.shared.timings.failed("create"))?;
         let created = began.elapsed();
+        // Whatever becomes of its start.
+        self.note(|status| status.pid = pid);
         self.shared.timings.phase(RuntimePhase::Create, created);
         let began = Instant::now();
         let started = tokio::time::timeout(limit, self.shared.containerd.start_task(&self.id)).await;
-        let started = started.map_err(|_| late("started")).and_then(|started| started.map_err(failed));
+        let started = match started {
+            Ok(started) => started.map_err(failed),
+            Err(_) => Err(late("start").await),
+        };
         started.inspect_err(|_| self.shared.timings.failed("start"))?;
         let started = began.elapsed();
         self.shared.timings.phase(RuntimePhase::Start, started);
         self.note(|status| {
-            status.pid = pid;
             let runtime = status.runtime.get_or_insert_default();
             runtime.create_nanos = created.as_nanos() as u64;
             runtime.start_nanos = started.as_nanos() as u64;
@@ -627,9 +637,28 @@ impl Worker {
 
     async fn signal(&self, signal: u32, all: bool) {
         // A daemon that restarts gets the signal to deliver when it is back.
-        if let Err(ending) = retry(|| self.shared.containerd.kill_task(&self.id, signal, all)).await {
-            tracing::warn!(container = self.id, signal, ?ending, "a container could not be signalled");
+        let signalled = retry(|| self.shared.containerd.kill_task(&self.id, signal, all));
+        match tokio::time::timeout(self.shared.node.runtime_timeout, signalled).await {
+            Ok(Ok(())) => {}
+            Ok(Err(ending)) => {
+                tracing::warn!(container = self.id, signal, ?ending, "a container could not be signalled")
+            }
+            Err(_) => tracing::warn!(container = self.id, signal, "the container runtime does not answer"),
         }
+    }
+
+    /// Ends the process that containerd has beside the container, which does not answer: containerd then takes the container away itself.
+    /// Returns what to say of it.
+    async fn end_shim(&self, what: &str) -> String {
+        let seconds = self.shared.node.runtime_timeout.as_secs_f64();
+        let message =
+            format!("the container runtime did not {what} it in {seconds} s (the agent's --runtime-timeout-s)");
+        tracing::warn!(container = self.id, message, "the container's shim is killed");
+        self.note(|status| status.message.clone_from(&message));
+        let id = self.id.clone();
+        // A panic is logged.
+        let _ = tokio::task::spawn_blocking(move || runtime::kill_shim(&id)).await;
+        message
     }
 
     fn kill_later(&self, after: Duration) {
@@ -644,7 +673,16 @@ impl Worker {
     /// Removes task, record and snapshot, however long it takes.
     async fn clean(&self) {
         loop {
-            let cleaned = match self.shared.containerd.delete_task(&self.id).await {
+            // Never cut off: containerd would leave what it has begun to take away.
+            let mut deletion = std::pin::pin!(self.shared.containerd.delete_task(&self.id));
+            let deleted = match tokio::time::timeout(self.shared.node.runtime_timeout, &mut deletion).await {
+                Ok(deleted) => deleted,
+                Err(_) => {
+                    let _ = self.end_shim("delete").await;
+                    deletion.await
+                }
+            };
+            let cleaned = match deleted {
                 Ok(()) => self.shared.containerd.remove_container(&self.id).await,
                 Err(error) => {
                     // A task that was created and never started must be killed first.

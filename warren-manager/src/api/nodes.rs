@@ -138,7 +138,7 @@ impl Nodes {
         Ok(self.shown(node, &state))
     }
 
-    async fn remove(&self, name: &str) -> Result<(), Error> {
+    async fn remove(&self, name: &str, force: bool) -> Result<(), Error> {
         let state = self.context.store.read().await?;
         let node = match lookup::node(&state, name) {
             // One that was let in and whose agent never came.
@@ -149,10 +149,10 @@ impl Nodes {
             }
             found => found?,
         };
-        if self.context.liveness.health(&node.id) != Health::Down {
+        if !force && self.context.liveness.health(&node.id) != Health::Down {
             let hostname = &node.description.hostname;
             return Err(Error::Precondition(format!(
-                "node {hostname} is not down: stop its agent, and wait until it has been silent for a while"
+                "node {hostname} is not down: stop its agent, and wait until it has been silent for a while, or use --force"
             )));
         }
         let changes = vec![Change::DeleteNode { id: node.id.clone() }];
@@ -242,7 +242,8 @@ impl nodes_server::Nodes for Nodes {
         &self,
         request: Request<v1::RemoveNodeRequest>,
     ) -> Result<Response<v1::RemoveNodeResponse>, Status> {
-        self.remove(&request.into_inner().node).await?;
+        let request = request.into_inner();
+        self.remove(&request.node, request.force).await?;
         Ok(Response::new(v1::RemoveNodeResponse {}))
     }
 }

@@ -77,6 +77,29 @@ impl Services {
         Ok(())
     }
 
+    /// Whether the secrets that a service wants as variables fit into one each.
+    fn check_variables(state: &State, spec: &ServiceSpec) -> Result<(), Error> {
+        /// Of a variable with its name (MAX_ARG_STRLEN in the kernel's binfmts.h).
+        const LONGEST: u64 = (128 << 10) - 1;
+        let lists = [
+            ("secrets", v1::SecretKind::Secret, &spec.container.secrets),
+            ("configs", v1::SecretKind::Config, &spec.container.configs),
+        ];
+        for (list, kind, mounts) in lists {
+            for (i, mount) in mounts.iter().enumerate().filter(|(_, mount)| !mount.env.is_empty()) {
+                let size = state.secret_named(kind, &mount.source).map_or(0, |secret| secret.size);
+                if size + 1 + mount.env.len() as u64 > LONGEST {
+                    let why = format!(
+                        "{:?} has {size} bytes: with its name a variable has {LONGEST} at the most",
+                        mount.source
+                    );
+                    return Err(validate::Invalid::new(format!("spec.container.{list}[{i}].env"), why).into());
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Whether containers would have names that are too long, or another's: `web-1` is the first container of `web`.
     fn check_names(state: &State, spec: &ServiceSpec, before: Option<&ServiceSpec>) -> Result<(), Error> {
         const FIELD: &str = "spec.name";
@@ -186,6 +209,7 @@ impl Services {
         let known = self.0.store.read().await?;
         if !known.has_done(&request.request_id) {
             Self::check_schema(&known, &spec)?;
+            Self::check_variables(&known, &spec)?;
             Self::check_names(&known, &spec, None)?;
             self.check_ports(&known, &spec, None)?;
         }
@@ -204,6 +228,7 @@ impl Services {
         }
         let known = lookup::service(&state, &request.service)?;
         Self::check_schema(&state, &spec)?;
+        Self::check_variables(&state, &spec)?;
         Self::check_names(&state, &spec, Some(&known.spec))?;
         self.check_ports(&state, &spec, Some(&known.spec))?;
         let spec = self.pinned(spec, Some(&known.spec)).await?;
@@ -249,6 +274,7 @@ impl Services {
                 let spec = validate::service_spec(Some(spec), &self.0.policy)?;
                 let known = state.service_named(&spec.name).cloned();
                 Self::check_schema(state, &spec)?;
+                Self::check_variables(state, &spec)?;
                 Self::check_names(state, &spec, known.as_ref().map(|known| &known.spec))?;
                 self.check_ports(state, &spec, known.as_ref().map(|known| &known.spec))?;
                 Ok(Some(match known {

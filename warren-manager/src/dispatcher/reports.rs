@@ -85,10 +85,15 @@ impl Reports {
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
         for reported in report.statuses {
             let id = ContainerId::from(reported.container_id);
-            // Another node's, or one that is gone.
-            let Some(container) = state.container(&id).filter(|container| container.node.as_ref() == Some(node)) else {
+            // It may be gone.
+            let Some(container) = state.container(&id) else { continue };
+            if container.node.as_ref() != Some(node) {
+                refused = refused.and(Err(format!(
+                    "a container of service {} is not on this node: what it says of it is not believed",
+                    container.service_name
+                )));
                 continue;
-            };
+            }
             let Some(mut status) = reported.status.and_then(convert::observed_status) else { continue };
             status.changed_at = status.changed_at.shifted(clock_shift);
             status.started_at = status.started_at.map(|at| at.shifted(clock_shift));

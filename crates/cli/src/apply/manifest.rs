@@ -286,8 +286,7 @@ struct SecretMount {
     #[serde(default, deserialize_with = "or_default")]
     signal: String,
     /// A variable instead of a file.
-    #[serde(default, deserialize_with = "or_default")]
-    env: String,
+    env: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -590,7 +589,10 @@ impl Secret {
             signal: mount.signal,
             user: mount.uid.0,
             group: mount.gid.0,
-            env: mount.env,
+            env: match mount.env {
+                Some(name) if name.is_empty() => return Err(Mistake::new(format!("{path}.env"), "names no variable")),
+                name => name.unwrap_or_default(),
+            },
             ..Default::default()
         })
     }

@@ -53,6 +53,7 @@ pub(crate) fn measure() {
         domain: "warren".to_owned(),
         reach: Vec::new(),
         metrics_port: 9465,
+        managers_metrics_port: 9464,
     };
     let network = runtime.block_on(Network::start(options, &HashMap::new())).expect("a network");
     let prefixes = |texts: [&str; 2]| texts.map(|text| text.parse().expect("a prefix")).to_vec();

@@ -20,9 +20,6 @@ use super::{super::Error, ContainerOptions, ENV, ENV_VALUES, INIT, Identity, can
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Words of an init program before its command.
-const INIT_ARGUMENTS: usize = 2;
-
 /// Variables of a process: the runtime sets each by looking through all others, and no image has a hundredth of these.
 const MAX_VARIABLES: usize = 10_000;
 
@@ -103,6 +100,10 @@ fn environment(image: &ImageConfig, options: &ContainerOptions, identity: &Ident
         vec![DEFAULT_PATH.to_owned(), format!("HOSTNAME={}", options.hostname()), format!("HOME={}", identity.home)];
     env.extend(image.env().clone().unwrap_or_default());
     env.extend(options.spec.env.iter().map(|(name, value)| format!("{name}={value}")));
+    // What is a secret is no image's to say.
+    let secrets = options.spec.secrets.iter().chain(&options.spec.configs).map(|mount| mount.env.as_str());
+    let secrets: BTreeSet<_> = secrets.filter(|name| !name.is_empty()).collect();
+    env.retain(|entry| !secrets.contains(entry.split('=').next().unwrap_or_default()));
     last_of_each_name(env)
 }
 
@@ -131,7 +132,9 @@ fn arguments(image: &ImageConfig, options: &ContainerOptions) -> Result<Vec<Stri
 
 /// The command line of another process of a container, which has the same secrets in its environment as the first one.
 pub(in super::super) fn with_same_env(first: &Process, command: &[String]) -> Vec<String> {
-    let has_values = first.args().iter().flatten().take(INIT_ARGUMENTS + 2).any(|word| word == ENV_VALUES);
+    let words: Vec<_> = first.args().iter().flatten().map(String::as_str).collect();
+    let after_init = words.strip_prefix(&[INIT, "--"]).unwrap_or(&words);
+    let has_values = after_init.starts_with(&[ENV, ENV_VALUES]);
     let through: &[&str] = if has_values { &[ENV, ENV_VALUES] } else { &[] };
     through.iter().map(|word| (*word).to_owned()).chain(command.iter().cloned()).collect()
 }
@@ -205,8 +208,8 @@ fn rlimits(spec: &v1::ContainerSpec) -> Result<Vec<PosixRlimit>, Error> {
         limits.push(rlimit("nofile", SOFT_FILES.min(hard), hard)?);
     }
     if !spec.ulimits.keys().any(|name| name.eq_ignore_ascii_case("core")) {
-        // What a process has in memory is in its core dump. A program may ask for one.
-        limits.push(rlimit("core", 0, own_hard_limit("core").unwrap_or(u64::MAX))?);
+        // What a process has in memory is in its core dump, its secrets too.
+        limits.push(rlimit("core", 0, 0)?);
     }
     // -1 is no limit, which is what the kernel's largest number means.
     let amount = |value: i64| u64::try_from(value).unwrap_or(u64::MAX);
