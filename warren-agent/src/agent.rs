@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use warren_proto::v1;
 use warren_registry::Registries;
@@ -31,8 +30,7 @@ use crate::{
     membership::{self, Managers},
     network::{self, Network},
     node,
-    observe::{Labelled, log_dns, sweep},
-    probes::{self, Groups, MAX_DNS_PORTS, Maps, ProbeSource, drain_dns, drain_lifecycle},
+    probes::{self, Events, Groups, Labelled, MAX_DNS_PORTS, Maps, ProbeSource, log_dns, read_events, sweep},
     runtime::{self, Containerd, Images},
     secrets::{self, Secrets},
     session::{self, Link},
@@ -354,23 +352,16 @@ async fn connected(cache: &Cache, containerd: &Containerd) -> Result<HashMap<Str
 /// How long an ending agent waits for containerd to finish what it was asked to do.
 const ACTIONS_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Events read from the rings ahead of their use. When nobody keeps up, the rings fill and the kernel counts what it drops.
-pub(crate) const EVENTS_AHEAD: usize = 1024;
-
 /// Follows what the probes report one by one.
 fn follow_kernel(maps: &Arc<Maps>, board: &Board, tasks: &TaskTracker, shutdown: &CancellationToken) {
-    let (lifecycle_ring, dns_ring) = match maps.rings() {
-        Ok(rings) => rings,
+    let Events { mut lifecycle, mut dns } = match read_events(maps, tasks) {
+        Ok(events) => events,
         Err(error) => {
             // Counts and histograms do not need them.
             tracing::error!(error = probes::describe(&error), "single events of the probes cannot be read");
             return;
         }
     };
-    let (lifecycle_sender, mut lifecycle) = mpsc::channel(EVENTS_AHEAD);
-    let (dns_sender, mut dns) = mpsc::channel(EVENTS_AHEAD);
-    tasks.spawn(drain_lifecycle(lifecycle_ring, lifecycle_sender));
-    tasks.spawn(drain_dns(dns_ring, dns_sender));
     let (board, shutdown) = (board.clone(), shutdown.clone());
     tasks.spawn(async move {
         loop {

@@ -13,6 +13,7 @@ mod listeners;
 mod namespace;
 mod netlink;
 mod overlay;
+mod peer;
 mod pool;
 mod reconcile;
 mod ruleset;

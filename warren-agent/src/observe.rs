@@ -7,15 +7,15 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use warren_telemetry::{
-    Checks, Meters, ProcessSource, Series, Source, build::BuildInfo, endpoint, otlp, table::Emitter,
-};
+use warren_telemetry::{Checks, Meters, ProcessSource, build::BuildInfo, endpoint, otlp, table::Emitter};
 
 use crate::{
     agent,
-    probes::{self, DnsEvent, Groups, LifecycleEvent, Maps, Phase, ProbeSource, Sweep, drain_dns, drain_lifecycle},
+    probes::{
+        self, Events, Groups, Labelled, LifecycleEvent, Maps, Phase, ProbeSource, log_dns, log_lifecycle, read_events,
+        sweep,
+    },
     runtime, tasks,
 };
 
@@ -34,19 +34,6 @@ pub struct Options {
     pub dns_timeout: Duration,
     /// What becomes of metrics.
     pub telemetry: warren_telemetry::Options,
-}
-
-/// Adds the `node` label to what a source contributes.
-#[derive(Debug)]
-pub(crate) struct Labelled<S> {
-    pub(crate) hostname: String,
-    pub(crate) source: S,
-}
-
-impl<S: Source> Source for Labelled<S> {
-    fn collect(&self) -> Vec<Series> {
-        self.source.collect().into_iter().map(|series| series.with_label("node", &self.hostname)).collect()
-    }
 }
 
 /// Observes until `shutdown` is cancelled. The probes stay in the kernel and go on counting.
@@ -71,19 +58,15 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     let source = ProbeSource::new(Arc::clone(&maps), Arc::clone(&groups));
     meters.add_source(Arc::new(Labelled { hostname: options.hostname.clone(), source }));
 
-    let (lifecycle_sender, lifecycle) = mpsc::channel(agent::EVENTS_AHEAD);
-    let (dns_sender, dns) = mpsc::channel(agent::EVENTS_AHEAD);
-    let (lifecycle_ring, dns_ring) = maps.rings()?;
     let tracker = TaskTracker::new();
-    tracker.spawn(drain_lifecycle(lifecycle_ring, lifecycle_sender));
-    tracker.spawn(drain_dns(dns_ring, dns_sender));
+    let events = read_events(&maps, &tracker)?;
     tracker.spawn(sweep(Arc::clone(&maps), Arc::clone(&groups), options.dns_timeout, shutdown.clone()));
     match tokio::time::timeout(NAMING_TIMEOUT, runtime::all_containers(&options.containerd_socket)).await {
         Ok(found) => tasks::seed(&maps, &groups, &found),
         Err(_) => tracing::warn!("containerd does not answer: stops of containers that run already are not timed"),
     }
     let namer = Namer { maps, groups, containerd: options.containerd_socket };
-    tracker.spawn(report(namer, lifecycle, dns, shutdown.clone()));
+    tracker.spawn(report(namer, events, shutdown.clone()));
 
     if let Some(otlp) = &options.telemetry.otlp {
         tracker.spawn(otlp::exporter(otlp, meters.clone(), shutdown.clone().cancelled_owned())?);
@@ -99,35 +82,6 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> anyhow::Resul
     tracker.close();
     tracker.wait().await;
     Ok(())
-}
-
-/// Counts unanswered DNS queries, once a second, and tidies the maps up once a minute.
-pub(crate) async fn sweep(maps: Arc<Maps>, groups: Arc<Mutex<Groups>>, timeout: Duration, shutdown: CancellationToken) {
-    const TIDY: u32 = 60;
-    let mut tick = tokio::time::interval(Duration::from_secs(1));
-    let mut ticks: u32 = 0;
-    while shutdown.run_until_cancelled(tick.tick()).await.is_some() {
-        let (maps, groups) = (Arc::clone(&maps), Arc::clone(&groups));
-        ticks = ticks.wrapping_add(1);
-        let swept = tokio::task::spawn_blocking(move || {
-            let now = probes::monotonic_now();
-            Sweep { timeout }.run(&maps, now)?;
-            if ticks.is_multiple_of(TIDY) {
-                maps.remove_stale_operations(now);
-                let forgotten = groups.lock().unwrap_or_else(PoisonError::into_inner).forget_unused(&maps)?;
-                if forgotten > 0 {
-                    tracing::info!(
-                        services = forgotten,
-                        "DNS counts of services that are gone from the node make room"
-                    );
-                }
-            }
-            Ok::<_, probes::Error>(())
-        });
-        if let Ok(Err(error)) = swept.await {
-            tracing::warn!(error = probes::describe(&error), "unanswered DNS queries could not be counted");
-        }
-    }
 }
 
 /// Longest that a daemon is asked for a container's labels.
@@ -155,12 +109,7 @@ impl Namer {
     }
 }
 
-async fn report(
-    namer: Namer,
-    mut lifecycle: mpsc::Receiver<LifecycleEvent>,
-    mut dns: mpsc::Receiver<DnsEvent>,
-    shutdown: CancellationToken,
-) {
+async fn report(namer: Namer, Events { mut lifecycle, mut dns }: Events, shutdown: CancellationToken) {
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
@@ -177,28 +126,4 @@ async fn report(
             else => return,
         }
     }
-}
-
-/// One line an event.
-pub(crate) fn log_lifecycle(event: &LifecycleEvent) {
-    tracing::info!(
-        container = event.id,
-        phase = ?event.phase,
-        took_ms = event.duration_ns as f64 / 1e6,
-        exit_code = event.exit_code(),
-        flags = event.container.flags,
-        "container"
-    );
-}
-
-/// One line an event.
-pub(crate) fn log_dns(event: &DnsEvent) {
-    tracing::info!(
-        name = event.name,
-        qtype = event.qtype,
-        rcode = event.rcode,
-        took_ms = event.duration_ns as f64 / 1e6,
-        retransmits = event.retransmits,
-        "slow or failed DNS query"
-    );
 }

@@ -11,6 +11,7 @@ mod loader;
 mod maps;
 mod object;
 mod offsets;
+mod service;
 mod source;
 mod sweep;
 
@@ -19,6 +20,7 @@ pub use groups::Groups;
 pub use loader::{MAX_DNS_PORTS, Options, PROGRAMS};
 pub use maps::{DnsStatistics, Maps};
 pub use object::OBJECT;
+pub(crate) use service::{Events, Labelled, log_dns, log_lifecycle, read_events, sweep};
 pub use source::ProbeSource;
 pub(crate) use source::exponential;
 pub use sweep::{Sweep, monotonic_now};

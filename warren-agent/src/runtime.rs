@@ -11,6 +11,7 @@ mod exec;
 mod image;
 mod images;
 mod keyed;
+mod layers;
 mod manifest;
 mod pull;
 mod rootfs;

@@ -11,10 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{
-    run::{cargo, find, output, step, target, workspace},
-    setup::install,
-};
+use crate::run::{cargo, find, install, output, step, target, workspace};
 
 const TARGET: &str = "bpfel-unknown-none";
 pub(crate) const BINARY: &str = "warren-probes";

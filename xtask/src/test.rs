@@ -104,6 +104,25 @@ mod tests {
     }
 
     #[test]
+    fn what_the_specification_names_is_there() {
+        let read =
+            |file: &str| fs::read_to_string(workspace().join(file)).unwrap_or_else(|error| panic!("{file}: {error}"));
+        let specification = read("SPECIFICATION.md");
+        let named: Vec<_> = specification.split('`').filter_map(|word| word.split_once(".rs::")).collect();
+        assert!(named.len() > 10, "{named:?}");
+        for (file, test) in named {
+            let file = format!("{file}.rs");
+            assert!(read(&file).contains(&format!("fn {test}(")), "{file} has no test {test}");
+        }
+        let table = specification.lines().filter(|line| line.starts_with("| ")).skip(1);
+        for promise in table {
+            let enforced = promise.rsplit('|').nth(1).unwrap_or_default();
+            let is_said = ["::", "cargo xtask", "pending"].iter().any(|word| enforced.contains(word));
+            assert!(is_said, "nothing is said to enforce {promise}");
+        }
+    }
+
+    #[test]
     fn no_banned_crate_is_locked() {
         let read = |file: &str| -> toml::Table {
             fs::read_to_string(workspace().join(file)).expect("readable").parse().expect("TOML")

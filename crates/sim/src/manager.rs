@@ -21,13 +21,12 @@ use warren_manager::{
     state::{self, Change, State, Transaction},
 };
 use warren_proto::v1::{self, cluster_client::ClusterClient};
-use warren_raft::Node;
 use warren_telemetry::{Meters, signals::Identity, table::Emitter};
 
 use crate::{
     disk::Disk,
     network::{self, Wires},
-    shared::Shared,
+    shared::{Running, Shared, manager_name},
 };
 
 /// A day in 2026, in milliseconds: when simulations begin.
@@ -76,17 +75,6 @@ pub(crate) struct Hardware {
     pub(crate) newest_schema: Arc<AtomicU32>,
 }
 
-/// A manager that runs, seen from outside.
-#[derive(Clone)]
-pub(crate) struct Running {
-    pub(crate) raft: Node,
-    pub(crate) state: watch::Receiver<State>,
-}
-
-pub(crate) fn name(id: u64) -> String {
-    format!("m{id}")
-}
-
 /// Runs a manager until its machine crashes.
 pub(crate) async fn run(hardware: Hardware, seed: u64, shared: Shared) -> turmoil::Result {
     let Hardware { id, disk, skew, starts, newest_schema } = hardware;
@@ -96,7 +84,7 @@ pub(crate) async fn run(hardware: Hardware, seed: u64, shared: Shared) -> turmoi
     let founds = id == 1 && disk.is_empty();
     let settings = Settings {
         id,
-        address: name(id),
+        address: manager_name(id),
         snapshot_after: 100,
         snapshot_after_bytes: 64 << 20,
         profile: warren_raft::Profile::Lan,
@@ -116,7 +104,7 @@ pub(crate) async fn run(hardware: Hardware, seed: u64, shared: Shared) -> turmoi
         Ok(core) => core,
         Err(error) => {
             // As a process would: it ends, and is started again some time.
-            shared.trace(format!("{} could not start: {error}", name(id)));
+            shared.trace(format!("{} could not start: {error}", manager_name(id)));
             return Ok(());
         }
     };
@@ -161,10 +149,10 @@ async fn members(core: Arc<Core>, shared: Shared) {
         // One change at a time, and joining before leaving: as an operator would. What fails is tried again.
         if let Some(id) = wanted.difference(&voters).next() {
             let outcome = tokio::time::timeout(PATIENCE, join(&core, *id)).await;
-            shared.trace(format!("{} joins: {}", name(*id), matches!(outcome, Ok(Ok(())))));
+            shared.trace(format!("{} joins: {}", manager_name(*id), matches!(outcome, Ok(Ok(())))));
         } else if let Some(id) = known.difference(&wanted).next() {
             let outcome = tokio::time::timeout(PATIENCE, leave(status.id, *id)).await;
-            shared.trace(format!("{} leaves: {}", name(*id), matches!(outcome, Ok(Ok(())))));
+            shared.trace(format!("{} leaves: {}", manager_name(*id), matches!(outcome, Ok(Ok(())))));
         }
     }
 }
@@ -174,16 +162,17 @@ async fn join(core: &Core, id: u64) -> Result<(), warren_raft::Error> {
     // Numbers are given in order; whoever had one and never came is turned out like any other.
     while core.state().manager(id).is_none() && core.state().next_manager() <= id {
         let next = core.state().next_manager();
-        let manager = state::Manager { id: next, hostname: name(next), created_at: Timestamp(EPOCH), voter: true };
+        let manager =
+            state::Manager { id: next, hostname: manager_name(next), created_at: Timestamp(EPOCH), voter: true };
         let transaction = Transaction { changes: vec![Change::AdmitManager(manager)], ..Transaction::default() };
         core.raft().propose(state::encode(&transaction, core.state().schema()).unwrap_or_default()).await?;
     }
-    core.raft().add_voter(id, &name(id)).await
+    core.raft().add_voter(id, &manager_name(id)).await
 }
 
 /// Turns a manager out, by the API of the one that leads.
 async fn leave(leader: u64, id: u64) -> Result<(), String> {
-    let channel = network::connect(&name(leader)).await.map_err(|error| error.to_string())?;
+    let channel = network::connect(&manager_name(leader)).await.map_err(|error| error.to_string())?;
     let asked = ClusterClient::new(channel).remove_manager(v1::RemoveManagerRequest { id }).await;
     asked.map(drop).map_err(|status| status.message().to_owned())
 }

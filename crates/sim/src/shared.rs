@@ -7,11 +7,11 @@ use std::{
 };
 
 use sha2::{Digest as _, Sha256};
+use tokio::sync::watch;
+use warren_manager::state::State;
+use warren_raft::Node;
 
-use crate::{
-    history::Call,
-    manager::{self, Running},
-};
+use crate::history::Call;
 
 #[derive(Default)]
 struct Inner {
@@ -101,7 +101,7 @@ impl Shared {
     }
 
     pub(crate) fn manager_names(&self) -> Vec<String> {
-        self.inner().members.iter().map(|id| manager::name(*id)).collect()
+        self.inner().members.iter().map(|id| manager_name(*id)).collect()
     }
 
     pub(crate) fn record(&self, call: Call) {
@@ -145,4 +145,15 @@ impl Shared {
     pub(crate) fn is_calm(&self) -> bool {
         self.inner().calm
     }
+}
+
+/// A manager that runs, seen from outside.
+#[derive(Clone)]
+pub(crate) struct Running {
+    pub(crate) raft: Node,
+    pub(crate) state: watch::Receiver<State>,
+}
+
+pub(crate) fn manager_name(id: u64) -> String {
+    format!("m{id}")
 }

@@ -21,7 +21,7 @@ use crate::{
     history::{self, Call, Operation, Outcome},
     manager::{self, Hardware},
     operator,
-    shared::Shared,
+    shared::{Shared, manager_name},
 };
 
 /// Managers that there may be; three or five take part at first.
@@ -145,7 +145,7 @@ pub(crate) fn run(seed: u64, says: bool) -> Result<String, String> {
             newest_schema: Arc::new(AtomicU32::new(if id <= managers { schema } else { SCHEMA })),
         };
         let (host, shared) = (own.clone(), shared.clone());
-        sim.host(manager::name(id), move || manager::run(host.clone(), seed, shared.clone()));
+        sim.host(manager_name(id), move || manager::run(host.clone(), seed, shared.clone()));
         hardware.insert(id, own);
     }
     let agents: Vec<Agent> = (0..AGENTS).map(|number| Agent::new(number, seed, shared.clone())).collect();
@@ -245,7 +245,7 @@ impl World<'_> {
         for agent in &self.agents {
             if !heard.contains(&agent.id) {
                 if self.heard.remove(&agent.id).is_some() {
-                    self.shared.trace(format!("{} is no longer heard by {}", agent.id, manager::name(leader)));
+                    self.shared.trace(format!("{} is no longer heard by {}", agent.id, manager_name(leader)));
                 }
             } else if self.heard.get(&agent.id).is_none_or(|(by, _)| *by != leader) {
                 self.heard.insert(agent.id.clone(), (leader, now));
@@ -278,7 +278,7 @@ impl World<'_> {
     /// No agent that is well is told to stop a container that is wanted: not when managers restart, nor when another leads.
     fn check_stays(&mut self, leader: u64) -> Result<(), String> {
         let now = self.sim.elapsed();
-        let leader = manager::name(leader);
+        let leader = manager_name(leader);
         // By what is lost on the way to a manager an agent is not well, and does not know.
         let hears = self.whole.is_some_and(|whole| now > whole + NOTICED);
         for agent in &self.agents {
@@ -329,7 +329,7 @@ impl World<'_> {
             let (Some((manager, since)), Some((_, heard))) = (agent.settled(), self.heard.get(&agent.id)) else {
                 continue;
             };
-            if manager != manager::name(leader) || self.sim.elapsed() < since.max(*heard) + SETTLED {
+            if manager != manager_name(leader) || self.sim.elapsed() < since.max(*heard) + SETTLED {
                 continue;
             }
             for (slot, id) in agent.running() {
@@ -352,7 +352,7 @@ impl World<'_> {
     }
 
     fn names(&self) -> Vec<String> {
-        let managers = (1..=MANAGERS).map(manager::name);
+        let managers = (1..=MANAGERS).map(manager_name);
         managers
             .chain((0..AGENT_MACHINES).map(machine))
             .chain((0..OPERATORS).map(|number| format!("o{number}")))
@@ -404,7 +404,7 @@ impl World<'_> {
     /// Gives a manager the new version, from its next start on.
     fn upgrade(&mut self, id: u64) {
         if self.hardware.get(&id).is_some_and(|own| own.newest_schema.swap(SCHEMA, Ordering::Relaxed) != SCHEMA) {
-            self.shared.trace(format!("{} is upgraded", manager::name(id)));
+            self.shared.trace(format!("{} is upgraded", manager_name(id)));
         }
     }
 
@@ -420,7 +420,7 @@ impl World<'_> {
         match self.dice.random_range(0..17) {
             0..3 => {
                 let id = self.any_manager();
-                self.crash(manager::name(id));
+                self.crash(manager_name(id));
             }
             3..6 => {
                 let crashed: Vec<String> = self.crashed.iter().cloned().collect();
@@ -441,7 +441,7 @@ impl World<'_> {
             }
             7 => {
                 let id = self.any_manager();
-                let one = [manager::name(id)];
+                let one = [manager_name(id)];
                 let others: Vec<String> = self.names().into_iter().filter(|name| *name != one[0]).collect();
                 let to_it = self.dice.random_bool(0.5);
                 self.whole = None;
@@ -457,7 +457,7 @@ impl World<'_> {
                 let full = self.dice.random_bool(0.5);
                 self.shared.trace(format!(
                     "the disk of {} is {}",
-                    manager::name(id),
+                    manager_name(id),
                     if full { "full" } else { "empty" }
                 ));
                 self.hardware[&id].disk.set_full(full);
@@ -465,13 +465,13 @@ impl World<'_> {
             11 => {
                 let id = self.any_manager();
                 let latency = Duration::from_millis(self.dice.random_range(1..400));
-                self.shared.trace(format!("the disk of {} takes {latency:?}", manager::name(id)));
+                self.shared.trace(format!("the disk of {} takes {latency:?}", manager_name(id)));
                 self.hardware[&id].disk.set_latency(latency);
             }
             12 => {
                 let id = self.any_manager();
                 let step = self.dice.random_range(-3_600_000..3_600_000);
-                self.shared.trace(format!("the clock of {} steps by {step} ms", manager::name(id)));
+                self.shared.trace(format!("the clock of {} steps by {step} ms", manager_name(id)));
                 self.hardware[&id].skew.fetch_add(step, Ordering::Relaxed);
             }
             13 => {
@@ -502,12 +502,12 @@ impl World<'_> {
         for (id, running) in self.shared.managers() {
             let Some(why) = running.raft.status().failure else { continue };
             if !why.contains(FULL) {
-                return Err(format!("{} has stopped: {why}", manager::name(id)));
+                return Err(format!("{} has stopped: {why}", manager_name(id)));
             }
-            self.crash(manager::name(id));
+            self.crash(manager_name(id));
         }
         for id in 1..=MANAGERS {
-            let name = manager::name(id);
+            let name = manager_name(id);
             if !self.crashed.contains(&name) && !self.sim.is_host_running(name.as_str()) {
                 // It has ended by itself.
                 self.crashed.insert(name);
@@ -554,7 +554,7 @@ impl World<'_> {
         for own in hardware {
             if own.newest_schema.load(Ordering::Relaxed) != SCHEMA {
                 self.upgrade(own.id);
-                self.crash(manager::name(own.id));
+                self.crash(manager_name(own.id));
             }
             own.disk.set_full(false);
             own.disk.set_latency(DISK);

@@ -33,7 +33,9 @@ pub fn init(filter: &str, style: Style, signals: &Signals) {
     // Spans are for traces: a line says what happened, not within what.
     let events = parse(&filter).and(filter_fn(|metadata| metadata.is_event()));
     let registry = tracing_subscriber::registry();
-    let started = registry.with(stderr.with_filter(events)).with(signals.traces()).with(signals.logs(&filter));
+    // What the exporter's own transport logs would be exported, and logged again.
+    let exported = parse(&format!("{filter},h2=off,hyper=off,hyper_util=off,tonic=off,tower=off,opentelemetry=off"));
+    let started = registry.with(stderr.with_filter(events)).with(signals.traces()).with(signals.logs(exported));
     // Somebody else's subscriber is as good as ours.
     drop(started.try_init());
 }
@@ -43,7 +45,7 @@ pub(crate) fn checked(filter: &str) -> Result<String, String> {
     EnvFilter::try_new(filter).map(|_| filter.to_owned()).map_err(|error| error.to_string())
 }
 
-pub(crate) fn parse(filter: &str) -> EnvFilter {
+fn parse(filter: &str) -> EnvFilter {
     EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"))
 }
 

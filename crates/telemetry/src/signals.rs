@@ -26,10 +26,9 @@ use opentelemetry_sdk::{
 };
 use tracing::{Span, Subscriber};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
-use tracing_subscriber::{Layer, filter::Targets, registry::LookupSpan};
+use tracing_subscriber::{EnvFilter, Layer, filter::Targets, registry::LookupSpan};
 
 use crate::{
-    logs,
     otlp::{self, EXPORT_TIMEOUT, InvalidEndpoint},
     series::{Measurement, Series, Source},
 };
@@ -111,11 +110,12 @@ impl Signals {
         Some(layer.with_filter(Targets::new().with_target("warren", tracing::Level::INFO)))
     }
 
-    /// Makes records of what `filter` lets through to stderr, but for what the exporter's transport says of itself.
-    pub(crate) fn logs<S: Subscriber + for<'a> LookupSpan<'a>>(&self, filter: &str) -> Option<impl Layer<S> + use<S>> {
-        let bridge = OpenTelemetryTracingBridge::new(self.logger.as_ref()?);
-        let filter = format!("{filter},h2=off,hyper=off,hyper_util=off,tonic=off,tower=off,opentelemetry=off");
-        Some(bridge.with_filter(logs::parse(&filter)))
+    /// Makes records of the events that `filter` lets through.
+    pub(crate) fn logs<S: Subscriber + for<'a> LookupSpan<'a>>(
+        &self,
+        filter: EnvFilter,
+    ) -> Option<impl Layer<S> + use<S>> {
+        Some(OpenTelemetryTracingBridge::new(self.logger.as_ref()?).with_filter(filter))
     }
 
     /// Pushes what is left, both at once; takes a second and a half at most.

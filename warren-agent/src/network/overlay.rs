@@ -8,18 +8,7 @@ use std::{
 use ipnet::IpNet;
 use rtnetlink::LinkVxlan;
 
-use super::{Error, netlink::Netlink, wireguard::WireGuard};
-
-/// Another node, as the overlay needs it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Peer {
-    /// Where it is reached outside the overlay.
-    pub(super) address: IpAddr,
-    /// Its containers' addresses.
-    pub(super) subnets: Vec<IpNet>,
-    /// Of WireGuard, if that is how it is reached.
-    pub(super) public_key: Option<String>,
-}
+use super::{Error, netlink::Netlink, peer::Peer, wireguard::WireGuard};
 
 /// Either way to other nodes.
 #[derive(Debug)]
@@ -116,13 +105,6 @@ impl Overlay {
 
 fn is_link_local(network: &IpNet) -> bool {
     matches!(network, IpNet::V6(v6) if v6.network().segments()[0] & 0xff00 >= 0xfe00)
-}
-
-impl Peer {
-    /// What tells it from others.
-    pub(super) fn end(&self) -> (IpAddr, Option<String>) {
-        (self.address, self.public_key.clone())
-    }
 }
 
 /// IANA's port for VXLAN.

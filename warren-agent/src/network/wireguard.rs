@@ -23,7 +23,7 @@ use rustix::{
     process::{Signal, kill_process},
 };
 
-use super::{Error, netlink::Netlink, overlay::Peer};
+use super::{Error, netlink::Netlink, peer::Peer};
 
 /// The usual port.
 const PORT: u16 = 51820;

@@ -79,49 +79,51 @@ pub const PROGRAMS: [Program; 10] = [
     Program { name: "dns_ingress", probe: "dns", hook: Hook::Skb(CgroupSkbAttachType::Ingress) },
 ];
 
-/// Opens the probes that an earlier agent left in the kernel, or brings them there.
-///
-/// # Errors
-///
-/// See [`Error`]; nothing stays attached after one.
-pub(super) fn open(options: &Options) -> Result<Maps, Error> {
-    if OBJECT.is_empty() {
-        return Err(Error::NotBuilt);
-    }
-    mount_bpffs(&options.pin_dir)?;
-    let directory = options.pin_dir.join(format!("{:016x}", abi::HASH));
-    create_dir(&directory)?;
-    let lock = lock(&options.pin_dir)?;
-
-    let kernel = Kernel::running()?;
-    let cgroup = cgroup_directory(options)?;
-    let config = config(options, &kernel);
-    let programs = fingerprint(&config, &cgroup);
-    if !is_current(&directory, programs) {
-        install(&directory, &kernel, &config, &cgroup, programs)?;
-        release_memory();
-    }
-    remove_other_layouts(&options.pin_dir, &directory);
-    Maps::from_pins(&directory, lock)
-}
-
-/// Detaches the probes and forgets what they counted.
-///
-/// # Errors
-///
-/// When the pins cannot be removed.
-pub(super) fn remove(pin_dir: &Path) -> Result<(), Error> {
-    for layout in layouts(pin_dir) {
-        match fs::remove_dir_all(&layout) {
-            Err(source) if source.kind() != ErrorKind::NotFound => {
-                return Err(Error::Io { action: "removing", path: layout, source });
-            }
-            _ => {}
+impl Maps {
+    /// Opens the probes that an earlier agent left in the kernel, or brings them there.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`]; nothing stays attached after one.
+    pub fn open(options: &Options) -> Result<Self, Error> {
+        if OBJECT.is_empty() {
+            return Err(Error::NotBuilt);
         }
+        mount_bpffs(&options.pin_dir)?;
+        let directory = options.pin_dir.join(format!("{:016x}", abi::HASH));
+        create_dir(&directory)?;
+        let lock = lock(&options.pin_dir)?;
+
+        let kernel = Kernel::running()?;
+        let cgroup = cgroup_directory(options)?;
+        let config = config(options, &kernel);
+        let programs = fingerprint(&config, &cgroup);
+        if !is_current(&directory, programs) {
+            install(&directory, &kernel, &config, &cgroup, programs)?;
+            release_memory();
+        }
+        remove_other_layouts(&options.pin_dir, &directory);
+        Self::from_pins(&directory, lock)
     }
-    // Others may have pins there, or it may be bpffs itself: then it stays.
-    let _ = fs::remove_dir(pin_dir);
-    Ok(())
+
+    /// Detaches the probes under `pin_dir` and forgets what they counted.
+    ///
+    /// # Errors
+    ///
+    /// When the pins cannot be removed.
+    pub fn remove(pin_dir: &Path) -> Result<(), Error> {
+        for layout in layouts(pin_dir) {
+            match fs::remove_dir_all(&layout) {
+                Err(source) if source.kind() != ErrorKind::NotFound => {
+                    return Err(Error::Io { action: "removing", path: layout, source });
+                }
+                _ => {}
+            }
+        }
+        // Others may have pins there, or it may be bpffs itself: then it stays.
+        let _ = fs::remove_dir(pin_dir);
+        Ok(())
+    }
 }
 
 /// The directories that agents have made: their names are hashes.

@@ -18,7 +18,7 @@ use warren_agent_ebpf::{
     histogram::Histogram,
 };
 
-use super::{Error, Options, loader};
+use super::Error;
 
 /// The maps that are pinned: those that hold state or counts.
 pub(super) const NAMES: [&str; 18] = [
@@ -107,24 +107,6 @@ impl DnsStatistics {
 }
 
 impl Maps {
-    /// Opens the probes that an earlier agent left in the kernel, or brings them there.
-    ///
-    /// # Errors
-    ///
-    /// See [`Error`]; nothing stays attached after one.
-    pub fn open(options: &Options) -> Result<Self, Error> {
-        loader::open(options)
-    }
-
-    /// Detaches the probes under `pin_dir` and forgets what they counted.
-    ///
-    /// # Errors
-    ///
-    /// When the pins cannot be removed.
-    pub fn remove(pin_dir: &Path) -> Result<(), Error> {
-        loader::remove(pin_dir)
-    }
-
     pub(super) fn from_pins(directory: &Path, lock: OwnedFd) -> Result<Self, Error> {
         Ok(Self {
             epoch: read_meta(directory)?.epoch,

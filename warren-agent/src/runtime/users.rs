@@ -10,7 +10,7 @@ use containerd_client::types::Mount;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat, openat2};
 use warren_spec::{Principal, User};
 
-use super::{Error, rootfs};
+use super::{Error, layers};
 
 /// A user as the kernel knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub(super) struct Users {
 impl Users {
     /// Reads those of a container whose files these mounts are.
     pub(super) async fn mounted(mounts: Vec<Mount>) -> Result<Self, Error> {
-        let read = move || rootfs::inside(mounts, read_files);
+        let read = move || layers::inside(mounts, read_files);
         Self::read(read).await
     }
 
