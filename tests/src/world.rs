@@ -507,7 +507,10 @@ impl World {
         left.extend(snapshots.lines().filter(|line| line.contains("Active")).map(|line| format!("snapshot {line}")));
         left.extend(self.cgroups().into_iter().flat_map(|parent| {
             let children = fs::read_dir(parent).into_iter().flatten().flatten();
-            children.filter(|entry| entry.path().is_dir()).map(|entry| format!("cgroup {}", entry.path().display()))
+            // What another agent's writers of logs are in is the agent's.
+            let is_left = |path: &PathBuf| path.is_dir() && !path.to_string_lossy().ends_with("-logs");
+            let left = children.map(|entry| entry.path()).filter(is_left);
+            left.map(|path| format!("cgroup {}", path.display()))
         }));
         left
     }

@@ -349,6 +349,47 @@ fn ports_are_published_on_the_node() {
 }
 
 /// A neighbour may send its packets by way of a node, and under addresses that are not its own.
+/// A service that listens on one port, and is published on another, as YAML.
+fn listening_on(port: u16) -> String {
+    let script = format!("httpd -p {port} -h /etc; trap 'sleep 0.2; exit 0' TERM; while :; do sleep 0.05; done");
+    format!(
+        "apiVersion: warren.io/v1\nkind: Service\nmetadata: {{name: moving}}\nspec:\n  image: {}\n  replicas: 2\n  \
+         command: [sh, -c, \"{script}\"]\n  ports: [\"8090:{port}\"]\n  endpointMode: vip\n  \
+         healthCheck: {{type: tcp, endpoint: \"tcp://:{port}\", interval: 200ms}}\n",
+        warren_tests::image_name()
+    )
+}
+
+#[test]
+fn an_update_that_moves_a_port_leads_to_each_container_where_it_listens() {
+    let world = World::with_warren("moving");
+    let file = world.path("moving.yaml");
+    let apply = |port| {
+        fs::write(&file, listening_on(port)).expect("writable");
+        world.warren(&["apply", "-f", &file.display().to_string(), "--wait"]).succeeded()
+    };
+    let _ = apply(8001);
+    let connect = || std::net::TcpStream::connect(("127.0.0.1", 8090)).map(drop);
+    until("the port answers", || connect().ok());
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let (mut answered, mut refused) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let _ = apply(8002);
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        while !done.load(std::sync::atomic::Ordering::Relaxed) {
+            match connect() {
+                Ok(()) => answered += 1,
+                Err(_) => refused += 1,
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    });
+    // Where all were led to the new port at once, the old ones refused for as long as they ran.
+    assert!(answered > 100 && refused * 50 < answered, "{refused} refused, {answered} answered");
+}
+
 #[test]
 fn a_neighbour_reaches_what_is_published_and_nothing_else() {
     let world = World::empty("neighbour");

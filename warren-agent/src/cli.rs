@@ -75,19 +75,19 @@ impl ProbeArguments {
 /// How an agent works.
 #[derive(Args, Clone, Debug)]
 pub struct AgentArguments {
-    /// Holds the node's id and what it was told to run.
+    /// Directory of the node's identity and state.
     #[arg(long, env = "WARREN_AGENT_DATA_DIR", default_value = "/var/lib/warren/agent")]
     pub data_dir: PathBuf,
     /// The socket of the manager on this machine, for a node that has not joined a cluster.
     #[arg(long, env = "WARREN_SOCKET", default_value = "/run/warren/warren.sock")]
     pub socket: PathBuf,
-    /// The node's name; the machine's unless given.
+    /// The node's name [default: the machine's]
     #[arg(long, env = "WARREN_HOSTNAME")]
     pub hostname: Option<String>,
-    /// A label of the node, as name=value; may be repeated, or be a list with commas. Constraints name it node.labels.agent/NAME.
+    /// Node label, as NAME=VALUE; may be repeated or comma-separated. In constraints it is node.labels.agent/NAME.
     #[arg(long = "label", env = "WARREN_LABELS", value_delimiter = ',', value_parser = parse_label)]
     pub labels: Vec<(String, String)>,
-    /// Where to serve /metrics, /health, /ready and /live.
+    /// Address of the HTTP endpoint for /metrics, /health, /ready and /live.
     #[arg(long, env = "WARREN_AGENT_METRICS_ADDR", default_value = "0.0.0.0:9465")]
     pub metrics_addr: SocketAddr,
     #[command(flatten)]
@@ -101,32 +101,32 @@ pub struct AgentArguments {
 /// What the agent uses on its node.
 #[derive(Args, Clone, Debug)]
 pub struct NodeArguments {
-    /// containerd's socket.
+    /// containerd socket.
     #[arg(long, env = "WARREN_CONTAINERD_SOCKET", default_value = "/run/containerd/containerd.sock")]
     pub containerd_socket: PathBuf,
-    /// containerd's namespace. Everything in it is the agent's: what nobody assigned is removed.
+    /// containerd namespace. The agent owns it and removes containers that are not assigned to this node.
     #[arg(long, env = "WARREN_CONTAINERD_NAMESPACE", default_value = "warren")]
     pub containerd_namespace: String,
-    /// The parent of containers' cgroups.
+    /// Parent cgroup of containers.
     #[arg(long, env = "WARREN_CGROUP_PARENT", default_value = "/warren")]
     pub cgroup_parent: PathBuf,
     /// What containers may have of this node. Managers have the same options.
     #[command(flatten)]
     pub policy: warren_spec::Policy,
-    /// Processes that a container may have whose service does not say; 0 is no limit.
+    /// Default limit of processes and threads of a container; 0 is no limit.
     #[arg(long, env = "WARREN_LIMIT_PIDS", default_value_t = 4096, value_parser = clap::value_parser!(i64).range(0..))]
     pub limit_pids: i64,
-    /// The program that containers with an init get: static, and understanding `PROGRAM -- COMMAND`. Found where Debian and
-    /// others install tini and catatonit unless given.
+    /// Init program for containers with --init: static, run as `PROGRAM -- COMMAND` [default: tini or catatonit, where packages
+    /// install them]
     #[arg(long, env = "WARREN_INIT_PATH")]
     pub init_path: Option<PathBuf>,
-    /// Where other nodes reach this one; the address that its default route leaves from unless given.
+    /// Address at which other nodes reach this one [default: the source address of the default route]
     #[arg(long, env = "WARREN_ADVERTISE_ADDR")]
     pub advertise_addr: Option<IpAddr>,
-    /// How packets travel to other nodes' containers. Nodes reach each other only if they do it the same way.
+    /// Overlay between nodes; must be the same on all nodes.
     #[arg(long, env = "WARREN_OVERLAY", value_enum, default_value_t)]
     pub overlay: network::OverlayKind,
-    /// What of the cluster's own containers may connect to: managers (their API), metrics (of managers and agents), nothing.
+    /// Cluster endpoints that containers may connect to: managers (their API), metrics (of managers and agents), nothing.
     #[arg(
         long,
         env = "WARREN_CONTAINERS_REACH",
@@ -136,49 +136,49 @@ pub struct NodeArguments {
         hide_possible_values = true
     )]
     pub containers_reach: Vec<network::Reach>,
-    /// The port of the managers' metrics, which containers reach or do not as above.
+    /// Port of the managers' metrics, for --containers-reach.
     #[arg(long, env = "WARREN_MANAGERS_METRICS_PORT", default_value_t = 9464)]
     pub managers_metrics_port: u16,
-    /// The domain of services' names.
+    /// DNS domain of services.
     #[arg(long, env = "WARREN_DNS_DOMAIN", default_value = "warren")]
     pub dns_domain: String,
-    /// Who is asked for names that are not the cluster's, as ADDRESS:PORT; the node's own resolvers unless given.
+    /// Upstream DNS servers for other names, as ADDRESS:PORT [default: the node's resolv.conf]
     #[arg(long, env = "WARREN_DNS_UPSTREAMS", value_delimiter = ',')]
     pub dns_upstreams: Vec<SocketAddr>,
-    /// DNS requests a second that one container may make; twice as many at once.
+    /// DNS queries per second that a container may send; the burst is twice that.
     #[arg(long, env = "WARREN_DNS_RATE", default_value = "1000")]
     pub dns_rate: NonZeroU32,
-    /// Hours after which an image that was pulled and that no container uses any more is removed; 0 keeps them for ever.
+    /// Hours after which an unused pulled image is removed; 0 keeps images forever.
     #[arg(long, env = "WARREN_KEEP_IMAGES_H", default_value_t = 168.0, value_parser = hours)]
     pub keep_images_h: f64,
-    /// Gigabytes that an image may take, as it comes and as it is unpacked.
+    /// Maximum size of an image in GB, compressed and unpacked.
     #[arg(long, env = "WARREN_MAX_IMAGE_GB", default_value_t = 32.0, value_parser = positive)]
     pub max_image_gb: f64,
     #[command(flatten)]
     /// Where images come from.
     pub registries: RegistryArguments,
-    /// Where containers' network namespaces are kept: a directory that is empty after a restart of the machine.
+    /// Directory of containers' network namespaces; must be empty after a reboot, like /run.
     #[arg(long, env = "WARREN_RUN_DIR", default_value = "/run/warren/network")]
     pub run_dir: PathBuf,
-    /// Megabytes of a container's log before the next file begins.
+    /// Size in MB at which a container's log file is rotated.
     #[arg(long, env = "WARREN_LOG_MAX_MB", default_value_t = 10.0, value_parser = positive)]
     pub log_max_mb: f64,
-    /// Files of a container's log.
+    /// Number of log files kept per container.
     #[arg(long, env = "WARREN_LOG_FILES", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub log_files: u32,
-    /// Hours for which a container's log is kept after its end.
+    /// Hours for which logs of an ended container are kept.
     #[arg(long, env = "WARREN_KEEP_LOGS_H", default_value_t = 24.0, value_parser = hours)]
     pub keep_logs_h: f64,
-    /// Megabytes of logs of ended containers together: beyond it, and when the disk is full, the oldest are removed early.
+    /// Total size in MB of logs of ended containers; beyond it, and when the disk is full, the oldest are removed.
     #[arg(long, env = "WARREN_ENDED_LOGS_MAX_MB", default_value_t = 1000.0, value_parser = positive)]
     pub ended_logs_max_mb: f64,
-    /// Seconds that the container runtime may take to create a container, and to start it.
+    /// Timeout in seconds of the container runtime, to create, start or delete a container.
     #[arg(long, env = "WARREN_RUNTIME_TIMEOUT_S", default_value_t = 120.0, value_parser = positive)]
     pub runtime_timeout_s: f64,
-    /// Where containers' secrets are, in memory only: it becomes a tmpfs.
+    /// Directory of containers' secrets; a tmpfs is mounted there.
     #[arg(long, env = "WARREN_SECRETS_DIR", default_value = "/run/warren/secrets")]
     pub secrets_dir: PathBuf,
-    /// Time containers around the runtime's calls instead of in the kernel.
+    /// Do not load kernel probes; time containers around runtime calls instead.
     #[arg(long, env = "WARREN_NO_PROBES")]
     pub no_probes: bool,
     /// Seconds between telemetry snapshots, which are no more frequent than heartbeats: those are two seconds apart, and more in
@@ -278,13 +278,13 @@ impl AgentArguments {
 
 #[derive(Args, Debug)]
 struct ObserveArguments {
-    /// Where to serve /metrics, /health, /ready and /live.
+    /// Address of the HTTP endpoint for /metrics, /health, /ready and /live.
     #[arg(long, env = "WARREN_AGENT_METRICS_ADDR", default_value = "0.0.0.0:9465")]
     metrics_addr: SocketAddr,
-    /// The node's name in metrics; the machine's unless given.
+    /// The node's name in metrics [default: the machine's]
     #[arg(long, env = "WARREN_HOSTNAME")]
     hostname: Option<String>,
-    /// The cgroup whose processes' DNS queries are timed; all of the host's unless given.
+    /// The cgroup whose processes' DNS queries are timed [default: all of the host's]
     #[arg(long, env = "WARREN_DNS_CGROUP", default_value = "/")]
     dns_cgroup: PathBuf,
     /// containerd's socket; asked for the labels that name a container's service.

@@ -20,7 +20,6 @@ mod volumes;
 
 use std::sync::Arc;
 
-use tonic::Status;
 use warren_proto::v1::{
     cluster_server::ClusterServer, containers_server::ContainersServer, dispatcher_server::DispatcherServer,
     events_server::EventsServer, exec_server::ExecServer, lock_server::LockServer, logs_server::LogsServer,
@@ -31,6 +30,7 @@ use warren_proto::v1::{
 
 pub use layer::MetricsLayer;
 
+pub use crate::error::{Error, status};
 use crate::{
     clock::Environment,
     dispatcher::{Dispatcher, Relay},
@@ -39,10 +39,9 @@ use crate::{
     metrics::ManagerMetrics,
     peers::MAX_MESSAGE,
     pinning::Pinning,
-    store,
     store::Store,
-    validate::{Invalid, Policy},
-    vault::{self, Vault},
+    validate::Policy,
+    vault::Vault,
 };
 
 /// What every resource's service needs.
@@ -66,91 +65,6 @@ pub struct Context {
 
 /// A secret that is far too large is refused in words, too.
 const MAX_SECRET_REQUEST: usize = 16 << 20;
-
-/// Why a call was refused.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A field is wrong.
-    #[error(transparent)]
-    Invalid(#[from] Invalid),
-    /// No such object.
-    #[error("there is no {kind} {name:?}")]
-    NotFound {
-        /// Of what kind.
-        kind: &'static str,
-        /// As the caller named it.
-        name: String,
-    },
-    /// A prefix of several ids.
-    #[error("{name:?} is the beginning of several {kind} ids; give more of it")]
-    Ambiguous {
-        /// Of what kind.
-        kind: &'static str,
-        /// As the caller named it.
-        name: String,
-    },
-    /// The object is not in a state for this.
-    #[error("{0}")]
-    Precondition(String),
-    /// The caller does something too often.
-    #[error("{0}")]
-    TooOften(String),
-    /// The caller may not.
-    #[error("{0}")]
-    Refused(String),
-    /// Keys and certificates.
-    #[error(transparent)]
-    Pki(#[from] warren_pki::Error),
-    /// A page token that no list gave out.
-    #[error("page_token: it is not one of this list's")]
-    PageToken,
-    /// The history does not reach back that far.
-    #[error("changes since revision {0} are no longer known: list again and watch from there")]
-    TooOld(u64),
-    /// A secret could not be sealed or opened.
-    #[error(transparent)]
-    Vault(#[from] vault::Error),
-    /// The state could not be read or written.
-    #[error(transparent)]
-    Store(#[from] store::Error),
-}
-
-/// What an error of the store is to a caller.
-#[must_use]
-pub fn status(error: store::Error) -> Status {
-    Error::Store(error).into()
-}
-
-impl From<Error> for Status {
-    fn from(error: Error) -> Self {
-        use crate::state::Rejection;
-
-        let message = error.to_string();
-        match error {
-            Error::Invalid(_) | Error::PageToken | Error::Ambiguous { .. } => Self::invalid_argument(message),
-            Error::NotFound { .. } => Self::not_found(message),
-            Error::Precondition(_) => Self::failed_precondition(message),
-            Error::TooOld(_) => Self::out_of_range(message),
-            Error::TooOften(_) => Self::resource_exhausted(message),
-            Error::Refused(_) => Self::permission_denied(message),
-            Error::Vault(_) | Error::Pki(_) => Self::internal(message),
-            Error::Store(store::Error::Rejected(Rejection::NameTaken(_))) => Self::already_exists(message),
-            Error::Store(store::Error::Rejected(Rejection::Exists(_))) => Self::already_exists(message),
-            Error::Store(store::Error::Rejected(Rejection::InUse { .. })) => Self::failed_precondition(message),
-            Error::Store(store::Error::Rejected(Rejection::Conflict(_))) => Self::aborted(message),
-            Error::Store(store::Error::Rejected(Rejection::NotFound(_))) => Self::not_found(message),
-            Error::Store(store::Error::Rejected(Rejection::Unknown { .. })) => Self::invalid_argument(message),
-            Error::Store(store::Error::Rejected(Rejection::PortTaken { .. })) => {
-                Self::already_exists(format!("spec.ports: {message}"))
-            }
-            Error::Store(store::Error::Rejected(Rejection::Exhausted(_))) => Self::resource_exhausted(message),
-            Error::Store(store::Error::Encoding(_)) => Self::internal(message),
-            Error::Store(store::Error::Raft(warren_raft::Error::TooLarge(_))) => Self::invalid_argument(message),
-            Error::Store(store::Error::Raft(warren_raft::Error::Membership(_))) => Self::failed_precondition(message),
-            Error::Store(store::Error::Raft(_)) => Self::unavailable(message),
-        }
-    }
-}
 
 /// What the API serves, as encoded descriptors.
 const DESCRIPTORS: [&[u8]; 3] = [

@@ -14,8 +14,9 @@ use warren_raft::offline::{self, Held, Reach};
 
 use crate::{
     clock::Timestamp,
-    data_dir::{self, RAFT},
-    formation::{self, CERTIFICATE_LIFETIME, IDENTITY},
+    data_dir::{self, IDENTITY, RAFT},
+    formation,
+    founding::CERTIFICATE_LIFETIME,
     state::{Actor, Change, Event, Machine, Manager, Origin, State, Transaction},
     vault::{self, KeptKey, UnlockKey, Vault},
 };

@@ -44,44 +44,42 @@ impl From<ProfileArgument> for Profile {
 /// How a manager works.
 #[derive(Args, Clone, Debug)]
 pub struct ManagerArguments {
-    /// Holds the cluster's state.
+    /// Directory of the manager's identity, Raft log and snapshots.
     #[arg(long, env = "WARREN_MANAGER_DATA_DIR", default_value = "/var/lib/warren/manager")]
     pub data_dir: PathBuf,
-    /// Where API, agents' sessions and consensus are served, with mutual TLS.
+    /// Address for API, agents and Raft, with mutual TLS.
     #[arg(long, env = "WARREN_LISTEN_ADDR", default_value = "0.0.0.0:7443")]
     pub listen_addr: SocketAddr,
-    /// Where other managers and agents reach it, as HOST:PORT; this machine's address unless given.
+    /// Address at which other managers and agents reach this one, as HOST:PORT [default: this machine's address]
     #[arg(long, env = "WARREN_MANAGER_ADVERTISE_ADDR")]
     pub advertise_addr: Option<String>,
-    /// This machine's name, with `--bootstrap`; its own unless given. Elsewhere `warren cluster init` and `join` say it.
+    /// Name of this machine, with `--bootstrap`; `warren cluster init` and `join` set it otherwise [default: the machine's]
     #[arg(long, env = "WARREN_HOSTNAME")]
     pub hostname: Option<String>,
-    /// Found a cluster if the data directory is nobody's yet. Otherwise the manager waits for `warren cluster init` or `warren
-    /// cluster join`.
+    /// Initialize a new cluster if the data directory is empty. Otherwise the manager waits for `warren cluster init` or `warren cluster
+    /// join`.
     #[arg(long, env = "WARREN_BOOTSTRAP")]
     pub bootstrap: bool,
-    /// Where the API is served to root.
+    /// Unix socket of the API, for root.
     #[arg(long, env = "WARREN_SOCKET", default_value = "/run/warren/warren.sock")]
     pub socket: PathBuf,
-    /// Where /metrics, /health, /ready and /live are served.
+    /// Address of the HTTP endpoint for /metrics, /health, /ready and /live.
     #[arg(long, env = "WARREN_METRICS_ADDR", default_value = "0.0.0.0:9464")]
     pub metrics_addr: SocketAddr,
-    /// Log entries between snapshots, at most.
+    /// Maximum number of Raft log entries between snapshots.
     #[arg(long, env = "WARREN_SNAPSHOT_AFTER", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(10..))]
     pub snapshot_after: u64,
-    /// MiB of the log between snapshots, about.
+    /// Approximate size in MiB of the Raft log between snapshots.
     #[arg(long, env = "WARREN_SNAPSHOT_AFTER_MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=65536))]
     pub snapshot_after_mib: u64,
-    /// Opens this manager's key of secrets, where it is locked (`warren cluster autolock`). Without it a manager that is started
-    /// waits for `warren cluster unlock`.
+    /// Unlock key of an autolocked manager (`warren cluster autolock`). Without it the manager waits for `warren cluster unlock`.
     #[arg(long, env = "WARREN_UNLOCK_KEY", hide_env_values = true)]
     pub unlock_key: Option<String>,
-    /// How far apart the managers are, and on what disks: how long a leader may be silent before another is elected. The same
-    /// for all of them.
+    /// Raft timing: election timeout for managers on one LAN, across a WAN, or on slow edge disks. Must be the same on all managers.
     #[arg(long, env = "WARREN_PROFILE", value_enum, default_value = "lan")]
     pub profile: ProfileArgument,
-    /// The newest schema of the state to read and write. While one manager of a cluster is held to an earlier version's, all of them
-    /// can go back to that version.
+    /// Newest schema of the state to read and write. While one manager is held at an earlier version's schema, all managers can be
+    /// downgraded to that version.
     #[arg(long, env = "WARREN_MAX_SCHEMA", default_value_t = SCHEMA, value_parser = clap::value_parser!(u32).range(i64::from(OLDEST_WRITTEN_SCHEMA)..=i64::from(SCHEMA)))]
     pub max_schema: u32,
     /// What containers may have of their nodes. Agents have the same options.
@@ -90,13 +88,13 @@ pub struct ManagerArguments {
     #[command(flatten)]
     /// Where images come from: what a service's image is, is settled when the service is created.
     pub registries: RegistryArguments,
-    /// The network of containers' addresses, of a cluster that begins: each node has a /24 of it. 10.128.0.0/10 unless given.
+    /// Network of containers for a new cluster; each node gets a /24 [default: 10.128.0.0/10]
     #[arg(long, env = "WARREN_CONTAINER_NETWORK")]
     pub container_network: Option<Ipv4Net>,
-    /// The network of services' virtual addresses, of a cluster that begins. 10.127.0.0/16 unless given.
+    /// Network of services' virtual addresses for a new cluster [default: 10.127.0.0/16]
     #[arg(long, env = "WARREN_SERVICE_NETWORK")]
     pub service_network: Option<Ipv4Net>,
-    /// Give containers and services of a cluster that begins no IPv6 addresses.
+    /// Do not assign IPv6 addresses in a new cluster.
     #[arg(long, env = "WARREN_NO_IPV6")]
     pub no_ipv6: bool,
     /// How to log, and what becomes of telemetry.

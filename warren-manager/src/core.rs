@@ -3,29 +3,28 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use ipnet::Ipv4Net;
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use warren_raft::{Node, Profile, Storage, Transport};
 use warren_telemetry::{Checks, Meters};
 
+pub use crate::founding::{Founding, Networks};
 use crate::{
     api::{self, Context, MetricsLayer},
     clock::Environment,
     controller::Controller,
     dispatcher::{Dispatcher, Relay},
     feed::Feed,
+    founding::TOKEN_LIFETIME,
     ids,
     liveness::{self, Liveness},
-    manager::Error,
     metrics::ManagerMetrics,
     pinning::Pinning,
     state::{
-        Actor, Change, Cluster, ClusterNetwork, InvalidNetwork, JoinToken, Machine, Manager, Origin, SealedAuthority,
-        State, TokenRole, Transaction,
+        Actor, Change, Cluster, ClusterNetwork, InvalidNetwork, JoinToken, Machine, Manager, Origin, State, Transaction,
     },
-    store::Store,
+    store::{self, Store},
     telemetry::{self, Collected},
     validate::Policy,
     vault::Vault,
@@ -76,47 +75,24 @@ pub struct Settings {
     pub founding: Option<Founding>,
 }
 
-/// A cluster that begins.
-#[derive(Clone, Debug, Default)]
-pub struct Founding {
-    /// Its id; random unless given.
-    pub cluster_id: Option<String>,
-    /// Its networks; later they stay.
-    pub networks: Networks,
-    /// What signs its members' certificates.
-    pub authority: Option<SealedAuthority>,
-    /// The hashes of the secrets of its first join tokens, and what they are for.
-    pub tokens: Vec<(String, TokenRole)>,
-    /// The founding manager's machine.
-    pub hostname: String,
-}
-
-/// Networks that a cluster is founded with; one that is not given is the usual one.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Networks {
-    /// Containers' addresses.
-    pub containers: Option<Ipv4Net>,
-    /// Services' virtual addresses.
-    pub services: Option<Ipv4Net>,
-    /// Without IPv6.
-    pub no_v6: bool,
-}
-
-impl Networks {
-    fn complete(self, usual: ClusterNetwork) -> Result<ClusterNetwork, InvalidNetwork> {
-        let network = ClusterNetwork {
-            containers: self.containers.unwrap_or(usual.containers),
-            services: self.services.unwrap_or(usual.services),
-            v6: usual.v6.filter(|_| !self.no_v6),
-        };
-        network.check().map(|()| network)
-    }
-}
-
 /// How long a stopping manager waits for its loops.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
 
 const HAND_OVER_LOOK: Duration = Duration::from_millis(10);
+
+/// Why a core cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The cluster could not have such networks.
+    #[error(transparent)]
+    Network(#[from] InvalidNetwork),
+    /// Consensus.
+    #[error(transparent)]
+    Raft(#[from] warren_raft::Error),
+    /// The state.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+}
 
 /// A running manager that nobody can reach but through [`Core::routes`].
 #[derive(Debug)]
@@ -306,9 +282,6 @@ async fn found_cluster(
     Ok(())
 }
 
-/// How long a join token is valid unless somebody says otherwise.
-pub(crate) const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
-
 /// A leader that hears of no majority notices it by looking: nothing tells it.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -459,7 +432,7 @@ fn own_transaction(store: &Store, own: u64, change: Change) -> Transaction {
 }
 
 /// Goes on with a change of the authority once every member is known to have followed so far.
-async fn advance_rotation(store: &Store, own: u64) -> Result<(), crate::store::Error> {
+async fn advance_rotation(store: &Store, own: u64) -> Result<(), store::Error> {
     let state = store.view();
     let Some(cluster) = state.cluster() else { return Ok(()) };
     let Some(rotation) = &cluster.rotation else { return Ok(()) };

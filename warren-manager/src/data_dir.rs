@@ -8,8 +8,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 use warren_pki::{Credentials, Role};
 
-use crate::formation::IDENTITY;
-
+/// Where a member's key and certificate are, below its data directory.
+pub const IDENTITY: &str = "identity";
 /// The layout that this version writes, and the oldest that it reads.
 const FORMAT: u32 = 5;
 const OLDEST_FORMAT: u32 = 3;

@@ -291,7 +291,7 @@ impl dispatcher_server::Dispatcher for Dispatcher {
         };
         let node = NodeId::from(hello.node_id);
         caller.check_node(&node)?;
-        let state = self.store.read().await.map_err(crate::api::status)?;
+        let state = self.store.read().await.map_err(crate::error::status)?;
         let Some(known) = state.node(&node) else {
             return Err(Status::not_found(format!("node {node} is not registered")));
         };

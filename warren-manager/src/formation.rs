@@ -4,7 +4,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use serde::{Deserialize, Serialize};
@@ -13,21 +13,17 @@ use warren_proto::v1;
 
 use crate::{
     clock::System,
-    core::{self, Networks},
-    data_dir,
+    data_dir::{self, IDENTITY},
+    founding::{self, CERTIFICATE_LIFETIME, Networks},
     ids::NodeId,
     state::{SealedAuthority, TokenRole},
     vault::{self, Vault},
 };
 
-/// Where a member's key and certificate are, below its data directory.
-pub const IDENTITY: &str = "identity";
 /// Where its log and snapshots are, below its data directory.
 const FOUNDING: &str = "founding.json";
 const MANAGERS: &str = "managers.json";
 
-/// How long certificates are valid.
-pub(crate) const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
 /// The id of a cluster's first manager.
 const FIRST_MANAGER: u64 = 1;
 
@@ -164,9 +160,9 @@ pub fn settle(directory: &Path, joined: &v1::JoinClusterResponse, key: &str) -> 
 /// # Errors
 ///
 /// When the directory cannot be read.
-pub(crate) fn founding(directory: &Path, networks: Networks) -> Result<Option<core::Founding>, Error> {
+pub(crate) fn founding(directory: &Path, networks: Networks) -> Result<Option<founding::Founding>, Error> {
     let founding: Option<Founding> = read(directory, FOUNDING)?;
-    Ok(founding.map(|founding| core::Founding {
+    Ok(founding.map(|founding| founding::Founding {
         cluster_id: Some(founding.cluster_id),
         networks,
         authority: Some(founding.authority),

@@ -171,6 +171,16 @@ impl Error {
     }
 }
 
+impl From<core::Error> for Error {
+    fn from(error: core::Error) -> Self {
+        match error {
+            core::Error::Network(error) => error.into(),
+            core::Error::Raft(error) => error.into(),
+            core::Error::Store(error) => error.into(),
+        }
+    }
+}
+
 fn listen_error(address: impl ToString) -> impl FnOnce(io::Error) -> Error {
     move |error| {
         let why = match error.kind() {
@@ -212,7 +222,7 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
     note_socket(&options);
     let socket_inode = inode(&options.socket);
 
-    let credentials = Credentials::load(&options.data_dir.join(formation::IDENTITY))?;
+    let credentials = Credentials::load(&options.data_dir.join(data_dir::IDENTITY))?;
     let credentials = credentials.ok_or_else(|| Error::NoIdentity(options.data_dir.clone()))?;
     data_dir::check_owner(&options.data_dir, id, &credentials)?;
     let (peers, own) = (Peers::new(credentials.clone()), credentials.clone());
@@ -300,7 +310,7 @@ pub async fn run(options: Options, asked_to_stop: CancellationToken, started: im
     )));
     let believing = believe(believing, id, own.clone(), told, peers.clone(), address.clone());
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(believing));
-    let renewing = renew(own, options.data_dir.join(formation::IDENTITY), wanted, core.watch(), vault);
+    let renewing = renew(own, options.data_dir.join(data_dir::IDENTITY), wanted, core.watch(), vault);
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(renewing));
     let entering = enter(core.raft().clone(), core.watch(), peers, address.clone(), known);
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(entering));

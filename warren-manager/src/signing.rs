@@ -5,10 +5,9 @@ use std::time::{Duration, SystemTime};
 use warren_pki::{Authority, Identity, Role, Secret, Token};
 
 use crate::{
-    api::Error,
     clock::Timestamp,
-    core::TOKEN_LIFETIME,
-    formation::CERTIFICATE_LIFETIME,
+    error::Error,
+    founding::{CERTIFICATE_LIFETIME, TOKEN_LIFETIME},
     state::{Cluster, State},
     validate::Invalid,
     vault::Vault,

@@ -454,7 +454,7 @@ async fn a_manager_whose_certificate_has_run_out_gives_itself_another() {
         let request = CertificateRequest::new().expect("a request");
         let then = SystemTime::now() - year;
         let certificate = authority.sign(request.pem(), &identity, then, Duration::from_secs(60)).expect("signed");
-        let kept = directory.join(formation::IDENTITY);
+        let kept = directory.join(warren_manager::data_dir::IDENTITY);
         Credentials::create(&kept, &request.key_pem(), &certificate, authority.certificate_pem()).expect("kept");
     })
     .await;

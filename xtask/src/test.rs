@@ -66,16 +66,25 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         step("unit and property tests", cargo().args(exclude))?;
     }
     sim::run(sim::Arguments { seeds: SEEDS, first: 1, seed: None })?;
-    // One after the other: they share the kernel and two of them time things. Of the whole workspace, so that nothing is built with
-    // fewer features than before, and with that again.
+    end_to_end()?;
+    // The emulation is at odds with 6.12; see CONTRIBUTING.md.
+    kernels::run(kernels::Arguments { versions: ["5.10", "6.1"].map(str::to_owned).into() })
+}
+
+/// Runs the end-to-end tests: of the whole workspace, so that nothing is built with fewer features than before, and with that again.
+fn end_to_end() -> Result<()> {
+    if find("cargo-nextest").is_some() {
+        // .config/nextest.toml says which of them run side by side.
+        let nextest = ["nextest", "run", "--workspace", "--locked", "--profile", "e2e"];
+        let filter = ["--filterset", "package(warren-tests) & kind(test)"];
+        return step("end-to-end tests", cargo().args(nextest).args(filter));
+    }
     let mut tests = cargo();
     tests.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
     for suite in suites()? {
         tests.args(["--test", &suite]);
     }
-    step("end-to-end tests", tests.args(["--", "--test-threads", "1"]))?;
-    // The emulation is at odds with 6.12; see CONTRIBUTING.md.
-    kernels::run(kernels::Arguments { versions: ["5.10", "6.1"].map(str::to_owned).into() })
+    step("end-to-end tests, one after the other", tests.args(["--", "--test-threads", "1"]))
 }
 
 /// The end-to-end tests' targets.

@@ -22,8 +22,8 @@ use warren_proto::v1::{self, SecretKind};
 use crate::{
     client::ClientArguments,
     error::Error,
+    objects::{request_id, service},
     output::say,
-    service::{self, request_id},
     wait::{self, WaitArguments},
 };
 use manifest::{SecretSpec, ServiceSpec, VolumeSpec};

@@ -20,13 +20,11 @@ use crate::{error::Error, login::Login};
 /// Which manager, and as whom.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ClientArguments {
-    /// A manager: unix:///path of the socket of one on this machine, or HOST:PORT of any, for whoever has logged in. Unless given,
-    /// one of the cluster that `warren login` was for, or if it was for none, unix:///run/warren/warren.sock. Every manager answers
-    /// for the whole cluster.
-    #[arg(long, env = "WARREN_MANAGER", global = true, value_name = "ADDRESS")]
+    /// Address of any manager, unix:///PATH or HOST:PORT [default: as logged in, else unix:///run/warren/warren.sock]
+    #[arg(long, env = "WARREN_MANAGER", global = true, value_name = "ADDRESS", help_heading = "Global options")]
     manager: Option<String>,
-    /// Where `warren login` keeps a certificate: ~/.config/warren unless given.
-    #[arg(long, env = "WARREN_IDENTITY", global = true, value_name = "DIRECTORY")]
+    /// Directory of the certificate from `warren login` [default: ~/.config/warren]
+    #[arg(long, env = "WARREN_IDENTITY", global = true, value_name = "DIRECTORY", help_heading = "Global options")]
     identity: Option<PathBuf>,
 }
 

@@ -21,7 +21,7 @@ use crate::{
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Founds a cluster, of which this machine is the first manager.
+    /// Initialize a cluster with this machine as its first manager.
     ///
     /// It prints two tokens, with which machines join for a day, and no more: the cluster keeps only their hashes. The manager of
     /// this machine starts to work, or does when it is started; one that waits for this is waited for: when the command ends, it answers.
@@ -31,7 +31,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         settling: Settling,
     },
-    /// Lets this machine join a cluster, as what the token is for: a manager, or a node with an agent.
+    /// Join this machine to a cluster as a manager or a worker, depending on the token.
     ///
     /// The manager or agent of this machine starts to take part, or does when it is started. A manager that waits for this is waited
     /// for: when the command ends, it answers.
@@ -46,26 +46,26 @@ pub(crate) enum Command {
         #[command(flatten)]
         settling: Settling,
     },
-    /// Shows the cluster and its managers, as the manager that answers sees them.
+    /// Show the cluster and its managers.
     Info {
         #[command(flatten)]
         format: FormatArguments,
     },
-    /// Says whether managers, nodes and services are as they should be; ends with exit code 1 if they are not.
+    /// Check the health of managers, nodes and services; exits 1 when anything is degraded.
     Health {
         #[command(flatten)]
         format: FormatArguments,
     },
-    /// Takes a manager out of the cluster, for good. One that leads hands over first.
+    /// Remove a manager from the cluster permanently. A leader hands over first.
     Rm {
         /// Its number, as `warren cluster info` shows it, or its machine's name.
         #[arg(value_name = "MANAGER")]
         named: String,
     },
-    /// Works with tokens, with which machines join.
+    /// Manage join tokens.
     #[command(subcommand)]
     Token(TokenCommand),
-    /// Writes all of the cluster's state to a file, from which `warren cluster restore` makes a cluster again.
+    /// Back up the cluster's state to a file for `warren cluster restore`.
     ///
     /// The file holds what opens the cluster's secrets; only where managers are locked (`warren cluster autolock`) nobody can use
     /// that without the unlock key.
@@ -73,14 +73,14 @@ pub(crate) enum Command {
         /// Where to write it; what is there is replaced.
         file: PathBuf,
     },
-    /// Makes this machine's manager the first of a cluster that is as a backup says.
+    /// Restore a cluster from a backup, with this machine as its first manager.
     ///
     /// Managers that the cluster had are no longer in it: they must not run any more. Nodes still are, and find the manager if it
     /// is reached where one of the others was.
     Restore {
         /// As `warren cluster backup` wrote it.
         file: PathBuf,
-        /// Where the others reach this manager, as HOST:PORT; this machine's address unless given.
+        /// Where the others reach this manager, as HOST:PORT [default: this machine's address]
         #[arg(long)]
         advertise_addr: Option<String>,
         /// The unlock key, if the cluster's managers were locked.
@@ -89,7 +89,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         place: Place,
     },
-    /// Has the cluster go on with this machine's manager alone, when a majority of the others is lost for good.
+    /// Recover from the permanent loss of a majority: continue with this machine's manager alone.
     ///
     /// Without --force it only looks and says what it would do. The manager must not be running. What only the lost managers
     /// knew is lost.
@@ -100,21 +100,21 @@ pub(crate) enum Command {
         #[command(flatten)]
         place: Place,
     },
-    /// Locks what opens secrets on the disks of managers, or does not: a locked one that is started waits for the unlock key.
+    /// Enable or disable autolock: a locked manager needs the unlock key when it starts.
     Autolock {
         /// Whether.
         #[arg(value_enum, value_name = "on|off")]
         state: Switch,
     },
-    /// Shows the unlock key.
+    /// Show the unlock key.
     UnlockKey {
         /// Make another one first. The old one still opens backups that were made before, and managers that do not run now.
         #[arg(long)]
         rotate: bool,
     },
-    /// Unlocks this machine's manager. Reads the unlock key from standard input, unless WARREN_UNLOCK_KEY has it.
+    /// Unlock this machine's manager with the unlock key from standard input or WARREN_UNLOCK_KEY.
     Unlock,
-    /// Works with the cluster's certificate authority.
+    /// Manage the cluster's certificate authority.
     #[command(subcommand)]
     Ca(CaCommand),
 }
@@ -162,7 +162,7 @@ pub(crate) struct Settling {
     /// How long.
     #[arg(long, default_value = "60s", value_parser = parse::std_duration, value_name = "DURATION")]
     timeout: Duration,
-    /// This machine's name; its own unless given.
+    /// This machine's name [default: its own]
     #[arg(long, env = "WARREN_HOSTNAME")]
     hostname: Option<String>,
 }

@@ -5,7 +5,11 @@ use std::{ffi::OsStr, time::Duration};
 use clap_complete::engine::{ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter as _};
 use warren_proto::v1;
 
-use crate::{client::ClientArguments, container, error::Error};
+use crate::{
+    client::ClientArguments,
+    error::Error,
+    objects::{container, node, secret, service, volume},
+};
 
 /// Of the environment: a shell asks with it for the end of a word.
 pub(crate) const VARIABLE: &str = "WARREN_COMPLETE";
@@ -81,7 +85,7 @@ fn names(kind: Kind) -> Option<Vec<String>> {
 async fn fetch(kind: Kind, client: &ClientArguments) -> Result<Vec<String>, Error> {
     match kind {
         Kind::Services => {
-            let services = crate::service::list(client).await?;
+            let services = service::list(client).await?;
             Ok(services.into_iter().filter_map(|service| Some(service.spec?.name)).collect())
         }
         Kind::Containers => {
@@ -90,15 +94,15 @@ async fn fetch(kind: Kind, client: &ClientArguments) -> Result<Vec<String>, Erro
             Ok(containers.iter().map(container::name).collect())
         }
         Kind::Nodes => {
-            let nodes = crate::node::list(client).await?;
+            let nodes = node::list(client).await?;
             Ok(nodes.into_iter().filter_map(|node| Some(node.description?.hostname)).collect())
         }
         Kind::Secrets(kind) => {
-            let secrets = crate::secret::list(client, kind).await?;
+            let secrets = secret::list(client, kind).await?;
             Ok(secrets.into_iter().map(|secret| secret.name).collect())
         }
         Kind::Volumes => {
-            let volumes = crate::volume::list(client).await?;
+            let volumes = volume::list(client).await?;
             Ok(volumes.into_iter().map(|volume| volume.name).collect())
         }
     }

@@ -9,19 +9,23 @@ use clap::Subcommand;
 use warren_proto::v1;
 
 use crate::{
-    client::{ClientArguments, all_pages},
+    client::ClientArguments,
     complete, copy,
     error::Error,
     exec,
     filter::ListArguments,
     logs::{self, LogArguments},
+    objects::{
+        container::{get, has_ended, list, name, state_name, status},
+        node,
+    },
     output::{self, Format, FormatArguments, say},
     parse, stats, wait,
 };
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Lists containers.
+    /// List containers.
     #[command(alias = "list")]
     Ls {
         /// Only this service's: name, id, or unique beginning of an id.
@@ -36,7 +40,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         list: ListArguments,
     },
-    /// Shows what a container writes.
+    /// Show logs of a container.
     Logs {
         /// Id, unique beginning of it, or name, like web-1.
         #[arg(add = complete::containers())]
@@ -44,11 +48,11 @@ pub(crate) enum Command {
         #[command(flatten)]
         logs: LogArguments,
     },
-    /// Runs a command in a container that runs, and ends with its exit code.
+    /// Run a command in a running container; exits with the command's exit code.
     Exec(exec::Arguments),
-    /// Copies files out of or into a container that runs: `web-1:/etc/hosts .`, or `file web-1:/tmp`. Its image needs `tar`.
+    /// Copy files from or to a running container: `web-1:/etc/hosts .`, or `file web-1:/tmp`. Its image needs `tar`.
     Cp(copy::Arguments),
-    /// Sends containers' first processes a signal. What ends is replaced as its service's restart policy has it.
+    /// Send a signal to containers' main processes. The restart policy applies to those that exit.
     Kill {
         /// Ids, unique beginnings of them, or names, like web-1.
         #[arg(required = true, add = complete::containers())]
@@ -57,7 +61,7 @@ pub(crate) enum Command {
         #[arg(long, short, default_value = "KILL")]
         signal: String,
     },
-    /// Waits until containers have ended, and writes the exit code of each.
+    /// Wait until containers exit, and print their exit codes.
     Wait {
         /// Ids, unique beginnings of them, or names, like web-1.
         #[arg(required = true, add = complete::containers())]
@@ -66,9 +70,9 @@ pub(crate) enum Command {
         #[arg(long, value_name = "DURATION", value_parser = parse::seconds)]
         timeout: Option<u64>,
     },
-    /// Shows what containers use.
+    /// Show resource usage of containers.
     Stats(stats::Arguments),
-    /// Shows one container.
+    /// Show a container.
     Inspect {
         /// Id, unique beginning of it, or name, like web-1.
         #[arg(add = complete::containers())]
@@ -107,49 +111,11 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
     }
 }
 
-pub(crate) async fn get(client: &ClientArguments, container: String) -> Result<v1::Container, Error> {
-    let request = v1::GetContainerRequest { container };
-    Ok(client.containers().await?.get_container(request).await?.into_inner().container.unwrap_or_default())
-}
-
 /// Leaves out those of a service that have ended and have a newer one in their slot.
 pub(crate) fn leave_out_replaced(containers: &mut Vec<v1::Container>) {
     let slots = wait::slots(containers.iter());
     let newest: HashSet<String> = slots.values().filter_map(|slot| slot.last()).map(|it| it.id.clone()).collect();
     containers.retain(|it| !has_ended(it) || newest.contains(&it.id));
-}
-
-pub(crate) fn has_ended(container: &v1::Container) -> bool {
-    status(container).state() >= v1::ContainerState::Complete
-}
-
-pub(crate) fn status(container: &v1::Container) -> v1::ContainerStatus {
-    container.status.clone().unwrap_or_default()
-}
-
-/// All containers, page by page, and the revision that a watch which is to miss none of their changes begins with.
-pub(crate) async fn list(
-    client: &ClientArguments,
-    service: String,
-    node: String,
-) -> Result<(Vec<v1::Container>, u64), Error> {
-    let mut client = client.containers().await?;
-    let mut revision = None;
-    let containers = all_pages(async |page_token| {
-        let (service, node) = (service.clone(), node.clone());
-        let request = v1::ListContainersRequest { service, node, page_size: 0, page_token };
-        let page = client.list_containers(request).await?.into_inner();
-        // The first page's: what changed while the others were read is news.
-        revision.get_or_insert(page.revision);
-        Ok((page.containers, page.next_page_token))
-    })
-    .await?;
-    Ok((containers, revision.unwrap_or_default()))
-}
-
-/// A state's name without the enumeration's.
-pub(crate) fn state_name(state: v1::ContainerState) -> String {
-    state.as_str_name().trim_start_matches("CONTAINER_STATE_").to_ascii_lowercase()
 }
 
 /// How a container is; nothing where nobody asks.
@@ -162,21 +128,12 @@ fn health_name(health: v1::Health) -> &'static str {
     }
 }
 
-/// A container's name: its service and slot.
-pub(crate) fn name(container: &v1::Container) -> String {
-    name_of(&container.service_name, container.slot)
-}
-
-pub(crate) fn name_of(service: &str, slot: u32) -> String {
-    if slot == 0 { service.to_owned() } else { format!("{service}-{slot}") }
-}
-
 /// Shows containers with their kernel timings.
 pub(crate) async fn show(client: &ClientArguments, containers: &[v1::Container], format: Format) -> Result<(), Error> {
     if output::to_program(format, &containers)? {
         return Ok(());
     }
-    let nodes = crate::node::list(client).await?;
+    let nodes = node::list(client).await?;
     let nodes: HashMap<&str, &v1::Node> = nodes.iter().map(|node| (node.id.as_str(), node)).collect();
     let hostname = |node: &v1::Node| node.description.clone().unwrap_or_default().hostname;
     let row = |container: &v1::Container| {

@@ -39,10 +39,10 @@ pub(crate) struct Arguments {
     /// A variable more than the container has: NAME=VALUE.
     #[arg(long, short, value_name = "NAME=VALUE", value_parser = parse::pair)]
     env: Vec<(String, String)>,
-    /// Its working directory; the container's unless given.
+    /// Its working directory [default: the container's]
     #[arg(long, short = 'w', value_name = "PATH")]
     workdir: Option<String>,
-    /// Who runs it, as name or uid, with :group or :gid behind it; as the container unless given.
+    /// Who runs it, as name or uid, with :group or :gid behind it [default: the container's user]
     #[arg(long, short, value_name = "USER")]
     user: Option<String>,
     /// Id, unique beginning of it, or name, like web-1.

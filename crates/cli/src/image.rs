@@ -36,7 +36,7 @@ impl Daemon {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Imports the images of an OCI archive (an image layout in a tar file).
+    /// Import images from an OCI archive (an image layout in a tar file).
     Import {
         /// The archive.
         file: PathBuf,
@@ -46,7 +46,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         daemon: Daemon,
     },
-    /// Pulls an image from its registry.
+    /// Pull an image from its registry.
     Pull {
         /// The image.
         image: String,
@@ -58,7 +58,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         daemon: Daemon,
     },
-    /// Lists images.
+    /// List images.
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
@@ -66,7 +66,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         format: FormatArguments,
     },
-    /// Removes images by name; what containers use of them stays.
+    /// Remove images by name; layers that containers use stay.
     Rm {
         /// Their names, as `warren image ls` shows them.
         #[arg(required = true)]

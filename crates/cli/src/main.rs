@@ -16,6 +16,7 @@ mod image;
 mod login;
 mod logs;
 mod node;
+mod objects;
 mod operator;
 mod output;
 mod parse;
@@ -52,59 +53,58 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Runs a manager and an agent in one process.
+    /// Run a manager and an agent in one process.
     Up(Box<up::Arguments>),
-    /// Applies manifests (YAML): creates what is missing and updates what differs.
+    /// Apply YAML manifests: create missing objects and update those that differ.
     Apply(apply::Arguments),
-    /// Works with services.
+    /// Manage services.
     #[command(subcommand)]
     Service(service::Command),
-    /// Works with containers.
+    /// Manage containers.
     #[command(subcommand)]
     Container(container::Command),
-    /// Works with secrets: files for containers that nobody else reads.
+    /// Manage secrets: sealed files or variables for containers.
     #[command(subcommand)]
     Secret(secret::Command),
-    /// Works with configs: files for containers.
+    /// Manage configs: files for containers.
     #[command(subcommand)]
     Config(secret::Command),
-    /// Works with volumes: directories that outlive containers.
+    /// Manage volumes: storage that outlives containers.
     #[command(subcommand)]
     Volume(volume::Command),
-    /// Shows what nodes and containers use, and what the kernel's probes time, as it changes.
+    /// Show live resource usage and kernel timings of nodes and containers.
     ///
     /// Of starts, stops and DNS queries it shows how many there were, and the median and 99th percentile of how long they took.
     Top(top::Arguments),
-    /// Works with the cluster: initializes it, lets machines join, shows its managers.
+    /// Manage the cluster: initialize, join, health, backup, managers.
     #[command(subcommand)]
     Cluster(cluster::Command),
-    /// Works with nodes.
+    /// Manage nodes.
     #[command(subcommand)]
     Node(node::Command),
-    /// Works with operators: who may work with the cluster from other machines.
+    /// Manage operators: people who use the cluster from other machines.
     #[command(subcommand)]
     Operator(operator::Command),
-    /// Logs in to a cluster from this machine, as the operator whom the token is for.
+    /// Log in to a cluster with an operator's token.
     ///
     /// The certificate is kept in ~/.config/warren, unless --identity says where. It is valid for 90 days, and renewed by being
     /// used.
     Login(login::Arguments),
-    /// Forgets whom `warren login` was for. The cluster still knows them, until `warren operator rm`.
+    /// Log out: delete this machine's operator certificate. To revoke it, use `warren operator rm`.
     Logout,
-    /// Shows what was changed, by whom and from where, and what became of containers and nodes.
+    /// List events: changes with who made them, and what happened to containers and nodes.
     ///
     /// Of changes the cluster remembers the latest 10,000; of containers and nodes the manager that leads, since it leads.
     Events(events::Arguments),
-    /// Works with this node's images.
+    /// Manage this node's images.
     #[command(subcommand)]
     Image(image::Command),
-    /// Shows the versions of this command and of the manager.
+    /// Show client and manager versions.
     Version {
         #[command(flatten)]
         format: FormatArguments,
     },
-    /// Writes a shell's completion script, which completes commands, options and the names of what the cluster has:
-    /// `source <(warren completion bash)`.
+    /// Print a shell completion script: `source <(warren completion bash)`.
     Completion {
         /// Which shell.
         shell: clap_complete::Shell,

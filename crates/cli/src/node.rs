@@ -6,23 +6,24 @@ use clap::Subcommand;
 use warren_proto::v1;
 
 use crate::{
-    client::{ClientArguments, all_pages},
+    client::ClientArguments,
     cluster, complete,
     error::Error,
     filter::ListArguments,
+    objects::node::list,
     output::{self, FormatArguments, say},
     parse,
 };
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Lists nodes.
+    /// List nodes.
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
         list: ListArguments,
     },
-    /// Shows one node.
+    /// Show a node.
     Inspect {
         /// Hostname, id, or unique beginning of an id.
         #[arg(add = complete::nodes())]
@@ -30,19 +31,19 @@ pub(crate) enum Command {
         #[command(flatten)]
         format: FormatArguments,
     },
-    /// Has a node take no more containers; those that it has stay.
+    /// Mark a node unschedulable; running containers stay.
     Cordon {
         /// Hostname, id, or unique beginning of an id.
         #[arg(add = complete::nodes())]
         node: String,
     },
-    /// Has a node take containers again.
+    /// Mark a node schedulable again.
     Uncordon {
         /// Hostname, id, or unique beginning of an id.
         #[arg(add = complete::nodes())]
         node: String,
     },
-    /// Empties a node: its containers move to others, of each service one after the other, each when all of its service are up.
+    /// Drain a node: move its containers to other nodes, one at a time for each service.
     Drain {
         /// Hostname, id, or unique beginning of an id.
         #[arg(add = complete::nodes())]
@@ -54,7 +55,7 @@ pub(crate) enum Command {
         #[arg(long, value_name = "DURATION", default_value = "300", requires = "wait", value_parser = parse::seconds)]
         timeout: u64,
     },
-    /// Sets labels of a node, over those of its agent's configuration.
+    /// Set or remove labels of a node.
     Label {
         /// Hostname, id, or unique beginning of an id.
         #[arg(add = complete::nodes())]
@@ -63,17 +64,17 @@ pub(crate) enum Command {
         #[arg(required = true, value_name = "LABEL", value_parser = label)]
         labels: Vec<(String, Option<String>)>,
     },
-    /// Gives the manager on a machine a vote.
+    /// Make the manager on a machine a voter.
     Promote {
         /// The machine's name, or the manager's number.
         machine: String,
     },
-    /// Takes the vote of the manager on a machine; it follows all the same. One that leads hands over first.
+    /// Make the manager on a machine a learner: it follows without a vote. A leader hands over first.
     Demote {
         /// The machine's name, or the manager's number.
         machine: String,
     },
-    /// Removes a node that is down from the cluster: its certificate is revoked, and its containers are replaced elsewhere.
+    /// Remove a node that is down: revoke its certificate and replace its containers elsewhere.
     Rm {
         /// Hostname, id, or unique beginning of an id.
         #[arg(add = complete::nodes())]
@@ -164,15 +165,6 @@ async fn until_empty(client: &ClientArguments, node: &v1::Node, timeout: Duratio
 }
 
 /// All nodes, page by page.
-pub(crate) async fn list(client: &ClientArguments) -> Result<Vec<v1::Node>, Error> {
-    let mut client = client.nodes().await?;
-    all_pages(async |page_token| {
-        let page = client.list_nodes(v1::ListNodesRequest { page_size: 0, page_token }).await?.into_inner();
-        Ok((page.nodes, page.next_page_token))
-    })
-    .await
-}
-
 fn status_name(node: &v1::Node) -> String {
     let status = match node.status() {
         v1::NodeStatus::Unspecified => "unknown",

@@ -15,25 +15,25 @@ use crate::{
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Invites somebody to work with the cluster from another machine, and prints how they log in.
+    /// Create an operator, and print the command to log in with.
     ///
     /// The token in it is for one login. Whoever logs in may do what root may at a manager's socket.
     Create {
         /// A name of their own, by which events tell who did what.
         name: String,
-        /// How long the token is valid, like 2h; a day unless given.
+        /// How long the token is valid, like 2h [default: a day]
         #[arg(long, value_parser = parse::duration)]
         lifetime: Option<pbjson_types::Duration>,
         #[command(flatten)]
         format: FormatArguments,
     },
-    /// Lists operators.
+    /// List operators.
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
         list: ListArguments,
     },
-    /// Turns operators out: their certificates are refused from now on.
+    /// Remove operators and revoke their certificates.
     Rm {
         /// Names, ids, or unique beginnings of ids.
         #[arg(required = true)]

@@ -10,18 +10,18 @@ use clap::Subcommand;
 use warren_proto::v1::{self, SecretKind};
 
 use crate::{
-    client::{ClientArguments, all_pages},
+    client::ClientArguments,
     complete,
     error::Error,
     filter::ListArguments,
+    objects::{request_id, secret::list},
     output::{self, FormatArguments, say},
     parse,
-    service::request_id,
 };
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Creates one from a file.
+    /// Create one from a file.
     Create {
         /// Its name.
         name: String,
@@ -31,13 +31,13 @@ pub(crate) enum Command {
         #[arg(long, value_parser = parse::pair)]
         label: Vec<(String, String)>,
     },
-    /// Lists them; what they hold is not shown.
+    /// List them, without their values.
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
         list: ListArguments,
     },
-    /// Shows one; what a secret holds is not shown.
+    /// Show one; a secret's value is never shown.
     Inspect {
         /// Name, id, or unique beginning of an id.
         #[arg(add = complete::secrets())]
@@ -45,7 +45,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         format: FormatArguments,
     },
-    /// Gives one another value.
+    /// Set a new value.
     Update {
         /// Name, id, or unique beginning of an id.
         #[arg(add = complete::secrets())]
@@ -53,7 +53,7 @@ pub(crate) enum Command {
         /// What it is to hold; - is stdin.
         file: PathBuf,
     },
-    /// Removes those that no service uses.
+    /// Remove those that no service uses.
     Rm {
         /// Names, ids, or unique beginnings of ids.
         #[arg(required = true, add = complete::secrets())]
@@ -68,16 +68,6 @@ fn read(file: PathBuf) -> Result<Vec<u8>, Error> {
         return Ok(bytes);
     }
     std::fs::read(&file).map_err(|source| Error::File { path: file, source })
-}
-
-pub(crate) async fn list(client: &ClientArguments, kind: SecretKind) -> Result<Vec<v1::Secret>, Error> {
-    let mut api = client.secrets().await?;
-    all_pages(async |page_token| {
-        let request = v1::ListSecretsRequest { kind: kind.into(), page_size: 0, page_token };
-        let page = api.list_secrets(request).await?.into_inner();
-        Ok((page.secrets, page.next_page_token))
-    })
-    .await
 }
 
 pub(crate) async fn run(which: SecretKind, command: Command, client: &ClientArguments) -> Result<(), Error> {

@@ -7,26 +7,30 @@ use warren_proto::v1::{self, service_spec::Mode};
 
 use crate::{
     apply::manifest_of,
-    client::{ClientArguments, all_pages},
+    client::ClientArguments,
     complete, container,
     error::Error,
     filter::ListArguments,
     logs::{self, LogArguments},
+    objects::{
+        self, request_id,
+        service::{get, list},
+    },
     output::{self, Format, FormatArguments, say},
     wait::{self, Follower, WaitArguments},
 };
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Creates a service.
+    /// Create a service.
     Create(Box<create::Arguments>),
-    /// Lists services.
+    /// List services.
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
         list: ListArguments,
     },
-    /// Shows one service; with --format yaml as a manifest that `warren apply` takes.
+    /// Show a service; --format yaml prints a manifest for `warren apply`.
     Inspect {
         /// Name, id, or unique beginning of an id.
         #[arg(add = complete::services())]
@@ -34,7 +38,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         format: FormatArguments,
     },
-    /// Lists a service's containers: of each slot the latest, and whatever still runs.
+    /// List a service's containers: the newest of each slot, and any that still run.
     Ps {
         /// Name, id, or unique beginning of an id.
         #[arg(add = complete::services())]
@@ -45,7 +49,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         list: ListArguments,
     },
-    /// Shows what a service's containers write.
+    /// Show logs of a service's containers.
     Logs {
         /// Name, id, or unique beginning of an id.
         #[arg(add = complete::services())]
@@ -53,7 +57,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         logs: LogArguments,
     },
-    /// Changes the number of a service's containers.
+    /// Set the number of replicas of a service.
     Scale {
         /// Name, id, or unique beginning of an id.
         #[arg(add = complete::services())]
@@ -64,7 +68,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         wait: WaitArguments,
     },
-    /// Replaces services' containers by others of the same spec.
+    /// Restart services: replace their containers with the same spec.
     Restart {
         /// Names, ids, or unique beginnings of ids.
         #[arg(required = true, add = complete::services())]
@@ -72,9 +76,9 @@ pub(crate) enum Command {
         #[command(flatten)]
         wait: WaitArguments,
     },
-    /// Waits until a service is ready, or has ended; exits with its exit code then.
+    /// Wait until a service is ready, or has ended; exits with its exit code then.
     Wait(wait::Arguments),
-    /// Removes services and their containers.
+    /// Remove services and their containers.
     Rm {
         /// Names, ids, or unique beginnings of ids.
         #[arg(required = true, add = complete::services())]
@@ -90,7 +94,7 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
         Command::Ls { list } => ls(client, &list).await,
         Command::Inspect { service, format } => inspect(client, service, format.format).await,
         Command::Ps { service, all, list } => {
-            let (mut containers, _) = container::list(client, service, String::new()).await?;
+            let (mut containers, _) = objects::container::list(client, service, String::new()).await?;
             if !all {
                 container::leave_out_replaced(&mut containers);
             }
@@ -123,24 +127,6 @@ pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<()
             Error::all(outcomes)
         }
     }
-}
-
-pub(crate) fn request_id() -> String {
-    format!("{:032x}", rand::random::<u128>())
-}
-
-pub(crate) async fn get(client: &ClientArguments, service: &str) -> Result<v1::Service, Error> {
-    let request = v1::GetServiceRequest { service: service.to_owned() };
-    Ok(client.services().await?.get_service(request).await?.into_inner().service.unwrap_or_default())
-}
-
-pub(crate) async fn list(client: &ClientArguments) -> Result<Vec<v1::Service>, Error> {
-    let mut api = client.services().await?;
-    all_pages(async |page_token| {
-        let page = api.list_services(v1::ListServicesRequest { page_size: 0, page_token }).await?.into_inner();
-        Ok((page.services, page.next_page_token))
-    })
-    .await
 }
 
 async fn ls(client: &ClientArguments, wanted: &ListArguments) -> Result<(), Error> {

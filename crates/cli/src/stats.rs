@@ -13,8 +13,8 @@ use warren_proto::v1;
 
 use crate::{
     client::ClientArguments,
-    container,
     error::Error,
+    objects::{container, node},
     output::{self, Format, FormatArguments, say},
     parse,
     terminal::{self, Screen},
@@ -256,7 +256,7 @@ pub(crate) async fn look(
 }
 
 async fn ready_nodes(client: &ClientArguments) -> Result<usize, Error> {
-    let nodes = crate::node::list(client).await?;
+    let nodes = node::list(client).await?;
     Ok(nodes.iter().filter(|node| node.status() == v1::NodeStatus::Ready).count())
 }
 

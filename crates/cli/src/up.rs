@@ -22,7 +22,7 @@ pub(crate) struct Arguments {
     /// Where API, agents' sessions and consensus are served, with mutual TLS.
     #[arg(long, env = "WARREN_LISTEN_ADDR", default_value = "0.0.0.0:7443")]
     listen_addr: SocketAddr,
-    /// Where other managers and agents reach it, as HOST:PORT; this machine's address unless given.
+    /// Where other managers and agents reach it, as HOST:PORT [default: this machine's address]
     #[arg(long, env = "WARREN_MANAGER_ADVERTISE_ADDR")]
     manager_advertise_addr: Option<String>,
     /// Where the API is served to root of this machine.
@@ -34,7 +34,7 @@ pub(crate) struct Arguments {
     /// Where the agent's are.
     #[arg(long, env = "WARREN_AGENT_METRICS_ADDR", default_value = "0.0.0.0:9465")]
     agent_metrics_addr: SocketAddr,
-    /// The node's name; the machine's unless given.
+    /// The node's name [default: the machine's]
     #[arg(long, env = "WARREN_HOSTNAME")]
     hostname: Option<String>,
     #[command(flatten)]

@@ -4,19 +4,18 @@ use clap::Subcommand;
 use warren_proto::v1;
 
 use crate::{
-    client::{ClientArguments, all_pages},
+    client::ClientArguments,
     complete,
     error::Error,
     filter::ListArguments,
-    node,
+    objects::{node, request_id, volume::list},
     output::{self, FormatArguments, say},
     parse,
-    service::request_id,
 };
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Creates a volume.
+    /// Create a volume.
     Create {
         /// Its name.
         name: String,
@@ -37,13 +36,13 @@ pub(crate) enum Command {
         #[arg(long, default_value = "local")]
         driver: String,
     },
-    /// Lists volumes.
+    /// List volumes.
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
         list: ListArguments,
     },
-    /// Shows one volume.
+    /// Show a volume.
     Inspect {
         /// Name, id, or unique beginning of an id.
         #[arg(add = complete::volumes())]
@@ -51,7 +50,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         format: FormatArguments,
     },
-    /// Removes volumes and their data.
+    /// Remove volumes and their data.
     Rm {
         /// Names, ids, or unique beginnings of ids.
         #[arg(required = true, add = complete::volumes())]
@@ -60,15 +59,6 @@ pub(crate) enum Command {
         #[arg(long, short)]
         force: bool,
     },
-}
-
-pub(crate) async fn list(client: &ClientArguments) -> Result<Vec<v1::Volume>, Error> {
-    let mut api = client.volumes().await?;
-    all_pages(async |page_token| {
-        let page = api.list_volumes(v1::ListVolumesRequest { page_size: 0, page_token }).await?.into_inner();
-        Ok((page.volumes, page.next_page_token))
-    })
-    .await
 }
 
 pub(crate) async fn run(command: Command, client: &ClientArguments) -> Result<(), Error> {

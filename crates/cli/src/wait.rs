@@ -17,10 +17,11 @@ use warren_proto::v1::{self, RestartCondition, WatchContainersResponse, watch_co
 
 use crate::{
     client::ClientArguments,
-    complete, container,
+    complete,
     error::Error,
+    objects::{container, node, service},
     output::{printable, say},
-    parse, service,
+    parse,
 };
 pub(crate) use assess::slots;
 use assess::{Assessment, End, assess};
@@ -445,7 +446,7 @@ async fn one_gone(
     while !follower.containers.is_empty() {
         display.show(&name, format!("{} left", follower.containers.len()));
         if Instant::now() >= deadline {
-            let nodes = crate::node::list(client).await.unwrap_or_default();
+            let nodes = node::list(client).await.unwrap_or_default();
             let left = follower.containers.values().map(|container| {
                 let node = nodes.iter().find(|node| node.id == container.node_id);
                 let hostname = node.and_then(|node| node.description.as_ref()).map(|it| it.hostname.clone());

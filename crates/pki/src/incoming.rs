@@ -144,7 +144,7 @@ pub(crate) const OF_ONE_MEMBER: usize = 256;
 const SILENCE: Duration = Duration::from_secs(60);
 /// Bytes that the visitors of one client may send at once, and in a second after that, however often they connect. A request to join has
 /// 64 KiB at the most; more would be a flood of frames, each of which takes time to answer.
-const VISITORS_BURST: NonZeroU32 = NonZeroU32::new(96 << 10).unwrap();
+const VISITORS_BURST: NonZeroU32 = NonZeroU32::new(192 << 10).unwrap();
 const VISITORS_RATE: NonZeroU32 = NonZeroU32::new(16 << 10).unwrap();
 /// So many clients are remembered before those that have been quiet are forgotten.
 const REMEMBERED: usize = 1024;

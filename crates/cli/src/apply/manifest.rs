@@ -811,7 +811,7 @@ impl VolumeSpec {
             labels,
             exclusive: self.exclusive,
             node: self.node,
-            request_id: crate::service::request_id(),
+            request_id: crate::objects::request_id(),
         }
     }
 }

@@ -3,10 +3,10 @@
 use clap::{Args, ValueEnum};
 use warren_proto::v1::{self, service_spec::Mode};
 
-use super::request_id;
 use crate::{
     client::ClientArguments,
     error::Error,
+    objects::request_id,
     output::say,
     parse,
     wait::{self, WaitArguments},
@@ -54,150 +54,150 @@ enum EndpointMode {
 pub(crate) struct Arguments {
     /// The service's name: a DNS label.
     name: String,
-    /// What to run.
+    /// Image to run.
     #[arg(long)]
     image: String,
-    /// How many containers.
+    /// Number of replicas.
     #[arg(long, default_value_t = 1, allow_negative_numbers = true, conflicts_with = "global")]
     replicas: i64,
-    /// One container on every node.
+    /// Run one container on every eligible node.
     #[arg(long)]
     global: bool,
-    /// Replaces the image's entrypoint; repeat for each word.
+    /// Override the image's entrypoint; repeat for each word.
     #[arg(long)]
     command: Vec<String>,
-    /// A variable, as NAME=value; may be repeated.
+    /// Environment variable, as NAME=VALUE; may be repeated.
     #[arg(long, short, value_parser = parse::pair)]
     env: Vec<(String, String)>,
-    /// A label, as name=value; may be repeated.
+    /// Service label, as NAME=VALUE; may be repeated.
     #[arg(long, value_parser = parse::pair)]
     label: Vec<(String, String)>,
-    /// Cores that a container may use at most.
+    /// CPU limit of each container, in cores.
     #[arg(long, value_parser = parse::millis)]
     limit_cpu: Option<i64>,
-    /// Memory that a container may use at most, like 64M or 1G.
+    /// Memory limit of each container, like 64M or 1G.
     #[arg(long, value_parser = parse::memory)]
     limit_memory: Option<i64>,
-    /// Cores set aside for each container.
+    /// CPU reservation of each container, in cores.
     #[arg(long, value_parser = parse::millis)]
     reserve_cpu: Option<i64>,
-    /// Memory set aside for each container, like 64M or 1G.
+    /// Memory reservation of each container, like 64M or 1G.
     #[arg(long, value_parser = parse::memory)]
     reserve_memory: Option<i64>,
-    /// When a container that ended is replaced.
+    /// Restart policy: when to replace a container that ended.
     #[arg(long, value_enum, default_value = "any")]
     restart: Restart,
-    /// How long before the first replacement, like 5s; doubles with each failure in a row.
+    /// Backoff before the first restart, like 5s; doubles with each consecutive failure.
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     restart_delay: Option<pbjson_types::Duration>,
     /// The same in milliseconds.
     #[arg(long, hide = true, conflicts_with = "restart_delay")]
     restart_delay_ms: Option<u64>,
-    /// Failures in a row after which a container is no longer replaced; 0 is no limit.
+    /// Consecutive failures after which a container is not restarted any more; 0 is no limit.
     #[arg(long, default_value_t = 0)]
     restart_max_attempts: u32,
-    /// The signal that stops a container; the image's, or SIGTERM, unless given.
+    /// Stop signal [default: the image's, or SIGTERM]
     #[arg(long, default_value = "")]
     stop_signal: String,
-    /// From that signal to SIGKILL, like 30s or 2m, or a number of seconds; 10s unless given.
+    /// Time from the stop signal to SIGKILL, like 30s or 2m, or a number of seconds [default: 10s]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     stop_timeout: Option<pbjson_types::Duration>,
-    /// Processes and threads that a container may have; what its node's agent says (--limit-pids, 4096) unless given.
+    /// Limit of processes and threads [default: the agent's --limit-pids, 4096]
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     limit_pids: i64,
-    /// The directory in which the command runs; the image's unless given.
+    /// Working directory [default: the image's]
     #[arg(long, default_value = "")]
     workdir: String,
-    /// Who runs the command: a user of the image by name or number, and with a colon a group; the image's unless given.
+    /// User name or UID, optionally with :GROUP or :GID [default: the image's]
     #[arg(long, default_value = "")]
     user: String,
-    /// A label of each container, as name=value; may be repeated.
+    /// Container label, as NAME=VALUE; may be repeated.
     #[arg(long, value_parser = parse::pair)]
     container_label: Vec<(String, String)>,
-    /// Each container's hostname; the beginning of its id unless given.
+    /// Container hostname [default: the beginning of its id]
     #[arg(long, default_value = "")]
     hostname: String,
-    /// Keep the image's files from being changed.
+    /// Mount the root filesystem read-only.
     #[arg(long)]
     read_only: bool,
-    /// Run the command under an init, which reaps orphans and forwards signals.
+    /// Run an init process that reaps zombies and forwards signals.
     #[arg(long)]
     init: bool,
-    /// A capability to add, like NET_ADMIN, or ALL; may be repeated.
+    /// Capability to add, like NET_ADMIN, or ALL; may be repeated.
     #[arg(long, value_name = "CAPABILITY")]
     cap_add: Vec<String>,
-    /// A capability to drop, or ALL; may be repeated. What is added counts more.
+    /// Capability to drop, or ALL; may be repeated. --cap-add takes precedence.
     #[arg(long, value_name = "CAPABILITY")]
     cap_drop: Vec<String>,
-    /// A process limit, like nofile=1024:4096 (soft:hard), -1 being none; may be repeated.
+    /// Ulimit, like nofile=1024:4096 (soft:hard), -1 is unlimited; may be repeated.
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = parse::ulimit)]
     ulimit: Vec<(String, v1::Ulimit)>,
-    /// A kernel parameter of the container's own, like net.core.somaxconn=1024; may be repeated.
+    /// Namespaced sysctl, like net.core.somaxconn=1024; may be repeated.
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse::pair)]
     sysctl: Vec<(String, String)>,
-    /// A device of the node, like /dev/fuse or /dev/sda:/dev/disk:r; may be repeated.
+    /// Device of the node, like /dev/fuse or /dev/sda:/dev/disk:r; may be repeated.
     #[arg(long, value_name = "SOURCE[:TARGET[:rwm]]", value_parser = parse::device)]
     device: Vec<v1::Device>,
-    /// Give the containers every capability and device; the cluster's policy must allow it.
+    /// Run privileged: every capability and device. Managers and agents must allow it (--allow-privileged).
     #[arg(long)]
     privileged: bool,
-    /// Whether setuid programs, and those with file capabilities, leave their user and rights as they are.
+    /// Set no_new_privs: setuid programs and file capabilities gain nothing [default: true]
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     no_new_privileges: Option<bool>,
     /// A mount: type=volume,source=NAME,target=/data,readonly or type=bind,source=/srv,target=/data,readonly or type=tmpfs,target=/tmp,size=64M,mode=1777; may be repeated.
     #[arg(long, value_name = "OPTIONS", value_parser = parse::mount)]
     mount: Vec<v1::Mount>,
-    /// A port, as 8080:80, 8080:80/udp, or published=8080,target=80,protocol=tcp,mode=host,name=http; may be repeated. In
-    /// mode ingress, which is the usual one, every node answers; in mode host those that run a container. Without
-    /// published it is only named.
+    /// Port to publish, as 8080:80, 8080:80/udp, or published=8080,target=80,protocol=tcp,mode=ingress,name=http; may be
+    /// repeated. In mode ingress (default) every node listens; in mode host only nodes that run a container. Without
+    /// published, the port is only named.
     #[arg(long, short, value_name = "PORT", value_parser = parse::port)]
     publish: Vec<v1::Port>,
-    /// What its name is answered with.
+    /// DNS answers for the service's name: container addresses (dnsrr) or its virtual address (vip).
     #[arg(long, value_enum, default_value = "dnsrr")]
     endpoint_mode: EndpointMode,
-    /// A secret as a file below /run/secrets: NAME, or source=NAME,target=FILE,mode=0400,uid=USER,gid=GROUP,on-update=restart|signal|none;
-    /// may be repeated. The file belongs to the container's user unless uid names another; a new value replaces the containers
-    /// unless on-update says otherwise. With source=NAME,env=VARIABLE it is an environment variable instead.
+    /// Secret to mount below /run/secrets: NAME, or source=NAME,target=FILE,mode=0400,uid=USER,gid=GROUP,on-update=restart|signal|none,
+    /// or as an environment variable: source=NAME,env=VARIABLE; may be repeated. Files are owned by the container's user unless uid
+    /// is set; a new value restarts the containers unless on-update is set.
     #[arg(long, value_name = "SECRET", value_parser = parse::secret)]
     secret: Vec<v1::SecretMount>,
-    /// A config as a file below /run/configs, in the same words; may be repeated.
+    /// Config to mount below /run/configs, with the same options; may be repeated.
     #[arg(long, value_name = "CONFIG", value_parser = parse::secret)]
     config: Vec<v1::SecretMount>,
-    /// The secret with the credentials for the image's registry: user:password, or what `docker login` writes.
+    /// Secret with the registry's credentials: user:password, or a Docker config.json.
     #[arg(long, value_name = "SECRET", default_value = "")]
     registry_secret: String,
-    /// How to find out whether a container does its work: http://:8080/path, https://:8443/path, tcp://:5432,
-    /// grpc://:50051/service, or exec:COMMAND, which a shell runs in the container.
+    /// Health check: http://:8080/PATH, https://:8443/PATH, tcp://:5432, grpc://:50051/SERVICE, or exec:COMMAND, run by a
+    /// shell in the container.
     #[arg(long, value_name = "CHECK", value_parser = parse::health)]
     health: Option<v1::health_check::Check>,
-    /// Between checks, like 10s or 500ms.
+    /// Time between health checks, like 10s or 500ms [default: 10s]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration, requires = "health")]
     health_interval: Option<pbjson_types::Duration>,
-    /// How long a check may take; 5s unless given.
+    /// Timeout of a health check [default: 5s]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration, requires = "health")]
     health_timeout: Option<pbjson_types::Duration>,
-    /// Failures in a row after which a container is replaced; 3 unless given.
+    /// Consecutive failures after which a container is unhealthy and replaced [default: 3]
     #[arg(long, value_name = "N", requires = "health")]
     health_retries: Option<u32>,
-    /// How long failures do not count, until a container has answered once.
+    /// Grace period after start in which failures do not count, until the first success.
     #[arg(long, value_name = "DURATION", value_parser = parse::duration, requires = "health")]
     health_start_period: Option<pbjson_types::Duration>,
-    /// Which nodes may run it, as node.labels.NAME==VALUE, node.hostname==NAME, node.id==ID or node.architecture==NAME, each
-    /// also with !=; may be repeated, and all must hold.
+    /// Placement constraint: node.labels.NAME==VALUE, node.hostname==NAME, node.id==ID or node.architecture==NAME, or with !=;
+    /// may be repeated, and all must match.
     #[arg(long, value_name = "CONSTRAINT")]
     constraint: Vec<String>,
-    /// How long a node must have been down before its containers are replaced elsewhere, like 5m; at once unless given.
+    /// How long a node must be down before its containers are replaced elsewhere, like 5m [default: at once]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     lost_after: Option<pbjson_types::Duration>,
-    /// When nodes ask the image's registry.
+    /// Image pull policy.
     #[arg(long, value_enum, default_value = "if-not-present")]
     pull: Pull,
-    /// The containers' network.
+    /// Network mode.
     #[arg(long, value_enum, default_value = "cluster")]
     network: Network,
     #[command(flatten)]
     wait: WaitArguments,
-    /// Replaces the image's command.
+    /// Override the image's command (CMD).
     #[arg(last = true)]
     args: Vec<String>,
 }

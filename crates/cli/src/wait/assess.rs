@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use warren_proto::v1::{self, ContainerState, Health, RestartCondition};
 
-use crate::container;
+use crate::objects::container;
 
 /// How far a service is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
