@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Runs of the simulation.
-const SEEDS: u64 = 200;
+const SEEDS: u64 = 100;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
