@@ -4,6 +4,7 @@
 //! persistent maps, so a copy of the whole state costs a few pointers: readers and planners work on copies while newer
 //! transactions are applied.
 
+mod containers;
 mod events;
 mod machine;
 mod network;
@@ -13,16 +14,17 @@ mod transaction;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use containers::{Container, Revision};
+use containers::{StoredContainer, StoredRevision};
 pub use events::{Actor, Event, Origin};
 pub use machine::{Machine, encode};
 use network::Numbers;
 pub use network::{ClusterNetwork, InvalidNetwork, NetworkV6};
 pub use objects::{
-    AGENT_LABELS, Amounts, Availability, Cluster, Constraint, Container, ContainerState, Description, Desired,
-    Invitation, JoinToken, Manager, Mode, Node, Operator, Probes, Resources, RestartCondition, RestartPolicy, Revision,
-    Rotation, Sealed, SealedAuthority, Secret, Service, ServiceSpec, Status, Timing, TokenRole, Trait, Volume,
+    AGENT_LABELS, Amounts, Availability, Cluster, Constraint, ContainerState, Description, Desired, Invitation,
+    JoinToken, Manager, Mode, Node, Operator, Probes, Resources, RestartCondition, RestartPolicy, Rotation, Sealed,
+    SealedAuthority, Secret, Service, ServiceSpec, Status, Timing, TokenRole, Trait, Volume,
 };
-use objects::{StoredContainer, StoredRevision};
 pub use transaction::{Change, Expected, Rejection, Reply, Transaction};
 pub(crate) use transaction::{kind_name, protocol_name};
 
@@ -462,111 +464,6 @@ impl State {
         // Watchers are close behind: look from the end.
         let newer = self.history.iter().rev().take_while(|(at, _)| *at > revision).count();
         Some(self.history.iter().skip(self.history.len() - newer))
-    }
-
-    /// A service's revisions, as far as they are kept, the oldest first.
-    pub fn revisions_of<'a>(&'a self, service: &'a ServiceId) -> impl DoubleEndedIterator<Item = &'a Arc<Revision>> {
-        self.revisions.range((service.clone(), 0)..=(service.clone(), u64::MAX)).map(|(_, revision)| revision)
-    }
-
-    /// Whether revisions are in snapshots. In those of earlier schemas each container has its own spec and resources, and what ports and
-    /// constraints it has is its service's to say: no manager may know more of them than its snapshots do.
-    fn numbers_revisions(&self) -> bool {
-        self.schema() >= REVISIONS
-    }
-
-    fn stored_revisions(&self) -> Vec<StoredRevision> {
-        if !self.numbers_revisions() {
-            return Vec::new();
-        }
-        let service = |revision: &Revision| self.services.get(&revision.service).map(Arc::as_ref);
-        self.revisions.values().map(|revision| StoredRevision::new(revision, service(revision))).collect()
-    }
-
-    fn stored_containers(&self) -> Vec<StoredContainer> {
-        let by_number = self.numbers_revisions();
-        let stored = |container: &Arc<Container>| {
-            if by_number {
-                StoredContainer::by_number(container)
-            } else {
-                StoredContainer::whole(container, !self.services.contains_key(&container.service))
-            }
-        };
-        self.containers.values().map(stored).collect()
-    }
-
-    /// The revision of a container that a snapshot holds.
-    fn restored_revision(&mut self, container: &StoredContainer) -> io::Result<Arc<Revision>> {
-        let key = (container.service.clone(), container.generation);
-        if let Some(known) = self.revisions.get(&key) {
-            return Ok(Arc::clone(known));
-        }
-        if container.spec.is_none() {
-            let why = format!("container {} has no revision {}", container.id, container.generation);
-            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
-        }
-        let mut revision = container.own_revision();
-        // What it did not say was its service's.
-        if let Some(service) = self.services.get(&container.service) {
-            (revision.ports, revision.constraints) = (service.spec.ports.clone(), service.spec.constraints.clone());
-        }
-        let revision = Arc::new(revision);
-        self.revisions.insert(key, Arc::clone(&revision));
-        Ok(revision)
-    }
-
-    /// Makes a service's revision as it is now, unless there is one of its number.
-    fn insert_revision(&mut self, service: &Service, made_at: u64) -> Arc<Revision> {
-        let key = (service.id.clone(), service.generation);
-        if let Some(known) = self.revisions.get(&key) {
-            return Arc::clone(known);
-        }
-        let spec = &service.spec;
-        let numbers = self.numbers_revisions();
-        let values = needed_secrets(&spec.container).filter(|_| numbers).filter_map(|(kind, name)| {
-            let secret = self.secret_named(kind, name)?;
-            Some((format!("{}/{name}", transaction::kind_name(kind)), secret.sequence))
-        });
-        let revision = Arc::new(Revision {
-            service: service.id.clone(),
-            number: service.generation,
-            made_at: if numbers { made_at } else { 0 },
-            spec: Arc::clone(&spec.container),
-            resources: spec.resources,
-            ports: spec.ports.clone(),
-            constraints: spec.constraints.clone(),
-            values: values.collect(),
-        });
-        self.revisions.insert(key, Arc::clone(&revision));
-        revision
-    }
-
-    /// Forgets what is neither among a service's latest revisions nor any container's.
-    fn prune_revisions(&mut self, service: &ServiceId) {
-        let keep = match self.services.contains_key(service) {
-            true if self.numbers_revisions() => KEPT_REVISIONS,
-            true => 1,
-            false => 0,
-        };
-        let numbers: Vec<_> = self.revisions_of(service).map(|revision| revision.number).collect();
-        for number in numbers.iter().rev().skip(keep) {
-            let key = (service.clone(), *number);
-            if !self.users.contains_key(&key) {
-                self.revisions.remove(&key);
-            }
-        }
-    }
-
-    fn count_user(&mut self, revision: &Revision, more: bool) {
-        let key = (revision.service.clone(), revision.number);
-        let count = self.users.get(&key).copied().unwrap_or(0);
-        let count = if more { count + 1 } else { count.saturating_sub(1) };
-        if count == 0 {
-            self.users.remove(&key);
-            self.prune_revisions(&key.0);
-        } else {
-            self.users.insert(key, count);
-        }
     }
 
     fn remember(&mut self, change: ContainerChange) {

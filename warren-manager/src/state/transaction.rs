@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use warren_proto::v1;
 
 use super::{
-    Availability, Cluster, Constraint, Container, ContainerState, DELETED_VOLUMES, Desired, Event, JoinToken, Manager,
-    Node, Operator, Origin, REQUESTS, Revision, Rotation, Schema, Sealed, SealedAuthority, Secret, Service, State,
-    Status, TokenRole, Volume, events, needed_secrets, needed_volumes, secret_key,
+    Availability, Cluster, Container, ContainerState, DELETED_VOLUMES, Desired, Event, JoinToken, Manager, Node,
+    Operator, Origin, REQUESTS, Rotation, Schema, Sealed, SealedAuthority, Secret, Service, State, Status, TokenRole,
+    Volume, events, needed_secrets, needed_volumes, secret_key,
 };
 use crate::{
     clock::Timestamp,
@@ -540,55 +540,6 @@ impl State {
             Change::DeleteContainer { id } => self.delete_container(id),
         }
         Ok(())
-    }
-
-    /// Has all containers of a service ask for these, whatever their revision: in words of earlier versions they have none of their own.
-    /// `is_noted` says whether that is a change of those that are on nodes.
-    fn have_all_ask(&mut self, service: &ServiceId, ports: &[v1::Port], constraints: &[Constraint], is_noted: bool) {
-        let revisions: Vec<_> = self.revisions_of(service).cloned().collect();
-        for revision in revisions {
-            let (ports, constraints) = (ports.to_vec(), constraints.to_vec());
-            let key = (service.clone(), revision.number);
-            let asks = Arc::new(Revision { ports, constraints, ..Revision::clone(&revision) });
-            self.revisions.insert(key, Arc::clone(&asks));
-            let users: Vec<_> = self.containers_of(service).filter(|user| user.revision == revision).cloned().collect();
-            for user in users {
-                let version = if is_noted && user.holds_resources() { self.revision } else { user.version };
-                let revision = Arc::clone(&asks);
-                self.put_container(Container { version, revision, ..Arc::unwrap_or_clone(user) });
-            }
-        }
-    }
-
-    fn current_revision(&self, service: &Service) -> Result<Arc<Revision>, Rejection> {
-        let found = self.revisions.get(&(service.id.clone(), service.generation)).cloned();
-        found.ok_or_else(|| Rejection::Conflict(format!("service {:?}", service.spec.name)))
-    }
-
-    /// Makes the revision of a service that is being written. What asks nothing else of containers themselves, another published port for one,
-    /// is the revision of those that run as well: they are not replaced for it.
-    fn revise(&mut self, known: Option<&Service>, service: &mut Service) {
-        if !self.numbers_revisions() {
-            self.insert_revision(service, self.revision);
-            let (ports, constraints) = (&service.spec.ports, &service.spec.constraints);
-            if known.is_some_and(|known| (&known.spec.ports, &known.spec.constraints) != (ports, constraints)) {
-                self.have_all_ask(&service.id, ports, constraints, false);
-            }
-            return;
-        }
-        let same = known.filter(|known| known.generation == service.generation);
-        let before = same.and_then(|known| self.revisions.get(&(known.id.clone(), known.generation)).cloned());
-        if before.as_ref().is_some_and(|before| before.is_as(&service.spec)) {
-            return;
-        }
-        service.generation += u64::from(before.is_some());
-        let revision = self.insert_revision(service, self.revision);
-        let runs = |user: &&Arc<Container>| before.as_ref().is_some_and(|before| user.revision == *before);
-        let users: Vec<_> = self.containers_of(&service.id).filter(runs).cloned().collect();
-        for user in users {
-            let (version, revision) = (self.revision, Arc::clone(&revision));
-            self.put_container(Container { revision, version, ..Arc::unwrap_or_clone(user) });
-        }
     }
 
     fn change_cluster(&mut self, change: impl FnOnce(&mut Cluster)) -> Result<(), Rejection> {
