@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use warren_tests::{
     Harm, Hostile, Inside, Process, WELL_BEHAVED, World,
@@ -501,6 +502,16 @@ fn a_runtime_that_hangs_fails_the_container_and_no_other() {
     let _ = Inside::of(&world, "after", &[]);
 }
 
+/// A process that is stopped, and is killed in the end: what cleans up after a test would wait for it.
+struct Hung(Pid);
+
+impl Drop for Hung {
+    fn drop(&mut self) {
+        // It should be gone.
+        let _ = kill_process(self.0, Signal::KILL);
+    }
+}
+
 #[test]
 fn a_shim_that_hangs_keeps_no_container_for_ever() {
     let mut world = World::with_containerd("shim");
@@ -510,8 +521,8 @@ fn a_shim_that_hangs_keeps_no_container_for_ever() {
     let inside = Inside::of(&world, "stuck", &["--stop-timeout", "1s"]);
     // The process between containerd and the container.
     let parent: i32 = inside.status("PPid").trim().parse().expect("a process");
-    let shim = rustix::process::Pid::from_raw(parent).expect("a process");
-    rustix::process::kill_process(shim, rustix::process::Signal::STOP).expect("it is ours");
+    let shim = Hung(Pid::from_raw(parent).expect("a process"));
+    kill_process(shim.0, Signal::STOP).expect("it is ours");
     let _ = world.warren(&["service", "rm", "stuck", "--wait"]).succeeded();
     until("its process is gone", || (!Path::new(&format!("/proc/{}", inside.pid)).exists()).then_some(()));
     let _ = Inside::of(&world, "after", &[]);
