@@ -134,7 +134,7 @@ pub struct Service {
     pub updated_at: Timestamp,
     /// What the user wants.
     pub spec: ServiceSpec,
-    /// The number of its newest [`Revision`]: containers of an earlier one are replaced.
+    /// The number of its newest [`super::Revision`]: containers of an earlier one are replaced.
     pub generation: u64,
     /// Which of the cluster's virtual addresses is its own; given by the state when the service is created.
     pub virtual_index: u32,
