@@ -284,7 +284,7 @@ struct ObserveArguments {
     /// The node's name in metrics [default: the machine's]
     #[arg(long, env = "WARREN_HOSTNAME")]
     hostname: Option<String>,
-    /// The cgroup whose processes' DNS queries are timed [default: all of the host's]
+    /// The cgroup whose processes' DNS queries are timed, below the cgroup2 mount; / is the whole host.
     #[arg(long, env = "WARREN_DNS_CGROUP", default_value = "/")]
     dns_cgroup: PathBuf,
     /// containerd's socket; asked for the labels that name a container's service.

@@ -71,8 +71,6 @@ fn io(action: String) -> impl FnOnce(io::Error) -> Error {
 static HELPER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/env"));
 /// What holds a container's variables.
 const ENV: &str = "env";
-/// Bytes of a variable with its name, without the NUL behind it (MAX_ARG_STRLEN in the kernel's binfmts.h).
-const LONGEST_VARIABLE: usize = (128 << 10) - 1;
 
 /// Puts the helper where containers have it from. Those that run keep the one that they began with.
 pub(crate) fn install_helper(path: &Path) -> io::Result<()> {
@@ -210,7 +208,7 @@ impl Secrets {
             let value = self.value(kind, &mount.source)?;
             let problem = match &value {
                 value if value.contains(&0) => Some("it has a zero byte"),
-                value if mount.env.len() + 1 + value.len() > LONGEST_VARIABLE => {
+                value if mount.env.len() + 1 + value.len() > warren_spec::MAX_STRING => {
                     Some("it is longer than 128 KiB, which is the most that the kernel takes")
                 }
                 _ => None,

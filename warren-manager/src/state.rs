@@ -477,9 +477,12 @@ impl State {
 
     fn put_container(&mut self, container: Container) {
         let id = container.id.clone();
-        self.count_user(&container.revision, true);
-        if let Some(old) = self.containers.get(&id).cloned() {
-            self.count_user(&old.revision, false);
+        let before = self.containers.get(&id).map(|old| Arc::clone(&old.revision));
+        if before.as_ref() != Some(&container.revision) {
+            self.count_user(&container.revision, true);
+            if let Some(before) = before {
+                self.count_user(&before, false);
+            }
         }
         if let Some(old) = self.containers.get(&id)
             && let Some(node) = &old.node

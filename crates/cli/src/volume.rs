@@ -27,7 +27,7 @@ pub(crate) enum Command {
         #[arg(long)]
         exclusive: bool,
         /// Where its data is to be; otherwise where the first container that uses it is.
-        #[arg(long, default_value = "")]
+        #[arg(long, default_value = "", hide_default_value = true)]
         node: String,
         /// A label, as name=value; may be repeated.
         #[arg(long, value_parser = parse::pair)]

@@ -128,7 +128,7 @@ impl Failure {
 struct Kept {
     answer: Result<Arc<Forwarded>, Failure>,
     at: Instant,
-    /// How long; zero for what only those hear who wait for it now.
+    /// Time to live; with zero it is for the requests that wait for it now, and not cached.
     ttl: Duration,
     /// What it takes in memory.
     bytes: u32,
@@ -179,8 +179,8 @@ impl Forwarder {
         Some(self.cache.get(&(name.clone(), kind)).await?.answer())
     }
 
-    /// Asks. One question is asked once at a time, whoever else waits for the same, and to its end, whoever goes away: else somebody who forges
-    /// answers had as many chances as there are askers.
+    /// Asks upstream. Concurrent requests for the same name and type share one upstream query, which is not cancelled with them: parallel
+    /// queries would give an off-path attacker as many chances to forge an answer.
     pub(crate) async fn ask(&self, name: &LowerName, kind: RecordType) -> Result<Forwarded, Failure> {
         let servers = self.servers.load_full();
         let (cache, key, name) = (self.cache.clone(), (name.clone(), kind), name.clone());

@@ -20,3 +20,7 @@ pub use signal::signal;
 pub use sysctl::{SafeSysctl, sysctl};
 pub use ulimit::{ULIMITS, ulimit};
 pub use user::{InvalidUser, MAX_ID, Principal, User};
+
+/// Bytes of one string that a process is started with, a variable with its name for one, without the NUL behind it (MAX_ARG_STRLEN in the
+/// kernel's binfmts.h).
+pub const MAX_STRING: usize = (128 << 10) - 1;

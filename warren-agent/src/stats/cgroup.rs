@@ -56,7 +56,7 @@ pub(crate) fn limit_cpu(cgroup: &Path, millis: u64) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// When there is none, or the kernel refuses.
+/// When no cgroup has the controller, or the kernel refuses.
 pub(crate) fn join_cpu(cgroup: &Path) -> io::Result<()> {
     let found = Hierarchies::of_this_process().directory("cpu", &everywhere(cgroup, "cpu"));
     let (directory, _) = found.ok_or(io::ErrorKind::NotFound)?;

@@ -67,6 +67,14 @@ impl Services {
         Ok(spec)
     }
 
+    /// Whether a validated spec can be a service's in this state, and on these nodes. `before` is what it is now.
+    fn check(&self, state: &State, spec: &ServiceSpec, before: Option<&ServiceSpec>) -> Result<(), Error> {
+        Self::check_schema(state, spec)?;
+        Self::check_variables(state, spec)?;
+        Self::check_names(state, spec, before)?;
+        self.check_ports(state, spec, before)
+    }
+
     /// Whether every manager can read what the spec has: while one is of an earlier version, new things wait.
     fn check_schema(state: &State, spec: &ServiceSpec) -> Result<(), Error> {
         let mut mounts = spec.container.secrets.iter().chain(&spec.container.configs);
@@ -79,8 +87,7 @@ impl Services {
 
     /// Whether the secrets that a service wants as variables fit into one each.
     fn check_variables(state: &State, spec: &ServiceSpec) -> Result<(), Error> {
-        /// Of a variable with its name (MAX_ARG_STRLEN in the kernel's binfmts.h).
-        const LONGEST: u64 = (128 << 10) - 1;
+        const LONGEST: u64 = warren_spec::MAX_STRING as u64;
         let lists = [
             ("secrets", v1::SecretKind::Secret, &spec.container.secrets),
             ("configs", v1::SecretKind::Config, &spec.container.configs),
@@ -208,10 +215,7 @@ impl Services {
         // A client that repeats a request after a lost answer is answered with what it made.
         let known = self.0.store.read().await?;
         if !known.has_done(&request.request_id) {
-            Self::check_schema(&known, &spec)?;
-            Self::check_variables(&known, &spec)?;
-            Self::check_names(&known, &spec, None)?;
-            self.check_ports(&known, &spec, None)?;
+            self.check(&known, &spec, None)?;
         }
         let name = spec.name.clone();
         let change = self.first(spec);
@@ -227,10 +231,7 @@ impl Services {
             return self.shown(&spec.name).or_else(|_| self.shown(&request.service));
         }
         let known = lookup::service(&state, &request.service)?;
-        Self::check_schema(&state, &spec)?;
-        Self::check_variables(&state, &spec)?;
-        Self::check_names(&state, &spec, Some(&known.spec))?;
-        self.check_ports(&state, &spec, Some(&known.spec))?;
+        self.check(&state, &spec, Some(&known.spec))?;
         let spec = self.pinned(spec, Some(&known.spec)).await?;
         let change = self.next(&known, spec, request.version, request.restart);
         self.write(request.request_id, change).await?;
@@ -273,10 +274,7 @@ impl Services {
             Object::Service(spec) => {
                 let spec = validate::service_spec(Some(spec), &self.0.policy)?;
                 let known = state.service_named(&spec.name).cloned();
-                Self::check_schema(state, &spec)?;
-                Self::check_variables(state, &spec)?;
-                Self::check_names(state, &spec, known.as_ref().map(|known| &known.spec))?;
-                self.check_ports(state, &spec, known.as_ref().map(|known| &known.spec))?;
+                self.check(state, &spec, known.as_ref().map(|known| &known.spec))?;
                 Ok(Some(match known {
                     Some(known) => self.next(&known, spec, 0, false),
                     None => self.first(spec),

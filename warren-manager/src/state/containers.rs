@@ -22,7 +22,7 @@ pub struct Revision {
     pub service: ServiceId,
     /// Counts them, from 1: the service's generation at the time.
     pub number: u64,
-    /// The state's revision that made it, by which events tell who did; 0 is not known.
+    /// The state's revision at which it was made, to find the event with its actor; 0 when not known.
     pub made_at: u64,
     /// What runs in each container.
     pub spec: Arc<v1::ContainerSpec>,
@@ -45,7 +45,7 @@ impl PartialEq for Revision {
 
 impl Revision {
     /// Whether it asks of containers and nodes what a service's spec does.
-    pub(super) fn is_as(&self, spec: &ServiceSpec) -> bool {
+    fn is_as(&self, spec: &ServiceSpec) -> bool {
         (&self.spec, &self.resources, &self.ports, &self.constraints)
             == (&spec.container, &spec.resources, &spec.ports, &spec.constraints)
     }
@@ -98,9 +98,9 @@ impl Container {
 /// the revision says.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct StoredContainer {
-    pub(super) id: ContainerId,
+    id: ContainerId,
     version: u64,
-    pub(super) service: ServiceId,
+    service: ServiceId,
     service_name: String,
     slot: u32,
     pinned: Option<NodeId>,
@@ -109,19 +109,19 @@ pub(super) struct StoredContainer {
     desired: Desired,
     status: Status,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) spec: Option<Arc<v1::ContainerSpec>>,
+    spec: Option<Arc<v1::ContainerSpec>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) resources: Option<Resources>,
-    pub(super) generation: u64,
+    resources: Option<Resources>,
+    generation: u64,
     failures: u32,
     /// Those of its node that it holds, once its service, which says so otherwise, is gone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(super) ports: Vec<v1::Port>,
+    ports: Vec<v1::Port>,
 }
 
 impl StoredContainer {
     /// With the number of its revision alone.
-    pub(super) fn by_number(container: &Container) -> Self {
+    fn by_number(container: &Container) -> Self {
         Self {
             id: container.id.clone(),
             version: container.version,
@@ -142,7 +142,7 @@ impl StoredContainer {
     }
 
     /// With all that its revision says, as schemas before revisions have it. `is_orphan` says whether its service is gone.
-    pub(super) fn whole(container: &Container, is_orphan: bool) -> Self {
+    fn whole(container: &Container, is_orphan: bool) -> Self {
         let revision = &container.revision;
         let ports = if is_orphan { revision.node_ports().cloned().collect() } else { Vec::new() };
         let (spec, resources) = (Some(Arc::clone(&revision.spec)), Some(revision.resources));
@@ -150,7 +150,7 @@ impl StoredContainer {
     }
 
     /// The revision that it tells of itself.
-    pub(super) fn own_revision(&self) -> Revision {
+    fn own_revision(&self) -> Revision {
         Revision {
             service: self.service.clone(),
             number: self.generation,
@@ -214,7 +214,7 @@ pub(super) struct StoredRevision {
 }
 
 impl StoredRevision {
-    pub(super) fn new(revision: &Revision, service: Option<&Service>) -> Self {
+    fn new(revision: &Revision, service: Option<&Service>) -> Self {
         let is_services = service.is_some_and(|service| service.spec.container == revision.spec);
         Self {
             service: revision.service.clone(),

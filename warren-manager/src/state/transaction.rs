@@ -590,16 +590,16 @@ impl State {
     }
 
     fn put_service(&mut self, service: &Service, expected: Expected) -> Result<(), Rejection> {
-        let known = self.services.get(&service.id);
+        let known = self.services.get(&service.id).cloned();
         let name = &service.spec.name;
-        if !matches(expected, known.map(|known| known.version)) {
+        if !matches(expected, known.as_ref().map(|known| known.version)) {
             return Err(Rejection::Conflict(format!("service {name:?}")));
         }
         if self.names.get(name).is_some_and(|owner| *owner != service.id) {
             return Err(Rejection::NameTaken(name.clone()));
         }
         // What it needed before and has lost since does not keep anything else of it from being changed.
-        let before = known.map(|known| &known.spec.container);
+        let before = known.as_ref().map(|known| &known.spec.container);
         for (kind, name) in needed_secrets(&service.spec.container) {
             let had = before.is_some_and(|before| needed_secrets(before).any(|needed| needed == (kind, name)));
             if !had && self.secret_named(kind, name).is_none() {
@@ -624,7 +624,7 @@ impl State {
         }
         let mut service = service.clone();
         service.version = self.revision;
-        if let Some(known) = known {
+        if let Some(known) = &known {
             let old = known.spec.name.clone();
             service.virtual_index = known.virtual_index;
             self.names.remove(&old);
@@ -635,7 +635,6 @@ impl State {
             service.virtual_index =
                 taken.ok_or_else(|| Rejection::Exhausted("virtual address for another service".to_owned()))?;
         }
-        let known = self.services.get(&service.id).cloned();
         self.revise(known.as_deref(), &mut service);
         self.names.insert(service.spec.name.clone(), service.id.clone());
         let id = service.id.clone();

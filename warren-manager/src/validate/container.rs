@@ -117,8 +117,7 @@ fn variable(name: &str) -> bool {
 
 /// Command, arguments and environment: what the kernel passes to the process.
 fn words(spec: &v1::ContainerSpec) -> Result<(), Invalid> {
-    // What a process is given is copied string by string (MAX_ARG_STRLEN in the kernel's binfmts.h), each with a NUL behind it.
-    const LONGEST: usize = (128 << 10) - 1;
+    const LONGEST: usize = warren_spec::MAX_STRING;
     if let Some((name, _)) = spec.env.iter().find(|(name, value)| name.len() + 1 + value.len() > LONGEST) {
         return invalid("spec.container.env", format!("{name:?} is longer than {LONGEST} bytes with its name"));
     }

@@ -97,25 +97,25 @@ pub(crate) struct Arguments {
     #[arg(long, default_value_t = 0)]
     restart_max_attempts: u32,
     /// Stop signal [default: the image's, or SIGTERM]
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     stop_signal: String,
     /// Time from the stop signal to SIGKILL, like 30s or 2m, or a number of seconds [default: 10s]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     stop_timeout: Option<pbjson_types::Duration>,
     /// Limit of processes and threads [default: the agent's --limit-pids, 4096]
-    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, hide_default_value = true)]
     limit_pids: i64,
     /// Working directory [default: the image's]
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     workdir: String,
     /// User name or UID, optionally with :GROUP or :GID [default: the image's]
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     user: String,
     /// Container label, as NAME=VALUE; may be repeated.
     #[arg(long, value_parser = parse::pair)]
     container_label: Vec<(String, String)>,
     /// Container hostname [default: the beginning of its id]
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     hostname: String,
     /// Mount the root filesystem read-only.
     #[arg(long)]
@@ -164,7 +164,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "CONFIG", value_parser = parse::secret)]
     config: Vec<v1::SecretMount>,
     /// Secret with the registry's credentials: user:password, or a Docker config.json.
-    #[arg(long, value_name = "SECRET", default_value = "")]
+    #[arg(long, value_name = "SECRET", default_value = "", hide_default_value = true)]
     registry_secret: String,
     /// Health check: http://:8080/PATH, https://:8443/PATH, tcp://:5432, grpc://:50051/SERVICE, or exec:COMMAND, run by a
     /// shell in the container.
