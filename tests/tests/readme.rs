@@ -12,7 +12,11 @@ fn blocks(kind: &str) -> Vec<String> {
     readme.split(&fence).skip(1).map(|rest| rest.split("```").next().unwrap_or_default().to_owned()).collect()
 }
 
-/// A line without what differs from run to run: words with a digit in them, the host's name, and the width of columns.
+/// Characters of an id in a table.
+const SHORT_ID: usize = 12;
+
+/// A line without what differs from run to run: words with a digit in them, ids (one in fifty has no digit), the host's name,
+/// and the width of columns.
 fn shape(line: &str) -> String {
     let word = |word: &str| match word {
         "vm" | "node-1" => "HOST".to_owned(),
@@ -24,6 +28,7 @@ fn shape(line: &str) -> String {
                 _ => "N".to_owned(),
             }
         }
+        word if word.len() == SHORT_ID && word.chars().all(|c| c.is_ascii_lowercase()) => "N".to_owned(),
         word => word.to_owned(),
     };
     line.split_whitespace().map(word).collect::<Vec<_>>().join(" ")
