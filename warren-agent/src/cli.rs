@@ -18,7 +18,7 @@ use crate::{agent, dns, logs, network, node, observe, probes, tasks::NodeSetting
 /// The file with an agent's settings, in the configuration's directory.
 pub const FILE: &str = "agent.toml";
 
-/// Warren's node agent: runs containers, times them and their DNS queries in the kernel.
+/// Warren's node agent: runs containers and measures them and their DNS queries in the kernel.
 #[derive(Debug, Parser)]
 #[command(name = "warren-agent", args_override_self = true, version = build::LONG_VERSION)]
 pub struct Arguments {
@@ -28,25 +28,26 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Runs what a manager assigns to this node.
+    /// Run the containers that the managers assign to this node.
     Run(Box<AgentArguments>),
-    /// Times every container and DNS query of this host, whoever runs them, and serves /metrics. Needs no manager.
+    /// Measure all containers and DNS queries of this host, under any orchestrator, and serve /metrics. Needs no
+    /// manager.
     Observe(Box<ObserveArguments>),
 }
 
 /// How to time things in the kernel.
 #[derive(Args, Clone, Debug)]
 pub struct ProbeArguments {
-    /// Where the probes are pinned, so that they outlive the agent.
+    /// BPF filesystem directory where probes are pinned, so that they outlive the agent.
     #[arg(long, env = "WARREN_BPF_PIN_DIR", default_value = "/sys/fs/bpf/warren")]
     pub bpf_pin_dir: PathBuf,
-    /// DNS answers slower than this many milliseconds are logged, as are failed ones; 0 logs none.
+    /// Log failed DNS queries and those slower than this many milliseconds; 0 disables both.
     #[arg(long, env = "WARREN_DNS_SLOW_MS", default_value_t = 0)]
     pub dns_slow_ms: u64,
-    /// Ports taken for DNS; at most four.
+    /// Ports treated as DNS, comma-separated; at most four.
     #[arg(long, env = "WARREN_DNS_PORTS", default_value = "53", value_delimiter = ',', num_args = 1..=4)]
     pub dns_ports: Vec<u16>,
-    /// Seconds after which a DNS query counts as unanswered.
+    /// Timeout in seconds after which a DNS query counts as unanswered.
     #[arg(long, env = "WARREN_DNS_TIMEOUT_S", default_value_t = 5)]
     pub dns_timeout_s: u64,
 }
@@ -78,10 +79,10 @@ pub struct AgentArguments {
     /// Directory of the node's identity and state.
     #[arg(long, env = "WARREN_AGENT_DATA_DIR", default_value = "/var/lib/warren/agent")]
     pub data_dir: PathBuf,
-    /// The socket of the manager on this machine, for a node that has not joined a cluster.
+    /// Socket of the local manager, used if the node has not joined a cluster.
     #[arg(long, env = "WARREN_SOCKET", default_value = "/run/warren/warren.sock")]
     pub socket: PathBuf,
-    /// The node's name [default: the machine's]
+    /// Hostname of the node [default: the machine's]
     #[arg(long, env = "WARREN_HOSTNAME")]
     pub hostname: Option<String>,
     /// Node label, as NAME=VALUE; may be repeated or comma-separated. In constraints it is node.labels.agent/NAME.
@@ -181,8 +182,8 @@ pub struct NodeArguments {
     /// Do not load kernel probes; time containers around runtime calls instead.
     #[arg(long, env = "WARREN_NO_PROBES")]
     pub no_probes: bool,
-    /// Seconds between telemetry snapshots, which are no more frequent than heartbeats: those are two seconds apart, and more in
-    /// clusters of more than a thousand nodes.
+    /// Seconds between telemetry snapshots; at least the heartbeat interval (2 s, longer with more than a thousand
+    /// nodes).
     #[arg(long, env = "WARREN_TELEMETRY_INTERVAL_S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
     pub telemetry_interval_s: u64,
     #[command(flatten)]
@@ -281,16 +282,16 @@ struct ObserveArguments {
     /// Address of the HTTP endpoint for /metrics, /health, /ready and /live.
     #[arg(long, env = "WARREN_AGENT_METRICS_ADDR", default_value = "0.0.0.0:9465")]
     metrics_addr: SocketAddr,
-    /// The node's name in metrics [default: the machine's]
+    /// Value of the node label in metrics [default: the machine's hostname]
     #[arg(long, env = "WARREN_HOSTNAME")]
     hostname: Option<String>,
     /// The cgroup whose processes' DNS queries are timed, below the cgroup2 mount; / is the whole host.
     #[arg(long, env = "WARREN_DNS_CGROUP", default_value = "/")]
     dns_cgroup: PathBuf,
-    /// containerd's socket; asked for the labels that name a container's service.
+    /// containerd socket, to read the labels with a container's service.
     #[arg(long, env = "WARREN_CONTAINERD_SOCKET", default_value = "/run/containerd/containerd.sock")]
     containerd_socket: PathBuf,
-    /// Detach the probes and forget their counts when observing ends.
+    /// Detach the probes and discard their counts on exit.
     #[arg(long, env = "WARREN_DETACH")]
     detach: bool,
     #[command(flatten)]

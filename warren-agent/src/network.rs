@@ -137,10 +137,10 @@ pub enum Reach {
 /// How packets travel between nodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum OverlayKind {
-    /// As they are, in VXLAN's packets.
+    /// VXLAN, unencrypted.
     #[default]
     Vxlan,
-    /// Encrypted, by WireGuard: the kernel's, or, where it has none, the agent's own.
+    /// WireGuard, encrypted; in userspace if the kernel does not support it.
     Wireguard,
 }
 

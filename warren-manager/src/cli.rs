@@ -23,11 +23,11 @@ pub const FILE: &str = "manager.toml";
 /// How far apart managers are.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum ProfileArgument {
-    /// One site, disks of servers: elections begin a second after the leader was heard last.
+    /// One site, server disks: election timeout from 1 s.
     Lan,
-    /// Several sites: after 3 seconds.
+    /// Several sites: election timeout from 3 s.
     Wan,
-    /// Slow or worn disks, like SD cards: after 7.5 seconds.
+    /// Slow disks, like SD cards: election timeout from 7.5 s.
     Edge,
 }
 

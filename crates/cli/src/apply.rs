@@ -31,7 +31,7 @@ use mistakes::{Mistake, Source, parse, path_in_manifest};
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// A file, a directory with files named .yaml, .yml or .json, or - for stdin; may be repeated.
+    /// Manifest file, directory of .yaml, .yml and .json files, or - for stdin; may be repeated.
     #[arg(long, short, required = true, value_name = "FILE|DIR|-")]
     file: Vec<PathBuf>,
     #[command(flatten)]

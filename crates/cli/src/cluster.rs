@@ -23,8 +23,9 @@ use crate::{
 pub(crate) enum Command {
     /// Initialize a cluster with this machine as its first manager.
     ///
-    /// It prints two tokens, with which machines join for a day, and no more: the cluster keeps only their hashes. The manager of
-    /// this machine starts to work, or does when it is started; one that waits for this is waited for: when the command ends, it answers.
+    /// Prints a join token for managers and one for workers. They expire after a day and cannot be shown again: the
+    /// cluster stores only their hashes. If the manager is running, the command returns once it is ready; otherwise it
+    /// initializes when started.
     Init {
         #[command(flatten)]
         place: Place,
@@ -33,13 +34,13 @@ pub(crate) enum Command {
     },
     /// Join this machine to a cluster as a manager or a worker, depending on the token.
     ///
-    /// The manager or agent of this machine starts to take part, or does when it is started. A manager that waits for this is waited
-    /// for: when the command ends, it answers.
+    /// If the manager or agent is running, it joins at once; otherwise it joins when started. For a running manager the
+    /// command returns once it is ready.
     Join {
-        /// As `warren cluster init` or `warren cluster token` has printed it.
+        /// Join token from `warren cluster init` or `warren cluster token`.
         #[arg(long, env = "WARREN_JOIN_TOKEN", hide_env_values = true)]
         token: String,
-        /// A manager of the cluster, as HOST:PORT.
+        /// Address of any manager of the cluster, as HOST:PORT.
         address: String,
         #[command(flatten)]
         place: Place,
@@ -58,7 +59,7 @@ pub(crate) enum Command {
     },
     /// Remove a manager from the cluster permanently. A leader hands over first.
     Rm {
-        /// Its number, as `warren cluster info` shows it, or its machine's name.
+        /// Manager number from `warren cluster info`, or hostname.
         #[arg(value_name = "MANAGER")]
         named: String,
     },
@@ -67,23 +68,24 @@ pub(crate) enum Command {
     Token(TokenCommand),
     /// Back up the cluster's state to a file for `warren cluster restore`.
     ///
-    /// The file holds what opens the cluster's secrets; only where managers are locked (`warren cluster autolock`) nobody can use
-    /// that without the unlock key.
+    /// The file contains the key that decrypts the cluster's secrets. With autolock on (`warren cluster autolock`) that
+    /// key is encrypted with the unlock key.
     Backup {
-        /// Where to write it; what is there is replaced.
+        /// Backup file; overwritten if it exists.
         file: PathBuf,
     },
     /// Restore a cluster from a backup, with this machine as its first manager.
     ///
-    /// Managers that the cluster had are no longer in it: they must not run any more. Nodes still are, and find the manager if it
-    /// is reached where one of the others was.
+    /// The previous managers are no longer members and must not run again. Nodes remain members; they reconnect if this
+    /// manager has the address of one of the previous managers.
     Restore {
-        /// As `warren cluster backup` wrote it.
+        /// Backup file from `warren cluster backup`.
         file: PathBuf,
-        /// Where the others reach this manager, as HOST:PORT [default: this machine's address]
+        /// Address at which other managers and agents reach this manager, as HOST:PORT [default: this machine's
+        /// address]
         #[arg(long)]
         advertise_addr: Option<String>,
-        /// The unlock key, if the cluster's managers were locked.
+        /// Unlock key, if autolock was on when the backup was made.
         #[arg(long, env = "WARREN_UNLOCK_KEY", hide_env_values = true)]
         unlock_key: Option<String>,
         #[command(flatten)]
@@ -91,10 +93,10 @@ pub(crate) enum Command {
     },
     /// Recover from the permanent loss of a majority: continue with this machine's manager alone.
     ///
-    /// Without --force it only looks and says what it would do. The manager must not be running. What only the lost managers
-    /// knew is lost.
+    /// Without --force it only prints what it would do. Stop the manager first. Changes that only the lost managers
+    /// have are lost.
     Recover {
-        /// Do it.
+        /// Recover; without it, only print what would be done.
         #[arg(long)]
         force: bool,
         #[command(flatten)]
@@ -102,13 +104,13 @@ pub(crate) enum Command {
     },
     /// Enable or disable autolock: a locked manager needs the unlock key when it starts.
     Autolock {
-        /// Whether.
+        /// Whether managers require the unlock key at start.
         #[arg(value_enum, value_name = "on|off")]
         state: Switch,
     },
     /// Show the unlock key.
     UnlockKey {
-        /// Make another one first. The old one still opens backups that were made before, and managers that do not run now.
+        /// Rotate the key first. Earlier backups, and managers that are not running, still need the old key.
         #[arg(long)]
         rotate: bool,
     },
@@ -121,24 +123,24 @@ pub(crate) enum Command {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Switch {
-    /// Lock them.
+    /// Require the unlock key.
     On,
-    /// Do not.
+    /// Do not require it.
     Off,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum CaCommand {
-    /// Replaces the authority: all members get certificates of another one, while everything goes on.
+    /// Replace the CA and reissue all members' certificates, without downtime.
     ///
-    /// It ends when every manager and node has followed; `warren cluster info` shows whom it waits for. Join tokens are no longer
-    /// valid then.
+    /// The rotation is complete when every manager and node has a new certificate; `warren cluster info` lists those
+    /// still pending. It invalidates existing join tokens.
     Rotate,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct Place {
-    /// Holds the manager's and the agent's directories.
+    /// Parent of the manager's and the agent's data directories.
     #[arg(long, env = "WARREN_DATA_DIR", default_value = "/var/lib/warren")]
     data_dir: PathBuf,
 }
@@ -156,13 +158,13 @@ impl Place {
 /// What is waited for, after this machine was given its place.
 #[derive(Args, Debug)]
 pub(crate) struct Settling {
-    /// Wait until the manager answers, or the agent is in session with one, also when it is still to be started.
+    /// Wait until the manager is ready or the agent is connected, even if the process is not started yet.
     #[arg(long)]
     wait: bool,
-    /// How long.
+    /// Timeout of the wait.
     #[arg(long, default_value = "60s", value_parser = parse::std_duration, value_name = "DURATION")]
     timeout: Duration,
-    /// This machine's name [default: its own]
+    /// Hostname to register [default: the machine's]
     #[arg(long, env = "WARREN_HOSTNAME")]
     hostname: Option<String>,
 }
@@ -175,18 +177,18 @@ impl Settling {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum TokenCommand {
-    /// Makes a token and prints it, once.
+    /// Create a join token and print it; it cannot be shown again.
     Create {
         #[command(flatten)]
         wanted: Wanted,
     },
-    /// Lists tokens that are valid, without their secrets.
+    /// List valid join tokens, without their secrets.
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
         list: ListArguments,
     },
-    /// Makes all tokens of a role useless, and another one.
+    /// Revoke all join tokens of a role and create a new one.
     Rotate {
         #[command(flatten)]
         wanted: Wanted,
@@ -195,10 +197,10 @@ pub(crate) enum TokenCommand {
 
 #[derive(Args, Debug)]
 pub(crate) struct Wanted {
-    /// What machines that have it become.
+    /// Role of machines that join with the token.
     #[arg(long, value_enum)]
     role: Role,
-    /// How long it is valid, like 2h.
+    /// Validity of the token, like 2h [default: a day]
     #[arg(long, value_parser = parse::duration)]
     lifetime: Option<pbjson_types::Duration>,
 }

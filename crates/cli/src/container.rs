@@ -28,13 +28,13 @@ pub(crate) enum Command {
     /// List containers.
     #[command(alias = "list")]
     Ls {
-        /// Only this service's: name, id, or unique beginning of an id.
+        /// Only containers of this service: name, ID or unique ID prefix.
         #[arg(long)]
         service: Option<String>,
-        /// Only this node's: hostname, id, or unique beginning of an id.
+        /// Only containers of this node: hostname, ID or unique ID prefix.
         #[arg(long)]
         node: Option<String>,
-        /// Also those that have ended.
+        /// Include containers that have ended.
         #[arg(long, short)]
         all: bool,
         #[command(flatten)]
@@ -42,7 +42,7 @@ pub(crate) enum Command {
     },
     /// Show logs of a container.
     Logs {
-        /// Id, unique beginning of it, or name, like web-1.
+        /// Name, like web-1, ID or unique ID prefix.
         #[arg(add = complete::containers())]
         container: String,
         #[command(flatten)]
@@ -50,23 +50,23 @@ pub(crate) enum Command {
     },
     /// Run a command in a running container; exits with the command's exit code.
     Exec(exec::Arguments),
-    /// Copy files from or to a running container: `web-1:/etc/hosts .`, or `file web-1:/tmp`. Its image needs `tar`.
+    /// Copy files from or to a running container: `web-1:/etc/hosts .`, or `file web-1:/tmp`. Needs `tar` in the image.
     Cp(copy::Arguments),
     /// Send a signal to containers' main processes. The restart policy applies to those that exit.
     Kill {
-        /// Ids, unique beginnings of them, or names, like web-1.
+        /// Names, like web-1, IDs or unique ID prefixes.
         #[arg(required = true, add = complete::containers())]
         containers: Vec<String>,
-        /// A name, like TERM or SIGTERM, or a number.
+        /// Signal name, like TERM or SIGTERM, or number.
         #[arg(long, short, default_value = "KILL")]
         signal: String,
     },
     /// Wait until containers exit, and print their exit codes.
     Wait {
-        /// Ids, unique beginnings of them, or names, like web-1.
+        /// Names, like web-1, IDs or unique ID prefixes.
         #[arg(required = true, add = complete::containers())]
         containers: Vec<String>,
-        /// How long to wait at most: a number of seconds, or 90s, 5m [default: no limit]
+        /// Timeout: a number of seconds, or 90s, 5m [default: no limit]
         #[arg(long, value_name = "DURATION", value_parser = parse::seconds)]
         timeout: Option<u64>,
     },
@@ -74,7 +74,7 @@ pub(crate) enum Command {
     Stats(stats::Arguments),
     /// Show a container.
     Inspect {
-        /// Id, unique beginning of it, or name, like web-1.
+        /// Name, like web-1, ID or unique ID prefix.
         #[arg(add = complete::containers())]
         container: String,
         #[command(flatten)]

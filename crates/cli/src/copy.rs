@@ -28,10 +28,10 @@ const AHEAD: usize = 16;
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Arguments {
-    /// A file or directory of this machine, or CONTAINER:PATH; DIRECTORY/. is what is in it
+    /// Local path or CONTAINER:PATH; DIRECTORY/. copies the directory's contents
     #[arg(add = complete::places())]
     source: String,
-    /// Where to: a directory that exists, to copy into it, or the name of the copy
+    /// Local path or CONTAINER:PATH: an existing directory to copy into, or the name of the copy
     #[arg(add = complete::places())]
     destination: String,
 }

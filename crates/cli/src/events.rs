@@ -14,16 +14,16 @@ use crate::{
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// Go on with what happens.
+    /// Follow new events.
     #[arg(long, short)]
     follow: bool,
-    /// Only types that begin like this: service, node.down, container.failed; may be repeated.
+    /// Only events whose type has this prefix, like service, node.down or container.failed; may be repeated.
     #[arg(long = "type", value_name = "TYPE")]
     types: Vec<String>,
-    /// Only what came after this revision.
+    /// Only events after this revision.
     #[arg(long, value_name = "REVISION", default_value_t = 0)]
     since: u64,
-    /// Of what has happened, only so many, the latest; with --follow, 0 shows only what happens from now on.
+    /// Number of past events to show; 0 with --follow shows only new events.
     #[arg(long, short = 'n', value_name = "EVENTS")]
     tail: Option<u32>,
     #[command(flatten)]

@@ -30,25 +30,25 @@ const AHEAD: usize = 4;
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Arguments {
-    /// Give it this command's standard input.
+    /// Keep stdin open and forward it to the command.
     #[arg(long, short)]
     interactive: bool,
-    /// Give it a terminal.
+    /// Allocate a pseudo-TTY.
     #[arg(long, short)]
     tty: bool,
-    /// A variable more than the container has: NAME=VALUE.
+    /// Additional environment variable, as NAME=VALUE; may be repeated.
     #[arg(long, short, value_name = "NAME=VALUE", value_parser = parse::pair)]
     env: Vec<(String, String)>,
-    /// Its working directory [default: the container's]
+    /// Working directory of the command [default: the container's]
     #[arg(long, short = 'w', value_name = "PATH")]
     workdir: Option<String>,
-    /// Who runs it, as name or uid, with :group or :gid behind it [default: the container's user]
+    /// User name or UID, optionally with :GROUP or :GID [default: the container's user]
     #[arg(long, short, value_name = "USER")]
     user: Option<String>,
-    /// Id, unique beginning of it, or name, like web-1.
+    /// Name, like web-1, ID or unique ID prefix.
     #[arg(add = complete::containers())]
     container: String,
-    /// The command: no shell is around it.
+    /// Command and arguments; not run in a shell.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
     command: Vec<String>,
 }

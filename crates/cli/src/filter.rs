@@ -19,8 +19,8 @@ use crate::{
 pub(crate) struct ListArguments {
     #[command(flatten)]
     format: FormatArguments,
-    /// Lists only what has this value in this field, or with != another one; may be repeated, and then all must hold. Fields are
-    /// those of `--format json`: status=down, spec.labels.tier=front.
+    /// Only objects with this field value, FIELD=VALUE or FIELD!=VALUE; may be repeated, and all must match. Fields are
+    /// those of --format json, like status=down or spec.labels.tier=front.
     #[arg(long = "filter", value_name = "FIELD=VALUE")]
     filters: Vec<Filter>,
 }

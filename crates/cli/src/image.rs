@@ -15,10 +15,10 @@ use crate::{
 
 #[derive(Args, Debug)]
 pub(crate) struct Daemon {
-    /// containerd's socket.
+    /// containerd socket.
     #[arg(long, env = "WARREN_CONTAINERD_SOCKET", default_value = "/run/containerd/containerd.sock")]
     containerd_socket: PathBuf,
-    /// containerd's namespace.
+    /// containerd namespace.
     #[arg(long, env = "WARREN_CONTAINERD_NAMESPACE", default_value = "warren")]
     containerd_namespace: String,
 }
@@ -38,9 +38,9 @@ impl Daemon {
 pub(crate) enum Command {
     /// Import images from an OCI archive (an image layout in a tar file).
     Import {
-        /// The archive.
+        /// OCI archive.
         file: PathBuf,
-        /// Names the archive's only image; otherwise its own name is taken.
+        /// Name of the image, if the archive has only one [default: the name in the archive]
         #[arg(long)]
         name: Option<String>,
         #[command(flatten)]
@@ -48,9 +48,9 @@ pub(crate) enum Command {
     },
     /// Pull an image from its registry.
     Pull {
-        /// The image.
+        /// Image name, with a tag or digest.
         image: String,
-        /// A file with credentials: `user:password`, or what `docker login` writes.
+        /// File with registry credentials: user:password, or a Docker config.json.
         #[arg(long, value_name = "FILE")]
         credentials: Option<PathBuf>,
         #[command(flatten)]
@@ -68,7 +68,7 @@ pub(crate) enum Command {
     },
     /// Remove images by name; layers that containers use stay.
     Rm {
-        /// Their names, as `warren image ls` shows them.
+        /// Image names from `warren image ls`.
         #[arg(required = true)]
         images: Vec<String>,
         #[command(flatten)]

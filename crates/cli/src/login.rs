@@ -27,12 +27,12 @@ const SOON: Duration = Duration::from_secs(14 * 24 * 3600);
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// As `warren operator create` has printed it.
+    /// Login token from `warren operator create`.
     #[arg(long, env = "WARREN_JOIN_TOKEN", hide_env_values = true)]
     token: String,
-    /// A manager of the cluster, as HOST:PORT.
+    /// Address of any manager of the cluster, as HOST:PORT.
     address: String,
-    /// Also where somebody has logged in already: who that was is forgotten here.
+    /// Overwrite the certificate of an earlier login.
     #[arg(long)]
     replace: bool,
 }

@@ -12,16 +12,16 @@ use crate::{client::ClientArguments, error::Error, output, parse, terminal};
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct LogArguments {
-    /// Go on with what is written from now on.
+    /// Follow log output.
     #[arg(long, short)]
     follow: bool,
-    /// The last lines of each container.
+    /// Number of lines to show from the end of each container's log.
     #[arg(long, short = 'n', value_name = "LINES")]
     tail: Option<u32>,
-    /// Only what was written since: a time like 2026-11-22T10:00:00Z, or how long ago, like 10m.
+    /// Only lines since a timestamp, like 2026-11-22T10:00:00Z, or a relative time, like 10m.
     #[arg(long, value_parser = since)]
     since: Option<pbjson_types::Timestamp>,
-    /// Show when each line was written.
+    /// Show timestamps.
     #[arg(long, short)]
     timestamps: bool,
 }

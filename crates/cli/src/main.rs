@@ -41,7 +41,7 @@ use crate::{
     output::{Format, FormatArguments, say},
 };
 
-/// Warren runs containers on small and edge clusters, and times them in the kernel.
+/// Run containers on small and edge clusters, with timings measured in the kernel.
 #[derive(Debug, Parser)]
 #[command(name = "warren", version = LONG_VERSION, args_override_self = true)]
 struct Arguments {
@@ -74,7 +74,7 @@ enum Command {
     Volume(volume::Command),
     /// Show live resource usage and kernel timings of nodes and containers.
     ///
-    /// Of starts, stops and DNS queries it shows how many there were, and the median and 99th percentile of how long they took.
+    /// For container starts, container stops and DNS queries it shows the count, the median and the 99th percentile.
     Top(top::Arguments),
     /// Manage the cluster: initialize, join, health, backup, managers.
     #[command(subcommand)]
@@ -87,14 +87,15 @@ enum Command {
     Operator(operator::Command),
     /// Log in to a cluster with an operator's token.
     ///
-    /// The certificate is kept in ~/.config/warren, unless --identity says where. It is valid for 90 days, and renewed by being
-    /// used.
+    /// Stores a certificate in the --identity directory. It is valid for 90 days and is renewed automatically while in
+    /// use.
     Login(login::Arguments),
     /// Log out: delete this machine's operator certificate. To revoke it, use `warren operator rm`.
     Logout,
     /// List events: changes with who made them, and what happened to containers and nodes.
     ///
-    /// Of changes the cluster remembers the latest 10,000; of containers and nodes the manager that leads, since it leads.
+    /// The cluster stores the latest 10,000 changes. Events of containers and nodes are kept in the leader's memory and
+    /// are lost when the leader changes.
     Events(events::Arguments),
     /// Manage this node's images.
     #[command(subcommand)]
@@ -106,7 +107,7 @@ enum Command {
     },
     /// Print a shell completion script: `source <(warren completion bash)`.
     Completion {
-        /// Which shell.
+        /// Shell.
         shell: clap_complete::Shell,
     },
 }

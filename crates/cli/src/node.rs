@@ -25,7 +25,7 @@ pub(crate) enum Command {
     },
     /// Show a node.
     Inspect {
-        /// Hostname, id, or unique beginning of an id.
+        /// Hostname, ID or unique ID prefix.
         #[arg(add = complete::nodes())]
         node: String,
         #[command(flatten)]
@@ -33,31 +33,31 @@ pub(crate) enum Command {
     },
     /// Mark a node unschedulable; running containers stay.
     Cordon {
-        /// Hostname, id, or unique beginning of an id.
+        /// Hostname, ID or unique ID prefix.
         #[arg(add = complete::nodes())]
         node: String,
     },
     /// Mark a node schedulable again.
     Uncordon {
-        /// Hostname, id, or unique beginning of an id.
+        /// Hostname, ID or unique ID prefix.
         #[arg(add = complete::nodes())]
         node: String,
     },
-    /// Drain a node: move its containers to other nodes, one at a time for each service.
+    /// Drain a node: move its containers to other nodes, for each service one at a time.
     Drain {
-        /// Hostname, id, or unique beginning of an id.
+        /// Hostname, ID or unique ID prefix.
         #[arg(add = complete::nodes())]
         node: String,
         /// Wait until the node has no containers left.
         #[arg(long)]
         wait: bool,
-        /// How long to wait: a number of seconds, or 90s, 5m.
+        /// Timeout of --wait: a number of seconds, or 90s, 5m.
         #[arg(long, value_name = "DURATION", default_value = "300", requires = "wait", value_parser = parse::seconds)]
         timeout: u64,
     },
     /// Set or remove labels of a node.
     Label {
-        /// Hostname, id, or unique beginning of an id.
+        /// Hostname, ID or unique ID prefix.
         #[arg(add = complete::nodes())]
         node: String,
         /// NAME=VALUE sets a label, NAME- removes it.
@@ -66,20 +66,21 @@ pub(crate) enum Command {
     },
     /// Make the manager on a machine a voter.
     Promote {
-        /// The machine's name, or the manager's number.
+        /// Hostname or manager number.
         machine: String,
     },
-    /// Make the manager on a machine a learner: it follows without a vote. A leader hands over first.
+    /// Make the manager on a machine a non-voting learner. A leader transfers leadership first.
     Demote {
-        /// The machine's name, or the manager's number.
+        /// Hostname or manager number.
         machine: String,
     },
     /// Remove a node that is down: revoke its certificate and replace its containers elsewhere.
     Rm {
-        /// Hostname, id, or unique beginning of an id.
+        /// Hostname, ID or unique ID prefix.
         #[arg(add = complete::nodes())]
         node: String,
-        /// Also while its agent is connected, like that of a stolen machine. Containers that still run there are not stopped.
+        /// Remove the node even if its agent is connected, for example a stolen machine. Its containers are not
+        /// stopped.
         #[arg(long)]
         force: bool,
     },

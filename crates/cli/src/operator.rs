@@ -17,11 +17,12 @@ use crate::{
 pub(crate) enum Command {
     /// Create an operator, and print the command to log in with.
     ///
-    /// The token in it is for one login. Whoever logs in may do what root may at a manager's socket.
+    /// The command contains a token that is valid for one login. An operator has the permissions of root at a manager's
+    /// socket.
     Create {
-        /// A name of their own, by which events tell who did what.
+        /// Unique name of the operator; events record it.
         name: String,
-        /// How long the token is valid, like 2h [default: a day]
+        /// Validity of the login token, like 2h [default: a day]
         #[arg(long, value_parser = parse::duration)]
         lifetime: Option<pbjson_types::Duration>,
         #[command(flatten)]
@@ -35,7 +36,7 @@ pub(crate) enum Command {
     },
     /// Remove operators and revoke their certificates.
     Rm {
-        /// Names, ids, or unique beginnings of ids.
+        /// Names, IDs or unique ID prefixes.
         #[arg(required = true)]
         operators: Vec<String>,
     },

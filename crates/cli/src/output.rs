@@ -20,18 +20,18 @@ use crate::error::Error;
 /// How to show something.
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
 pub(crate) enum Format {
-    /// For people.
+    /// Human-readable table.
     #[default]
     Table,
-    /// For programs.
+    /// JSON.
     Json,
-    /// For programs, and for people who want to see everything.
+    /// YAML with all fields.
     Yaml,
 }
 
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct FormatArguments {
-    /// How to show it.
+    /// Output format.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) format: Format,
 }

@@ -21,25 +21,25 @@ use crate::{
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Create one from a file.
+    /// Create a secret or config from a file.
     Create {
-        /// Its name.
+        /// Name of the secret or config.
         name: String,
-        /// What it holds; - is stdin.
+        /// File with the value; - is stdin.
         file: PathBuf,
-        /// A label, as name=value; may be repeated.
+        /// Label, as NAME=VALUE; may be repeated.
         #[arg(long, value_parser = parse::pair)]
         label: Vec<(String, String)>,
     },
-    /// List them, without their values.
+    /// List secrets or configs, without their values.
     #[command(alias = "list")]
     Ls {
         #[command(flatten)]
         list: ListArguments,
     },
-    /// Show one; a secret's value is never shown.
+    /// Show details. Secret values are never shown.
     Inspect {
-        /// Name, id, or unique beginning of an id.
+        /// Name, ID or unique ID prefix.
         #[arg(add = complete::secrets())]
         name: String,
         #[command(flatten)]
@@ -47,15 +47,15 @@ pub(crate) enum Command {
     },
     /// Set a new value.
     Update {
-        /// Name, id, or unique beginning of an id.
+        /// Name, ID or unique ID prefix.
         #[arg(add = complete::secrets())]
         name: String,
-        /// What it is to hold; - is stdin.
+        /// File with the new value; - is stdin.
         file: PathBuf,
     },
-    /// Remove those that no service uses.
+    /// Remove secrets or configs. Fails for those that a service uses.
     Rm {
-        /// Names, ids, or unique beginnings of ids.
+        /// Names, IDs or unique ID prefixes.
         #[arg(required = true, add = complete::secrets())]
         names: Vec<String>,
     },

@@ -32,7 +32,7 @@ pub(crate) enum Command {
     },
     /// Show a service; --format yaml prints a manifest for `warren apply`.
     Inspect {
-        /// Name, id, or unique beginning of an id.
+        /// Name, ID or unique ID prefix.
         #[arg(add = complete::services())]
         service: String,
         #[command(flatten)]
@@ -40,10 +40,10 @@ pub(crate) enum Command {
     },
     /// List a service's containers: the newest of each slot, and any that still run.
     Ps {
-        /// Name, id, or unique beginning of an id.
+        /// Name, ID or unique ID prefix.
         #[arg(add = complete::services())]
         service: String,
-        /// Also those that were replaced, as far as they are remembered.
+        /// Include replaced containers that are still recorded.
         #[arg(long, short)]
         all: bool,
         #[command(flatten)]
@@ -51,7 +51,7 @@ pub(crate) enum Command {
     },
     /// Show logs of a service's containers.
     Logs {
-        /// Name, id, or unique beginning of an id.
+        /// Name, ID or unique ID prefix.
         #[arg(add = complete::services())]
         service: String,
         #[command(flatten)]
@@ -59,10 +59,10 @@ pub(crate) enum Command {
     },
     /// Set the number of replicas of a service.
     Scale {
-        /// Name, id, or unique beginning of an id.
+        /// Name, ID or unique ID prefix.
         #[arg(add = complete::services())]
         service: String,
-        /// How many.
+        /// Number of replicas.
         #[arg(allow_negative_numbers = true)]
         replicas: i64,
         #[command(flatten)]
@@ -70,17 +70,17 @@ pub(crate) enum Command {
     },
     /// Restart services: replace their containers with the same spec.
     Restart {
-        /// Names, ids, or unique beginnings of ids.
+        /// Names, IDs or unique ID prefixes.
         #[arg(required = true, add = complete::services())]
         services: Vec<String>,
         #[command(flatten)]
         wait: WaitArguments,
     },
-    /// Wait until a service is ready, or has ended; exits with its exit code then.
+    /// Wait until a service is ready or has ended. If it has ended, exits with its exit code.
     Wait(wait::Arguments),
     /// Remove services and their containers.
     Rm {
-        /// Names, ids, or unique beginnings of ids.
+        /// Names, IDs or unique ID prefixes.
         #[arg(required = true, add = complete::services())]
         services: Vec<String>,
         #[command(flatten)]

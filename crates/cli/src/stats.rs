@@ -22,7 +22,7 @@ use crate::{
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Arguments {
-    /// Only this container: id, unique beginning of it, or name, like web-1.
+    /// Only this container: name, like web-1, ID or unique ID prefix.
     container: Option<String>,
     #[command(flatten)]
     look: LookArguments,
@@ -33,16 +33,16 @@ pub(crate) struct Arguments {
 /// Where to look, and how often.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct LookArguments {
-    /// Only this service's containers: name, id, or unique beginning of an id.
+    /// Only containers of this service: name, ID or unique ID prefix.
     #[arg(long)]
     service: Option<String>,
-    /// Only this node: hostname, id, or unique beginning of an id.
+    /// Only this node: hostname, ID or unique ID prefix.
     #[arg(long)]
     node: Option<String>,
-    /// Between looks.
+    /// Refresh interval.
     #[arg(long, short, default_value = "2s", value_name = "DURATION", value_parser = parse::duration)]
     interval: pbjson_types::Duration,
-    /// Look once.
+    /// Print once and exit.
     #[arg(long, visible_alias = "no-stream")]
     pub(crate) once: bool,
 }

@@ -16,25 +16,25 @@ use crate::error::Error;
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// Holds the cluster's state and the node's.
+    /// Parent of the manager's and the agent's data directories.
     #[arg(long, env = "WARREN_DATA_DIR", default_value = "/var/lib/warren")]
     data_dir: PathBuf,
-    /// Where API, agents' sessions and consensus are served, with mutual TLS.
+    /// Address for API, agents and Raft, with mutual TLS.
     #[arg(long, env = "WARREN_LISTEN_ADDR", default_value = "0.0.0.0:7443")]
     listen_addr: SocketAddr,
-    /// Where other managers and agents reach it, as HOST:PORT [default: this machine's address]
+    /// Address at which other managers and agents reach this manager, as HOST:PORT [default: this machine's address]
     #[arg(long, env = "WARREN_MANAGER_ADVERTISE_ADDR")]
     manager_advertise_addr: Option<String>,
-    /// Where the API is served to root of this machine.
+    /// Unix socket of the API, for root.
     #[arg(long, env = "WARREN_SOCKET", default_value = "/run/warren/warren.sock")]
     socket: PathBuf,
-    /// Where the manager's /metrics, /health, /ready and /live are served.
+    /// Address of the manager's HTTP endpoint for /metrics, /health, /ready and /live.
     #[arg(long, env = "WARREN_METRICS_ADDR", default_value = "0.0.0.0:9464")]
     metrics_addr: SocketAddr,
-    /// Where the agent's are.
+    /// Address of the agent's HTTP endpoint for /metrics, /health, /ready and /live.
     #[arg(long, env = "WARREN_AGENT_METRICS_ADDR", default_value = "0.0.0.0:9465")]
     agent_metrics_addr: SocketAddr,
-    /// The node's name [default: the machine's]
+    /// Hostname of the node [default: the machine's]
     #[arg(long, env = "WARREN_HOSTNAME")]
     hostname: Option<String>,
     #[command(flatten)]

@@ -17,22 +17,22 @@ use crate::{
 pub(crate) enum Command {
     /// Create a volume.
     Create {
-        /// Its name.
+        /// Name of the volume.
         name: String,
-        /// An option of the driver, as Docker's local driver has them: type=bind|tmpfs|nfs, device=PATH, o=MOUNT-OPTIONS; may be
-        /// repeated. Without any it is a directory.
+        /// Driver option, as for Docker's local driver: type=bind|tmpfs|nfs, device=PATH, o=MOUNT-OPTIONS; may be
+        /// repeated [default: a directory on the node]
         #[arg(long = "opt", short, value_parser = parse::pair)]
         options: Vec<(String, String)>,
-        /// One container at a time may have it.
+        /// Allow only one container at a time to use the volume.
         #[arg(long)]
         exclusive: bool,
-        /// Where its data is to be; otherwise where the first container that uses it is.
+        /// Node that stores the data [default: the node of the first container that uses the volume]
         #[arg(long, default_value = "", hide_default_value = true)]
         node: String,
-        /// A label, as name=value; may be repeated.
+        /// Label, as NAME=VALUE; may be repeated.
         #[arg(long, value_parser = parse::pair)]
         label: Vec<(String, String)>,
-        /// Who provides it; there is local.
+        /// Volume driver; only local is supported.
         #[arg(long, default_value = "local")]
         driver: String,
     },
@@ -44,7 +44,7 @@ pub(crate) enum Command {
     },
     /// Show a volume.
     Inspect {
-        /// Name, id, or unique beginning of an id.
+        /// Name, ID or unique ID prefix.
         #[arg(add = complete::volumes())]
         volume: String,
         #[command(flatten)]
@@ -52,10 +52,10 @@ pub(crate) enum Command {
     },
     /// Remove volumes and their data.
     Rm {
-        /// Names, ids, or unique beginnings of ids.
+        /// Names, IDs or unique ID prefixes.
         #[arg(required = true, add = complete::volumes())]
         volumes: Vec<String>,
-        /// Also those that services use.
+        /// Remove volumes even if services use them.
         #[arg(long, short)]
         force: bool,
     },

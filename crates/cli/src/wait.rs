@@ -28,14 +28,14 @@ use assess::{Assessment, End, assess};
 
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct WaitArguments {
-    /// Wait until every container runs the current spec and is well, or has completed if it is not to be restarted; exits 1 with the
-    /// reason otherwise
+    /// Wait until every container runs the current spec and is ready, or has completed and is not restarted; exits 1
+    /// with the reason on timeout or failure
     #[arg(long)]
     pub(crate) wait: bool,
-    /// How long to wait at most, for everything together: a number of seconds, or 90s, 5m
+    /// Timeout of --wait, in total: a number of seconds, or 90s, 5m
     #[arg(long, default_value = "60", value_name = "DURATION", requires = "wait", value_parser = parse::seconds)]
     pub(crate) timeout: u64,
-    /// How long a container without a health check must run to count as well: a number of seconds, or 10s, 1m
+    /// How long a container without a health check must run to count as ready: a number of seconds, or 10s, 1m
     #[arg(long, default_value = "5", env = "WARREN_STABLE_S", value_name = "DURATION", value_parser = parse::seconds)]
     pub(crate) stable: u64,
 }
@@ -277,24 +277,24 @@ fn runs(container: &v1::Container) -> bool {
 /// What a service is waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Until {
-    /// Every container runs the current spec and is well
+    /// Every container runs the current spec and is ready
     Ready,
-    /// Every container has ended and is not restarted; the exit code is the first one that is not 0
+    /// Every container has ended and is not restarted; exits with the first nonzero exit code
     Ended,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// Name, id, or unique prefix of an id
+    /// Name, ID or unique ID prefix
     #[arg(add = complete::services())]
     service: String,
-    /// What to wait for [default: ended if the restart policy lets containers end, else ready]
+    /// Condition to wait for [default: ready, or ended if the restart policy is never or on-failure]
     #[arg(long = "for", value_name = "WHAT")]
     until: Option<Until>,
-    /// How long to wait at most: a number of seconds, or 90s, 5m [default: no limit]
+    /// Timeout: a number of seconds, or 90s, 5m [default: no limit]
     #[arg(long, value_name = "DURATION", value_parser = parse::seconds)]
     timeout: Option<u64>,
-    /// How long a container without a health check must run to count as well: a number of seconds, or 10s, 1m
+    /// How long a container without a health check must run to count as ready: a number of seconds, or 10s, 1m
     #[arg(long, default_value = "5", env = "WARREN_STABLE_S", value_name = "DURATION", value_parser = parse::seconds)]
     stable: u64,
 }

@@ -9,14 +9,14 @@ use crate::Options;
 /// How registries are reached. Proxies are taken from `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct RegistryArguments {
-    /// A host that is asked before a registry, as docker.io=mirror.example:5000 or `docker.io=http://mirror.example:5000`; may be
-    /// repeated, and be a list with commas.
+    /// Registry mirror, tried before the registry, as docker.io=mirror.example:5000 or
+    /// `docker.io=http://mirror.example:5000`; may be repeated or comma-separated.
     #[arg(long, env = "WARREN_REGISTRY_MIRRORS", value_name = "REGISTRY=HOST", value_delimiter = ',', value_parser = mirror)]
     pub registry_mirror: Vec<(String, String)>,
-    /// A registry or mirror that speaks HTTP; those on this machine do anyway.
+    /// Registry or mirror to reach over plain HTTP; always allowed for those on this machine.
     #[arg(long, env = "WARREN_REGISTRY_PLAIN", value_name = "HOST", value_delimiter = ',')]
     pub registry_plain: Vec<String>,
-    /// A file with certificates (PEM) that are trusted besides the system's.
+    /// PEM file of additional CA certificates to trust.
     #[arg(long, env = "WARREN_REGISTRY_CA", value_name = "FILE", value_delimiter = ',')]
     pub registry_ca: Vec<PathBuf>,
 }

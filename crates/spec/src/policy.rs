@@ -24,19 +24,20 @@ pub const DEFAULT_CAPABILITIES: [&str; 14] = [
 /// of it, agents their containers: both must allow it.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
-    /// Allow privileged containers: those can do to their node whatever root can, so the other --allow options are of no matter.
+    /// Allow privileged containers. They have root's rights on the node, so this implies all other --allow options.
     #[arg(long, env = "WARREN_ALLOW_PRIVILEGED")]
     pub allow_privileged: bool,
-    /// Allow containers in their node's own network.
+    /// Allow containers to use the host network.
     #[arg(long, env = "WARREN_ALLOW_HOST_NETWORK")]
     pub allow_host_network: bool,
-    /// Allow containers, and volumes of type bind, to have this directory of their node or what is below it; may be repeated, or be a list with commas.
+    /// Allow bind mounts and volumes of type bind of this host directory and anything below it; may be repeated or
+    /// comma-separated.
     #[arg(long, env = "WARREN_ALLOW_HOST_PATHS", value_name = "DIRECTORY", value_delimiter = ',', value_parser = directory)]
     pub allow_host_path: Vec<String>,
-    /// Allow containers to add this capability to the default set, or ALL; may be repeated, or be a list with commas.
+    /// Allow containers to add this capability beyond the default set, or ALL; may be repeated or comma-separated.
     #[arg(long, env = "WARREN_ALLOW_CAPABILITIES", value_name = "NAME", value_delimiter = ',', value_parser = known)]
     pub allow_capability: Vec<&'static str>,
-    /// Allow containers to have this device of their node, or those below this directory, like /dev/dri; may be repeated, or be a list with commas.
+    /// Allow this host device, or all devices below this directory, like /dev/dri; may be repeated or comma-separated.
     #[arg(long, env = "WARREN_ALLOW_DEVICES", value_name = "PATH", value_delimiter = ',', value_parser = directory)]
     pub allow_device: Vec<String>,
 }

@@ -37,31 +37,31 @@ pub enum Signal {
 /// How a process logs, and what becomes of its telemetry.
 #[derive(Args, Clone, Debug)]
 pub struct TelemetryArguments {
-    /// What to log, as `level` or `module=level,...`.
+    /// Log filter, as `level` or `module=level,...`.
     #[arg(long, env = "WARREN_LOG", default_value = "info", value_parser = logs::checked)]
     pub log: String,
-    /// Log JSON objects, one a line.
+    /// Log in JSON, one object per line.
     #[arg(long, env = "WARREN_LOG_JSON")]
     pub log_json: bool,
-    /// Native histograms for scrapers that ask for them (auto), or for none (off).
+    /// Native histograms: auto serves them to scrapers that negotiate protobuf, off never.
     #[arg(long, env = "WARREN_METRICS_NATIVE_HISTOGRAMS", default_value = "auto", hide_possible_values = true)]
     pub metrics_native_histograms: NativeHistograms,
-    /// A certificate (PEM), with which the metrics endpoint speaks HTTPS; read again when it changes.
+    /// PEM certificate to serve metrics over HTTPS; reloaded when the file changes.
     #[arg(long, env = "WARREN_METRICS_TLS_CERT", value_name = "FILE", requires = "metrics_tls_key")]
     pub metrics_tls_cert: Option<PathBuf>,
-    /// Its key (PEM).
+    /// PEM private key of --metrics-tls-cert.
     #[arg(long, env = "WARREN_METRICS_TLS_KEY", value_name = "FILE", requires = "metrics_tls_cert")]
     pub metrics_tls_key: Option<PathBuf>,
-    /// A file with a token that /metrics is shown for (Authorization: Bearer ...); health checks need none.
+    /// File with the bearer token that /metrics requires (Authorization: Bearer ...); health endpoints require none.
     #[arg(long, env = "WARREN_METRICS_TOKEN_FILE", value_name = "FILE")]
     pub metrics_token_file: Option<PathBuf>,
-    /// Push telemetry to this OTLP collector too, like http://127.0.0.1:4317 (gRPC).
+    /// OTLP collector (gRPC) to push telemetry to, like http://127.0.0.1:4317.
     #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
     pub otlp_endpoint: Option<String>,
     /// Seconds between pushes of metrics.
     #[arg(long, env = "WARREN_OTLP_INTERVAL_S", default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..))]
     pub otlp_interval_s: u64,
-    /// What is pushed: metrics, traces, logs.
+    /// Signals to push: metrics, traces, logs.
     #[arg(
         long,
         env = "WARREN_OTLP_SIGNALS",
@@ -70,7 +70,7 @@ pub struct TelemetryArguments {
         hide_possible_values = true
     )]
     pub otlp_signals: Vec<Signal>,
-    /// Push OpenTelemetry's conventional metrics too: rpc.server.call.duration and process.*.
+    /// Also push metrics of OpenTelemetry's semantic conventions: rpc.server.call.duration and process.*.
     #[arg(long, env = "WARREN_OTLP_SEMANTIC_CONVENTIONS")]
     pub otlp_semantic_conventions: bool,
 }

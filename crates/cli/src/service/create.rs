@@ -14,45 +14,45 @@ use crate::{
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Restart {
-    /// Whenever it ends.
+    /// Restart whenever it ends.
     Any,
-    /// When it fails.
+    /// Restart when it fails.
     OnFailure,
-    /// Never.
+    /// Do not restart.
     Never,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Network {
-    /// An address of its own for each.
+    /// Own IP addresses for each container.
     Cluster,
-    /// The node's own addresses and ports.
+    /// The node's network namespace.
     Host,
-    /// Nothing but loopback.
+    /// Loopback only.
     None,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Pull {
-    /// What is on the node is taken; what is not is pulled.
+    /// Pull the image if it is not on the node.
     IfNotPresent,
-    /// Each time.
+    /// Pull at each container start.
     Always,
-    /// What is not on the node cannot be run.
+    /// Do not pull; fail if the image is not on the node.
     Never,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum EndpointMode {
-    /// The addresses of its healthy containers, in changing order.
+    /// The addresses of the healthy containers, in varying order.
     Dnsrr,
-    /// Its virtual address.
+    /// The service's virtual IP addresses.
     Vip,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
-    /// The service's name: a DNS label.
+    /// Name of the service; must be a DNS label.
     name: String,
     /// Image to run.
     #[arg(long)]
@@ -90,7 +90,7 @@ pub(crate) struct Arguments {
     /// Backoff before the first restart, like 5s; doubles with each consecutive failure.
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     restart_delay: Option<pbjson_types::Duration>,
-    /// The same in milliseconds.
+    /// Backoff before the first restart, in milliseconds.
     #[arg(long, hide = true, conflicts_with = "restart_delay")]
     restart_delay_ms: Option<u64>,
     /// Consecutive failures after which a container is not restarted any more; 0 is no limit.
@@ -144,7 +144,8 @@ pub(crate) struct Arguments {
     /// Set no_new_privs: setuid programs and file capabilities gain nothing [default: true]
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     no_new_privileges: Option<bool>,
-    /// A mount: type=volume,source=NAME,target=/data,readonly or type=bind,source=/srv,target=/data,readonly or type=tmpfs,target=/tmp,size=64M,mode=1777; may be repeated.
+    /// Mount: type=volume,source=NAME,target=/data,readonly or type=bind,source=/srv,target=/data,readonly or
+    /// type=tmpfs,target=/tmp,size=64M,mode=1777; may be repeated.
     #[arg(long, value_name = "OPTIONS", value_parser = parse::mount)]
     mount: Vec<v1::Mount>,
     /// Port to publish, as 8080:80, 8080:80/udp, or published=8080,target=80,protocol=tcp,mode=ingress,name=http; may be
