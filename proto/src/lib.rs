@@ -12,6 +12,28 @@ pub mod v1 {
 /// What gRPC reflection serves.
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("descriptors");
 
+/// A method of the API.
+#[derive(Clone, Copy, Debug)]
+pub struct Method {
+    /// The path of its requests, like `/warren.v1.Nodes/ListNodes`.
+    pub path: &'static str,
+    /// Who may call it.
+    pub access: v1::Access,
+    /// Whether every manager answers it itself.
+    pub local: bool,
+}
+
+impl Method {
+    /// All of them, in the order of their paths.
+    pub const ALL: &'static [Self] = &include!(concat!(env!("OUT_DIR"), "/methods.rs"));
+
+    /// The one whose requests have this path.
+    #[must_use]
+    pub fn of(path: &str) -> Option<&'static Self> {
+        Self::ALL.binary_search_by_key(&path, |method| method.path).ok().map(|index| &Self::ALL[index])
+    }
+}
+
 impl v1::Endpoint {
     /// One of its service's ports as it is at this endpoint, which may have been made before the service was changed: the one that is published
     /// alike or, where that is not published, has the same name. `None` where it has no such port.

@@ -25,6 +25,7 @@ use tonic::{
 use tower::{Layer, Service, ServiceExt as _};
 use warren_connections::{Connections, client};
 use warren_pki::{Identity, Peer, Role};
+use warren_proto::{Method, v1::Access};
 use warren_raft::Node;
 
 use crate::{
@@ -155,31 +156,27 @@ impl Caller {
     }
 }
 
-/// Who may call what; what is not here is for operators, and for root.
+/// Whether somebody may call this. What the API does not have is for operators to be told that it is not there.
 fn may(caller: &Caller, path: &str) -> bool {
     let role = caller.role;
-    let method = path.strip_prefix("/warren.v1.").unwrap_or(path);
-    match method {
-        "Cluster/JoinCluster" => true,
-        "/grpc.health.v1.Health/Check" => true,
-        _ if method.starts_with("/grpc.health.v1.Health/") => role.is_some(),
-        "Cluster/GetClusterInfo" | "Cluster/RequestCertificate" | "Cluster/ConfirmAuthorities" => role.is_some(),
-        _ if method.starts_with("/grpc.reflection.v1.ServerReflection/") => role.is_some(),
-        "Cluster/EnterManager" => role == Some(Role::Manager),
-        _ if method.starts_with("Raft/") => role == Some(Role::Manager),
-        // The agent of a machine that runs both goes by the socket. Operators get to see no secret.
-        "Nodes/RegisterNode" => role == Some(Role::Worker) || caller.is_root(),
-        _ if method.starts_with("Dispatcher/") => role == Some(Role::Worker) || caller.is_root(),
-        _ => role == Some(Role::Admin),
+    let access = match path {
+        "/grpc.health.v1.Health/Check" => Access::Anyone,
+        _ if path.starts_with("/grpc.health.v1.Health/") => Access::Members,
+        _ if path.starts_with("/grpc.reflection.v1.ServerReflection/") => Access::Members,
+        _ => Method::of(path).map_or(Access::Operators, |method| method.access),
+    };
+    match access {
+        Access::Anyone => true,
+        Access::Members => role.is_some(),
+        Access::Managers => role == Some(Role::Manager),
+        Access::Workers => role == Some(Role::Worker) || caller.is_root(),
+        Access::Operators | Access::Unspecified => role == Some(Role::Admin),
     }
 }
 
 /// Whether every manager answers this itself.
 fn is_local(path: &str) -> bool {
-    path.starts_with("/warren.v1.Raft/")
-        || path.starts_with("/grpc.")
-        || path == "/warren.v1.Cluster/GetClusterInfo"
-        || path.starts_with("/warren.v1.Lock/")
+    path.starts_with("/grpc.") || Method::of(path).is_some_and(|method| method.local)
 }
 
 /// Whether a certificate's owner is still a member.
@@ -500,6 +497,38 @@ mod tests {
         let operator = Operator { id: "o".into(), name: "ada".to_owned(), created_at: Timestamp(1), invitation: None };
         apply(&mut state, [Change::CreateOperator(operator)]);
         state
+    }
+
+    #[test]
+    fn methods_are_for_whom_their_options_say() {
+        let state = with_operator();
+        let caller = |role, id| Caller::new(&state, role, id, String::new());
+        let callers = [
+            caller(None, ""),
+            caller(Some(Role::Manager), "1"),
+            caller(Some(Role::Worker), "n"),
+            caller(Some(Role::Admin), "o"),
+            caller(Some(Role::Admin), ROOT),
+        ];
+        for (path, allowed, local) in [
+            ("/warren.v1.Cluster/JoinCluster", [true, true, true, true, true], false),
+            ("/warren.v1.Cluster/GetClusterInfo", [false, true, true, true, true], true),
+            ("/warren.v1.Cluster/EnterManager", [false, true, false, false, false], false),
+            ("/warren.v1.Raft/Exchange", [false, true, false, false, false], true),
+            ("/warren.v1.Nodes/RegisterNode", [false, false, true, false, true], false),
+            ("/warren.v1.Dispatcher/Session", [false, false, true, false, true], false),
+            ("/warren.v1.Services/CreateService", [false, false, false, true, true], false),
+            ("/warren.v1.Lock/Unlock", [false, false, false, true, true], true),
+            ("/warren.v1.Services/NoSuchMethod", [false, false, false, true, true], false),
+            ("/grpc.health.v1.Health/Check", [true, true, true, true, true], true),
+            ("/grpc.health.v1.Health/Watch", [false, true, true, true, true], true),
+        ] {
+            assert_eq!(callers.each_ref().map(|caller| may(caller, path)), allowed, "{path}");
+            assert_eq!(is_local(path), local, "{path}");
+        }
+        // Those without a certificate get to one of them.
+        let of_anyone = Method::ALL.iter().filter(|method| method.access == Access::Anyone);
+        assert_eq!(of_anyone.map(|method| method.path).collect::<Vec<_>>(), ["/warren.v1.Cluster/JoinCluster"]);
     }
 
     #[tokio::test]

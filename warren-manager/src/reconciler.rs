@@ -15,7 +15,10 @@ use crate::{
     clock::Timestamp,
     ids::{ContainerId, NodeId, ServiceId},
     liveness::{Health, Standing},
-    state::{Availability, Change, Constraint, Container, Desired, Mode, Node, RestartCondition, Service, State},
+    state::{
+        Availability, Change, Constraint, Container, Desired, Mode, NewContainer, Node, RestartCondition, Service,
+        State,
+    },
 };
 
 #[cfg(test)]
@@ -47,7 +50,7 @@ impl Creation {
     /// The change that makes it, under a new id.
     #[must_use]
     pub fn change(&self, id: ContainerId, at: Timestamp) -> Change {
-        Change::Create {
+        Change::Create(NewContainer {
             id,
             service: self.service.id.clone(),
             generation: self.service.generation,
@@ -55,7 +58,7 @@ impl Creation {
             pinned: self.pinned.clone(),
             failures: self.failures,
             at,
-        }
+        })
     }
 }
 

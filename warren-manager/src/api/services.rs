@@ -11,10 +11,7 @@ use super::{Context, Error, lookup, pages::page, secrets::Secrets, volumes::Volu
 use crate::{
     convert,
     ids::{NodeId, ServiceId},
-    state::{
-        Change, Expected, Mode, Node, Rejection, SECRETS_IN_ENV, Service, ServiceSpec, State, Transaction,
-        protocol_name,
-    },
+    state::{Change, Expected, Mode, Node, Rejection, Service, ServiceSpec, State, Transaction, protocol_name},
     store, validate,
 };
 
@@ -77,12 +74,14 @@ impl Services {
 
     /// Whether every manager can read what the spec has: while one is of an earlier version, new things wait.
     fn check_schema(state: &State, spec: &ServiceSpec) -> Result<(), Error> {
-        let mut mounts = spec.container.secrets.iter().chain(&spec.container.configs);
-        if state.schema() < SECRETS_IN_ENV && mounts.any(|mount| !mount.env.is_empty()) {
-            let why = "secrets in the environment have to wait until all managers are of this version";
-            return Err(validate::Invalid::new("spec.container.secrets", why).into());
+        match spec.since() {
+            Some((since, field)) if state.schema() < since => Err(validate::Invalid::new(
+                field,
+                "needs all managers to be of this version: see `warren cluster info`",
+            )
+            .into()),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Whether the secrets that a service wants as variables fit into one each.

@@ -1,60 +1,15 @@
-//! Containers, and the revisions of services that they are made of; how logs and snapshots of every schema hold both.
+//! Containers: runs of what services want, where they are, and what is observed of them.
 
-use std::{collections::BTreeMap, io, sync::Arc};
+use std::{net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use warren_proto::v1;
 
-use super::{
-    Constraint, Desired, KEPT_REVISIONS, REVISIONS, Rejection, Resources, Service, ServiceSpec, State, Status,
-    kind_name, needed_secrets, objects::node_ports,
-};
+use super::{HISTORY, NewContainer, Record as _, Rejection, Revision, State, Volume, revisions::StoredContainer};
 use crate::{
     clock::Timestamp,
     ids::{ContainerId, NodeId, ServiceId},
 };
-
-/// What a service's containers are made of, as it was when it was written. It never changes: a container keeps the one that it was made from,
-/// or one that asks no more of it, whatever becomes of its service.
-#[derive(Clone, Debug)]
-pub struct Revision {
-    /// Whose it is.
-    pub service: ServiceId,
-    /// Counts them, from 1: the service's generation at the time.
-    pub number: u64,
-    /// The state's revision at which it was made, to find the event with its actor; 0 when not known.
-    pub made_at: u64,
-    /// What runs in each container.
-    pub spec: Arc<v1::ContainerSpec>,
-    /// What each may use.
-    pub resources: Resources,
-    /// Where each listens, and how that is published.
-    pub ports: Vec<v1::Port>,
-    /// Which nodes may run them.
-    pub constraints: Vec<Constraint>,
-    /// Which values the secrets and configs had that it names, by `secret/NAME` and `config/NAME`.
-    pub values: BTreeMap<String, u32>,
-}
-
-impl PartialEq for Revision {
-    /// Two of the same service and number are the same: it never changes.
-    fn eq(&self, other: &Self) -> bool {
-        (&self.service, self.number) == (&other.service, other.number)
-    }
-}
-
-impl Revision {
-    /// Whether it asks of containers and nodes what a service's spec does.
-    fn is_as(&self, spec: &ServiceSpec) -> bool {
-        (&self.spec, &self.resources, &self.ports, &self.constraints)
-            == (&spec.container, &spec.resources, &spec.ports, &spec.constraints)
-    }
-
-    /// The ports that each of its containers has to itself on its node.
-    pub fn node_ports(&self) -> impl Iterator<Item = &v1::Port> {
-        node_ports(&self.ports)
-    }
-}
 
 /// One run of a service's spec. A replacement is another container in the same slot.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -94,313 +49,395 @@ impl Container {
     }
 }
 
-/// A container as logs and snapshots hold it: with the number of its revision, and in those of schemas before [`super::REVISIONS`] with what
-/// the revision says.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct StoredContainer {
-    id: ContainerId,
-    version: u64,
-    service: ServiceId,
-    service_name: String,
-    slot: u32,
-    pinned: Option<NodeId>,
-    node: Option<NodeId>,
-    created_at: Timestamp,
-    desired: Desired,
-    status: Status,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    spec: Option<Arc<v1::ContainerSpec>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    resources: Option<Resources>,
-    generation: u64,
-    failures: u32,
-    /// Those of its node that it holds, once its service, which says so otherwise, is gone.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    ports: Vec<v1::Port>,
+/// What the manager wants of a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Desired {
+    /// To run until it ends by itself.
+    Running,
+    /// To be stopped and removed.
+    Removed,
 }
 
-impl StoredContainer {
-    /// With the number of its revision alone.
-    fn by_number(container: &Container) -> Self {
+/// Where a container is in its life; only ever rises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum ContainerState {
+    /// Made.
+    New,
+    /// No node takes it yet; the message says why.
+    Pending,
+    /// Given to a node.
+    Assigned,
+    /// Its agent has it.
+    Accepted,
+    /// Image and snapshot are being made ready.
+    Preparing,
+    /// The runtime creates and starts it.
+    Starting,
+    /// It runs.
+    Running,
+    /// It exited with 0.
+    Complete,
+    /// It was stopped.
+    Shutdown,
+    /// It exited otherwise.
+    Failed,
+    /// It could not be run at all.
+    Rejected,
+}
+
+impl ContainerState {
+    /// All of them, in order.
+    pub const ALL: [Self; 11] = [
+        Self::New,
+        Self::Pending,
+        Self::Assigned,
+        Self::Accepted,
+        Self::Preparing,
+        Self::Starting,
+        Self::Running,
+        Self::Complete,
+        Self::Shutdown,
+        Self::Failed,
+        Self::Rejected,
+    ];
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn is_terminal(self) -> bool {
+        self >= Self::Complete
+    }
+
+    /// Whether it ended otherwise than it should.
+    #[must_use]
+    pub fn is_failure(self) -> bool {
+        matches!(self, Self::Failed | Self::Rejected)
+    }
+
+    /// As labels and tables show it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Pending => "pending",
+            Self::Assigned => "assigned",
+            Self::Accepted => "accepted",
+            Self::Preparing => "preparing",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Complete => "complete",
+            Self::Shutdown => "shutdown",
+            Self::Failed => "failed",
+            Self::Rejected => "rejected",
+        }
+    }
+}
+
+/// Durations of a container's operations, in nanoseconds; 0 is unknown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timing {
+    /// Its create.
+    pub create_ns: u64,
+    /// Its start.
+    pub start_ns: u64,
+    /// Its stop.
+    pub stop_ns: u64,
+}
+
+/// What is observed of a container. Until it is assigned the manager writes it, from then on the node's agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Where it is.
+    pub state: ContainerState,
+    /// Why, in words.
+    pub message: String,
+    /// Since when.
+    pub changed_at: Timestamp,
+    /// 128 + signal for a signal.
+    pub exit_code: Option<i32>,
+    /// When its process began.
+    pub started_at: Option<Timestamp>,
+    /// When it ended.
+    pub finished_at: Option<Timestamp>,
+    /// In the node's initial PID namespace; 0 is unknown.
+    pub pid: u32,
+    /// As timed in the kernel.
+    pub kernel: Timing,
+    /// As timed around the runtime's calls.
+    pub runtime: Timing,
+    /// The OOM killer took it.
+    pub oom_killed: bool,
+    /// Its first process had no handler for the stop signal.
+    pub signal_ignored: bool,
+    /// In the cluster's network.
+    pub addresses: Vec<IpAddr>,
+    /// What its checks say.
+    pub health: v1::Health,
+    /// Why it is not healthy.
+    pub health_message: String,
+}
+
+impl Status {
+    /// A status that says no more than this.
+    #[must_use]
+    pub fn new(state: ContainerState, message: impl Into<String>, at: Timestamp) -> Self {
         Self {
-            id: container.id.clone(),
-            version: container.version,
-            service: container.service.clone(),
-            service_name: container.service_name.clone(),
-            slot: container.slot,
-            pinned: container.pinned.clone(),
-            node: container.node.clone(),
-            created_at: container.created_at,
-            desired: container.desired,
-            status: container.status.clone(),
-            spec: None,
-            resources: None,
-            generation: container.revision.number,
-            failures: container.failures,
-            ports: Vec::new(),
+            state,
+            message: message.into(),
+            changed_at: at,
+            exit_code: None,
+            started_at: None,
+            finished_at: None,
+            pid: 0,
+            kernel: Timing::default(),
+            runtime: Timing::default(),
+            oom_killed: false,
+            signal_ignored: false,
+            addresses: Vec::new(),
+            health: v1::Health::Unspecified,
+            health_message: String::new(),
         }
     }
 
-    /// With all that its revision says, as schemas before revisions have it. `is_orphan` says whether its service is gone.
-    fn whole(container: &Container, is_orphan: bool) -> Self {
-        let revision = &container.revision;
-        let ports = if is_orphan { revision.node_ports().cloned().collect() } else { Vec::new() };
-        let (spec, resources) = (Some(Arc::clone(&revision.spec)), Some(revision.resources));
-        Self { spec, resources, ports, ..Self::by_number(container) }
-    }
-
-    /// The revision that it tells of itself.
-    fn own_revision(&self) -> Revision {
-        Revision {
-            service: self.service.clone(),
-            number: self.generation,
-            made_at: 0,
-            spec: self.spec.clone().unwrap_or_default(),
-            resources: self.resources.unwrap_or_default(),
-            ports: self.ports.clone(),
-            constraints: Vec::new(),
-            values: BTreeMap::new(),
-        }
-    }
-
-    /// The container, with its revision.
-    pub(super) fn with(self, revision: Arc<Revision>) -> Container {
-        Container {
-            id: self.id,
-            version: self.version,
-            service: self.service,
-            service_name: self.service_name,
-            slot: self.slot,
-            pinned: self.pinned,
-            node: self.node,
-            created_at: self.created_at,
-            desired: self.desired,
-            status: self.status,
-            revision,
-            failures: self.failures,
-        }
+    /// Whether it runs and, if it is checked, has been found to do its work.
+    #[must_use]
+    pub fn serves(&self) -> bool {
+        self.state == ContainerState::Running && matches!(self.health, v1::Health::Unspecified | v1::Health::Healthy)
     }
 }
 
-impl From<StoredContainer> for Container {
-    fn from(stored: StoredContainer) -> Self {
-        let revision = Arc::new(stored.own_revision());
-        stored.with(revision)
-    }
+/// A change of a container's record.
+#[derive(Clone, Debug)]
+pub enum ContainerChange {
+    /// It is new or different.
+    Changed(Arc<Container>),
+    /// Its record is gone.
+    Deleted(ContainerId, ServiceId),
 }
 
-impl From<Container> for StoredContainer {
-    fn from(container: Container) -> Self {
-        Self::whole(&container, false)
-    }
+/// A service's slot; of a global service, one of each node.
+pub(super) type SlotKey = (ServiceId, u32, Option<NodeId>);
+
+fn slot_key(container: &Container) -> SlotKey {
+    (container.service.clone(), container.slot, container.pinned.clone())
 }
 
-/// A revision as snapshots hold it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct StoredRevision {
-    pub(super) service: ServiceId,
-    pub(super) number: u64,
-    made_at: u64,
-    /// Not there where it is the service's own.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    spec: Option<Arc<v1::ContainerSpec>>,
-    resources: Resources,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    ports: Vec<v1::Port>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    constraints: Vec<Constraint>,
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    values: BTreeMap<String, u32>,
+fn is_live(container: &Container) -> bool {
+    container.desired == Desired::Running && !container.status.state.is_terminal()
 }
 
-impl StoredRevision {
-    fn new(revision: &Revision, service: Option<&Service>) -> Self {
-        let is_services = service.is_some_and(|service| service.spec.container == revision.spec);
-        Self {
-            service: revision.service.clone(),
-            number: revision.number,
-            made_at: revision.made_at,
-            spec: (!is_services).then(|| Arc::clone(&revision.spec)),
-            resources: revision.resources,
-            ports: revision.ports.clone(),
-            constraints: revision.constraints.clone(),
-            values: revision.values.clone(),
-        }
-    }
-
-    pub(super) fn with(self, service: Option<&Service>) -> Revision {
-        let of_service = || service.map(|service| Arc::clone(&service.spec.container));
-        Revision {
-            service: self.service,
-            number: self.number,
-            made_at: self.made_at,
-            spec: self.spec.or_else(of_service).unwrap_or_default(),
-            resources: self.resources,
-            ports: self.ports,
-            constraints: self.constraints,
-            values: self.values,
-        }
-    }
+fn waits(container: &Container) -> bool {
+    container.status.state < ContainerState::Assigned && container.desired == Desired::Running
 }
 
 impl State {
-    /// A service's revisions, as far as they are kept, the oldest first.
-    pub fn revisions_of<'a>(&'a self, service: &'a ServiceId) -> impl DoubleEndedIterator<Item = &'a Arc<Revision>> {
-        self.revisions.range((service.clone(), 0)..=(service.clone(), u64::MAX)).map(|(_, revision)| revision)
+    /// All containers, by id.
+    pub fn containers(&self) -> impl Iterator<Item = &Arc<Container>> {
+        self.containers.values()
     }
 
-    /// Whether revisions are in snapshots. In those of earlier schemas each container has its own spec and resources, and what ports and
-    /// constraints it has is its service's to say: no manager may know more of them than its snapshots do.
-    pub(super) fn numbers_revisions(&self) -> bool {
-        self.schema() >= REVISIONS
+    /// A container by id.
+    #[must_use]
+    pub fn container(&self, id: &ContainerId) -> Option<&Arc<Container>> {
+        self.containers.get(id)
     }
 
-    pub(super) fn stored_revisions(&self) -> Vec<StoredRevision> {
-        if !self.numbers_revisions() {
-            return Vec::new();
+    /// Containers that are to run and that no node has yet.
+    pub fn waiting(&self) -> impl ExactSizeIterator<Item = &Arc<Container>> {
+        self.waiting.iter().map(|id| &self.containers[id])
+    }
+
+    /// A service's containers.
+    pub fn containers_of<'a>(&'a self, service: &'a ServiceId) -> impl Iterator<Item = &'a Arc<Container>> {
+        let first = (service.clone(), ContainerId::from(""));
+        let ids = self.by_service.range(first..).take_while(move |(owner, _)| owner == service);
+        ids.filter_map(|(_, id)| self.containers.get(id))
+    }
+
+    /// A node's containers.
+    pub fn containers_on<'a>(&'a self, node: &'a NodeId) -> impl Iterator<Item = &'a Arc<Container>> {
+        let first = (node.clone(), ContainerId::from(""));
+        let ids = self.by_node.range(first..).take_while(move |(owner, _)| owner == node);
+        ids.filter_map(|(_, id)| self.containers.get(id))
+    }
+
+    /// The container of a slot that is to run and has not ended.
+    #[must_use]
+    fn live_in_slot(&self, service: &ServiceId, slot: u32, pinned: Option<&NodeId>) -> Option<&ContainerId> {
+        self.live.get(&(service.clone(), slot, pinned.cloned()))
+    }
+
+    /// Changes of containers after `revision`; `None` when some of them are forgotten.
+    #[must_use]
+    pub fn changes_since(&self, revision: u64) -> Option<impl Iterator<Item = &(u64, ContainerChange)>> {
+        if revision < self.forgotten {
+            return None;
         }
-        let service = |revision: &Revision| self.services.get(&revision.service).map(Arc::as_ref);
-        self.revisions.values().map(|revision| StoredRevision::new(revision, service(revision))).collect()
+        // Watchers are close behind: look from the end.
+        let newer = self.history.iter().rev().take_while(|(at, _)| *at > revision).count();
+        Some(self.history.iter().skip(self.history.len() - newer))
     }
 
-    pub(super) fn stored_containers(&self) -> Vec<StoredContainer> {
-        let by_number = self.numbers_revisions();
-        let stored = |container: &Arc<Container>| {
-            if by_number {
-                StoredContainer::by_number(container)
-            } else {
-                StoredContainer::whole(container, !self.services.contains_key(&container.service))
-            }
-        };
-        self.containers.values().map(stored).collect()
-    }
-
-    /// The revision of a container that a snapshot holds.
-    pub(super) fn restored_revision(&mut self, container: &StoredContainer) -> io::Result<Arc<Revision>> {
-        let key = (container.service.clone(), container.generation);
-        if let Some(known) = self.revisions.get(&key) {
-            return Ok(Arc::clone(known));
-        }
-        if container.spec.is_none() {
-            let why = format!("container {} has no revision {}", container.id, container.generation);
-            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
-        }
-        let mut revision = container.own_revision();
-        // What it did not say was its service's.
-        if let Some(service) = self.services.get(&container.service) {
-            (revision.ports, revision.constraints) = (service.spec.ports.clone(), service.spec.constraints.clone());
-        }
-        let revision = Arc::new(revision);
-        self.revisions.insert(key, Arc::clone(&revision));
-        Ok(revision)
-    }
-
-    /// Makes a service's revision as it is now, unless there is one of its number.
-    pub(super) fn insert_revision(&mut self, service: &Service, made_at: u64) -> Arc<Revision> {
-        let key = (service.id.clone(), service.generation);
-        if let Some(known) = self.revisions.get(&key) {
-            return Arc::clone(known);
-        }
-        let spec = &service.spec;
-        let numbers = self.numbers_revisions();
-        let values = needed_secrets(&spec.container).filter(|_| numbers).filter_map(|(kind, name)| {
-            let secret = self.secret_named(kind, name)?;
-            Some((format!("{}/{name}", kind_name(kind)), secret.sequence))
-        });
-        let revision = Arc::new(Revision {
-            service: service.id.clone(),
-            number: service.generation,
-            made_at: if numbers { made_at } else { 0 },
-            spec: Arc::clone(&spec.container),
-            resources: spec.resources,
-            ports: spec.ports.clone(),
-            constraints: spec.constraints.clone(),
-            values: values.collect(),
-        });
-        self.revisions.insert(key, Arc::clone(&revision));
-        revision
-    }
-
-    /// Forgets what is neither among a service's latest revisions nor any container's.
-    pub(super) fn prune_revisions(&mut self, service: &ServiceId) {
-        let keep = match self.services.contains_key(service) {
-            true if self.numbers_revisions() => KEPT_REVISIONS,
-            true => 1,
-            false => 0,
-        };
-        let numbers: Vec<_> = self.revisions_of(service).map(|revision| revision.number).collect();
-        for number in numbers.iter().rev().skip(keep) {
-            let key = (service.clone(), *number);
-            if !self.users.contains_key(&key) {
-                self.revisions.remove(&key);
+    fn remember(&mut self, change: ContainerChange) {
+        self.history.push_back((self.revision, change));
+        while self.history.len() > HISTORY {
+            if let Some((revision, _)) = self.history.pop_front() {
+                self.forgotten = revision;
             }
         }
     }
 
-    pub(super) fn count_user(&mut self, revision: &Revision, more: bool) {
-        let key = (revision.service.clone(), revision.number);
-        let count = self.users.get(&key).copied().unwrap_or(0);
-        let count = if more { count + 1 } else { count.saturating_sub(1) };
-        if count == 0 {
-            self.users.remove(&key);
-            self.prune_revisions(&key.0);
+    /// Makes a container of what its service runs, unless that is another revision by now.
+    pub(super) fn create(&mut self, new: &NewContainer) -> Result<(), Rejection> {
+        let NewContainer { id, service, generation, slot, pinned, failures, at } = new;
+        let gone = || Rejection::Conflict(format!("service {service}"));
+        let owner = self.services.get(service).ok_or_else(gone)?;
+        if owner.generation != *generation {
+            return Err(Rejection::Conflict(owner.label()));
+        }
+        let container = Container {
+            id: id.clone(),
+            version: 0,
+            service: owner.id.clone(),
+            service_name: owner.spec.name.clone(),
+            slot: *slot,
+            pinned: pinned.clone(),
+            node: None,
+            created_at: *at,
+            desired: Desired::Running,
+            status: Status::new(ContainerState::New, "", *at),
+            revision: self.current_revision(owner)?,
+            failures: *failures,
+        };
+        self.create_container(container)
+    }
+
+    pub(super) fn create_container(&mut self, mut container: Container) -> Result<(), Rejection> {
+        // Made from a service that may be gone or changed by now: then it is not needed.
+        let number = container.revision.number;
+        let current = self.services.get(&container.service).filter(|service| service.generation == number);
+        let current = current.and_then(|service| self.current_revision(service).ok());
+        // Made by who had not seen yet that another leader did it already.
+        let taken = self.live_in_slot(&container.service, container.slot, container.pinned.as_ref()).is_some();
+        let Some(revision) = current.filter(|_| !taken && !self.containers.contains_key(&container.id)) else {
+            return Err(Rejection::Conflict(format!("service {:?}", container.service_name)));
+        };
+        (container.version, container.revision) = (self.revision, revision);
+        self.put_container(container);
+        Ok(())
+    }
+
+    /// A container that no longer waits, or a node that is gone, makes an assignment moot, not wrong.
+    pub(super) fn assign(&mut self, id: &ContainerId, node: &NodeId, at: Timestamp) {
+        if !self.nodes.contains(node) {
+            return;
+        }
+        // Of two assignments that were planned together the first decides where a volume is, and who has it.
+        let Some(container) = self.containers.get(id).cloned() else { return };
+        let volumes: Vec<_> = self.volumes_of(&container.revision.spec).cloned().collect();
+        let elsewhere = |volume: &Arc<Volume>| volume.node.as_ref().is_some_and(|at| at != node);
+        if container.node.is_none()
+            && volumes.iter().any(|volume| elsewhere(volume) || (volume.exclusive && self.is_held(volume)))
+        {
+            return;
+        }
+        let waits = container.status.state < ContainerState::Assigned && container.desired == Desired::Running;
+        for volume in volumes.into_iter().filter(|volume| waits && volume.is_local() && volume.node.is_none()) {
+            let mut volume = Volume::clone(&volume);
+            volume.node = Some(node.clone());
+            self.volumes.put(volume, self.revision);
+            self.shared_revision = self.revision;
+        }
+        self.update(id, |container| {
+            if container.status.state < ContainerState::Assigned && container.desired == Desired::Running {
+                container.node = Some(node.clone());
+                container.status = Status::new(ContainerState::Assigned, "", at);
+            }
+        });
+    }
+
+    pub(super) fn refuse(&mut self, id: &ContainerId, message: &str, at: Timestamp) {
+        self.update(id, |container| {
+            if container.node.is_none() && !container.status.state.is_terminal() {
+                container.status = Status::new(ContainerState::Pending, message, at);
+            }
+        });
+    }
+
+    pub(super) fn want_removed(&mut self, id: &ContainerId) {
+        self.update(id, |container| container.desired = Desired::Removed);
+    }
+
+    pub(super) fn observe(&mut self, id: &ContainerId, node: &NodeId, status: &Status) {
+        self.update(id, |container| {
+            let newer = status.state >= container.status.state && !container.status.state.is_terminal();
+            // After its end only what the kernel measured may still be added.
+            let adds = status.state == container.status.state;
+            if container.node.as_ref() == Some(node) && (newer || adds) {
+                container.status = status.clone();
+            }
+        });
+    }
+
+    fn update(&mut self, id: &ContainerId, change: impl FnOnce(&mut Container)) {
+        let Some(known) = self.containers.get(id) else { return };
+        let mut container = (**known).clone();
+        change(&mut container);
+        if container != **known {
+            container.version = self.revision;
+            self.put_container(container);
+        }
+    }
+
+    pub(super) fn put_container(&mut self, container: Container) {
+        let id = container.id.clone();
+        let before = self.containers.get(&id).map(|old| Arc::clone(&old.revision));
+        if before.as_ref() != Some(&container.revision) {
+            self.count_user(&container.revision, true);
+            if let Some(before) = before {
+                self.count_user(&before, false);
+            }
+        }
+        if let Some(old) = self.containers.get(&id)
+            && let Some(node) = &old.node
+            && container.node.as_ref() != Some(node)
+        {
+            self.by_node.remove(&(node.clone(), id.clone()));
+            self.node_revisions.insert(node.clone(), self.revision);
+        }
+        if let Some(node) = &container.node {
+            self.by_node.insert((node.clone(), id.clone()));
+            self.node_revisions.insert(node.clone(), self.revision);
+        }
+        self.by_service.insert((container.service.clone(), id.clone()));
+        let key = slot_key(&container);
+        if is_live(&container) {
+            self.live.insert(key, id.clone());
+        } else if self.live.get(&key) == Some(&id) {
+            self.live.remove(&key);
+        }
+        if waits(&container) {
+            self.waiting.insert(id.clone());
         } else {
-            self.users.insert(key, count);
+            self.waiting.remove(&id);
         }
+        let container = Arc::new(container);
+        self.containers.insert(id, Arc::clone(&container));
+        self.remember(ContainerChange::Changed(container));
     }
 
-    /// Has all containers of a service ask for these, whatever their revision: in words of earlier versions they have none of their own.
-    /// `is_noted` says whether that is a change of those that are on nodes.
-    pub(super) fn have_all_ask(
-        &mut self,
-        service: &ServiceId,
-        ports: &[v1::Port],
-        constraints: &[Constraint],
-        is_noted: bool,
-    ) {
-        let revisions: Vec<_> = self.revisions_of(service).cloned().collect();
-        for revision in revisions {
-            let (ports, constraints) = (ports.to_vec(), constraints.to_vec());
-            let key = (service.clone(), revision.number);
-            let asks = Arc::new(Revision { ports, constraints, ..Revision::clone(&revision) });
-            self.revisions.insert(key, Arc::clone(&asks));
-            let users: Vec<_> = self.containers_of(service).filter(|user| user.revision == revision).cloned().collect();
-            for user in users {
-                let version = if is_noted && user.holds_resources() { self.revision } else { user.version };
-                let revision = Arc::clone(&asks);
-                self.put_container(Container { version, revision, ..Arc::unwrap_or_clone(user) });
-            }
+    pub(super) fn delete_container(&mut self, id: &ContainerId) {
+        let Some(container) = self.containers.remove(id) else { return };
+        if let Some(node) = &container.node {
+            self.by_node.remove(&(node.clone(), id.clone()));
+            self.node_revisions.insert(node.clone(), self.revision);
         }
-    }
-
-    pub(super) fn current_revision(&self, service: &Service) -> Result<Arc<Revision>, Rejection> {
-        let found = self.revisions.get(&(service.id.clone(), service.generation)).cloned();
-        found.ok_or_else(|| Rejection::Conflict(format!("service {:?}", service.spec.name)))
-    }
-
-    /// Makes the revision of a service that is being written. What asks nothing else of containers themselves, another published port for one,
-    /// is the revision of those that run as well: they are not replaced for it.
-    pub(super) fn revise(&mut self, known: Option<&Service>, service: &mut Service) {
-        if !self.numbers_revisions() {
-            self.insert_revision(service, self.revision);
-            let (ports, constraints) = (&service.spec.ports, &service.spec.constraints);
-            if known.is_some_and(|known| (&known.spec.ports, &known.spec.constraints) != (ports, constraints)) {
-                self.have_all_ask(&service.id, ports, constraints, false);
-            }
-            return;
+        self.by_service.remove(&(container.service.clone(), id.clone()));
+        let key = slot_key(&container);
+        if self.live.get(&key) == Some(id) {
+            self.live.remove(&key);
         }
-        let same = known.filter(|known| known.generation == service.generation);
-        let before = same.and_then(|known| self.revisions.get(&(known.id.clone(), known.generation)).cloned());
-        if before.as_ref().is_some_and(|before| before.is_as(&service.spec)) {
-            return;
-        }
-        service.generation += u64::from(before.is_some());
-        let revision = self.insert_revision(service, self.revision);
-        let runs = |user: &&Arc<Container>| before.as_ref().is_some_and(|before| user.revision == *before);
-        let users: Vec<_> = self.containers_of(&service.id).filter(runs).cloned().collect();
-        for user in users {
-            let (version, revision) = (self.revision, Arc::clone(&revision));
-            self.put_container(Container { revision, version, ..Arc::unwrap_or_clone(user) });
-        }
+        self.waiting.remove(id);
+        self.count_user(&container.revision, false);
+        self.remember(ContainerChange::Deleted(id.clone(), container.service.clone()));
     }
 }

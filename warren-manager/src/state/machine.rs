@@ -58,9 +58,14 @@ impl StateMachine for Machine {
 ///
 /// # Errors
 ///
-/// Never for a transaction that this program made.
+/// When it holds what a manager that reads no later schema does not know.
 pub fn encode(transaction: &Transaction, schema: u32) -> serde_json::Result<String> {
     let schema = schema.max(transaction.raises_schema_to());
+    let since = transaction.since();
+    if since > schema {
+        let why = format!("it needs schema {since}, and the cluster's log is of schema {schema}");
+        return Err(serde::ser::Error::custom(why));
+    }
     Ok(format!("{schema} {}", serde_json::to_string(transaction)?))
 }
 
@@ -84,8 +89,12 @@ fn decode(command: &str, newest: u32) -> io::Result<Transaction> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use warren_proto::v1;
+
     use super::*;
-    use crate::state::Change;
+    use crate::state::{Change, Expected, SECRETS_IN_ENV, tests::service};
 
     #[test]
     fn transactions_of_other_schemas_are_read_or_named() {
@@ -99,6 +108,22 @@ mod tests {
         assert!(refused.contains("schema 99"), "{refused}");
         assert!(decode("4 {", SCHEMA).expect_err("is cut").to_string().contains("cannot read"));
         assert!(decode("x {}", SCHEMA).is_err());
+    }
+
+    #[test]
+    fn what_a_member_may_not_know_is_not_written() {
+        let mut service = service("s", "web", 1);
+        let mount = v1::SecretMount { source: "key".to_owned(), env: "KEY".to_owned(), ..Default::default() };
+        Arc::make_mut(&mut service.spec.container).secrets.push(mount);
+        let change = Change::PutService { service: Box::new(service), expected: Expected::Absent };
+        let transaction = Transaction { changes: vec![change.clone()], ..Transaction::default() };
+        let refused =
+            encode(&transaction, SECRETS_IN_ENV - 1).expect_err("an earlier version's member does not know it");
+        assert!(refused.to_string().contains("needs schema 7, and the cluster's log is of schema 6"), "{refused}");
+        assert!(encode(&transaction, SECRETS_IN_ENV).is_ok());
+        // Nobody reads this who does not read what it raises the schema to.
+        let changes = vec![Change::RaiseSchema(SECRETS_IN_ENV), change];
+        assert!(encode(&Transaction { changes, ..Transaction::default() }, OLDEST_SCHEMA).is_ok());
     }
 
     #[test]

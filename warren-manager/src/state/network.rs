@@ -142,6 +142,10 @@ pub(super) struct Numbers {
 }
 
 impl Numbers {
+    pub(super) fn new(next: u32, taken: impl Iterator<Item = u32>) -> Self {
+        Self { next, taken: taken.collect() }
+    }
+
     /// Takes the next free number from `first` on and below `end`; `None` when there is none.
     pub(super) fn take(&mut self, first: u32, end: u32) -> Option<u32> {
         let begin = self.next.clamp(first, end);

@@ -520,7 +520,7 @@ fn publishing(generation: u64, container_port: u32, image: &str) -> Service {
 
 fn create(id: &str, generation: u64, slot: u32) -> Change {
     let (service, at) = ("s".into(), Timestamp(1));
-    Change::Create { id: id.into(), service, generation, slot, pinned: None, failures: 0, at }
+    Change::Create(NewContainer { id: id.into(), service, generation, slot, pinned: None, failures: 0, at })
 }
 
 /// Each container's id, the number of its revision, its image, and the port that it listens on.

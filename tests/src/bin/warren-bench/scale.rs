@@ -30,8 +30,8 @@ use warren_manager::{
     pinning::Unasked,
     scheduler,
     state::{
-        Amounts, Availability, Change, Cluster, ClusterNetwork, ContainerState, Description, Expected, Mode, Resources,
-        RestartCondition, RestartPolicy, SCHEMA, Service, ServiceSpec, State, Transaction,
+        Amounts, Availability, Change, Cluster, ClusterNetwork, ContainerState, Description, Expected, Mode,
+        NewContainer, Resources, RestartCondition, RestartPolicy, SCHEMA, Service, ServiceSpec, State, Transaction,
     },
 };
 use warren_pki::{Credentials, Dialer, Request, Token};
@@ -117,14 +117,16 @@ fn waiting(services: u32, replicas: u32) -> State {
     changes.extend((0..NODES).map(|number| Change::PutNode(Box::new(node(number)))));
     for number in 0..services {
         let made = service(number, replicas);
-        changes.extend((1..=replicas).map(|slot| Change::Create {
-            id: ContainerId::from(format!("c{number:05}-{slot:06}")),
-            service: made.id.clone(),
-            generation: 1,
-            slot,
-            pinned: None,
-            failures: 0,
-            at: Timestamp(1),
+        changes.extend((1..=replicas).map(|slot| {
+            Change::Create(NewContainer {
+                id: ContainerId::from(format!("c{number:05}-{slot:06}")),
+                service: made.id.clone(),
+                generation: 1,
+                slot,
+                pinned: None,
+                failures: 0,
+                at: Timestamp(1),
+            })
         }));
         let at = changes.len() - replicas as usize;
         changes.insert(at, Change::PutService { service: Box::new(made), expected: Expected::Absent });
