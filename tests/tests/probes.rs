@@ -7,6 +7,7 @@ use std::{
     time::Instant,
 };
 
+use aya::maps::{Array, Map, MapData, PerCpuArray};
 use serde_json::{Value, json};
 use warren_tests::{Output, WELL_BEHAVED, World, find, until};
 
@@ -337,6 +338,116 @@ fn another_stop_signal_begins_a_stop() {
     let took = metrics.sum("warren_container_stop_duration_seconds_sum", &[]);
     assert!(took < 0.29, "{took} s: the clock began with the wrong signal");
     assert_eq!(metrics.sum("warren_container_stop_escalations_total", &[]), 0.0);
+}
+
+/// The directory of pins that holds, which is to be the only one.
+fn layout(world: &World) -> PathBuf {
+    let layouts: Vec<_> =
+        fs::read_dir(world.pins()).expect("pins").map(|entry| entry.expect("readable").path()).collect();
+    let [layout] = layouts.try_into().unwrap_or_else(|layouts| panic!("not one layout: {layouts:?}"));
+    layout
+}
+
+/// Makes of an agent's pins those of a version that has more or fewer counters, by a name of its own.
+fn as_of_another_version(world: &World, name: u64, counters: impl Fn(u32) -> u32) -> PathBuf {
+    let other = world.pins().join(format!("{name:016x}"));
+    fs::rename(layout(world), &other).expect("bpffs renames");
+    let pin = other.join("COUNTERS");
+    let open = MapData::from_pin(&pin).and_then(Map::from_map_data).expect("a map");
+    let open: PerCpuArray<_, u64> = open.try_into().expect("counters");
+    let mut made = PerCpuArray::<_, u64>::create(counters(open.len()), 0).expect("made");
+    for index in 0..open.len().min(made.len()) {
+        made.set(index, open.get(&index, 0).expect("readable"), 0).expect("writable");
+    }
+    fs::remove_file(&pin).expect("it is there");
+    made.pin(&pin).expect("bpffs takes it");
+    other
+}
+
+fn meta(layout: &Path) -> Array<MapData, [u64; 4]> {
+    MapData::from_pin(layout.join("META")).and_then(Map::from_map_data).expect("a map").try_into().expect("a note")
+}
+
+#[test]
+fn what_another_versions_probes_counted_is_added_once() {
+    let mut world = World::empty("layouts");
+    world.start_observer(&[]);
+    let pass = |world: &World, name: &str| {
+        let _ = fs::remove_dir_all(world.path("bundle"));
+        let runc = Runc::new(world);
+        runc.configure(name, &ARGUMENTS);
+        assert_eq!(runc.run(&["run", "--detach", name]).code, 0);
+        runc.wait_for_handler(name);
+        let stop = counts(world)[2];
+        assert_eq!(runc.run(&["kill", name, "TERM"]).code, 0);
+        until("its stop is timed", || (counts(world)[2] == stop + 1.0).then_some(()));
+    };
+    let exits = |world: &World| world.agent_metrics().sum("warren_container_exits_total", &[]);
+    let timed = |world: &World| (counts(world), sums(world), exits(world));
+    let [_, start, stop] = counts(&world);
+    pass(&world, "first");
+    until("it is timed", || (counts(&world)[1..] == [start + 1.0, stop + 1.0]).then_some(()));
+    let before = timed(&world);
+    let own = layout(&world);
+    let [epoch, programs, generation, _] = meta(&own).get(&0, 0).expect("readable");
+    assert_eq!(generation, 1);
+    let stop_agent = |world: &mut World| assert!(world.agent.take().expect("it runs").terminate().success());
+
+    // An earlier version: it has a counter less, and knows of no generations.
+    stop_agent(&mut world);
+    let earlier = as_of_another_version(&world, 1, |counters| counters - 1);
+    let mut note = Array::<_, [u64; 2]>::create(1, 0).expect("made");
+    note.set(0, [epoch, programs], 0).expect("writable");
+    fs::remove_file(earlier.join("META")).expect("it is there");
+    note.pin(earlier.join("META")).expect("bpffs takes it");
+    // What an agent left behind that was killed on the way.
+    let unfinished =
+        own.with_file_name(format!("{}-new", own.file_name().and_then(|name| name.to_str()).expect("a name")));
+    fs::create_dir(&unfinished).expect("bpffs takes it");
+    let mut junk = Array::<_, [u64; 4]>::create(1, 0).expect("made");
+    junk.set(0, [9, 9, 9, 1], 0).expect("writable");
+    junk.pin(unfinished.join("META")).expect("bpffs takes it");
+    world.start_observer(&[]);
+    assert_eq!(timed(&world), before);
+    assert_eq!(layout(&world), own);
+    let [kept, _, generation, _] = meta(&own).get(&0, 0).expect("readable");
+    assert_eq!((kept, generation), (epoch, 1), "generations begin");
+    pass(&world, "second");
+    until("it is timed", || (counts(&world)[1..] == [start + 2.0, stop + 2.0]).then_some(()));
+    let before = timed(&world);
+
+    // Killed when all was taken over, and before the other was removed.
+    stop_agent(&mut world);
+    let left = world.pins().join(format!("{:016x}", 2));
+    fs::create_dir(&left).expect("bpffs takes it");
+    for pin in fs::read_dir(&own).expect("pins").map(|entry| entry.expect("readable").path()) {
+        let name = pin.file_name().expect("a name");
+        let is_map = name.to_str().is_some_and(|name| !name.starts_with("link_") && !name.starts_with("program_"));
+        if is_map && name != "META" {
+            MapData::from_pin(&pin).expect("a map").pin(left.join(name)).expect("bpffs takes it");
+        }
+    }
+    let mut note = Array::<_, [u64; 2]>::create(1, 0).expect("made");
+    note.set(0, [epoch, programs], 0).expect("writable");
+    note.pin(left.join("META")).expect("bpffs takes it");
+    world.start_observer(&[]);
+    assert_eq!((timed(&world), layout(&world)), (before, own.clone()));
+
+    // Back from a later version, which has a counter more, to this one, of which something older is there still.
+    stop_agent(&mut world);
+    let later = as_of_another_version(&world, 3, |counters| counters + 1);
+    let mut of_later = meta(&later);
+    let mut noted = of_later.get(&0, 0).expect("readable");
+    noted[2] += 1;
+    of_later.set(0, noted, 0).expect("writable");
+    fs::create_dir(&own).expect("bpffs takes it");
+    let mut junk = Array::<_, [u64; 4]>::create(1, 0).expect("made");
+    junk.set(0, [9, 9, 1, 1], 0).expect("writable");
+    junk.pin(own.join("META")).expect("bpffs takes it");
+    world.start_observer(&[]);
+    assert_eq!((timed(&world), layout(&world)), (before, own));
+    pass(&world, "third");
+    until("it is timed", || (counts(&world)[1..] == [start + 3.0, stop + 3.0]).then_some(()));
 }
 
 #[test]

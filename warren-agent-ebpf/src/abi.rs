@@ -1,7 +1,7 @@
 //! Layouts and numbers that the kernel programs and the agent must agree on.
 //!
-//! [`HASH`] names this agreement. It is part of the path under which maps are pinned, so an agent never opens maps that
-//! another layout filled: aya does not compare an existing pin with the definition at hand.
+//! [`HASH`] names this agreement. It is part of the path under which maps are pinned, so programs never write to maps that
+//! another layout filled: aya does not compare an existing pin with the definition at hand. Counts are taken over: see [`COUNTS`].
 
 pub mod container;
 pub mod counter;
@@ -111,7 +111,15 @@ pub struct Meta {
     pub epoch: u64,
     /// Hash of the programs and their configuration.
     pub programs: u64,
+    /// Rises with each layout that took over another's counts: those of the highest hold. Counts from 1.
+    pub generation: u64,
+    /// The form of the counts: [`COUNTS`].
+    pub counts: u64,
 }
+
+/// The form of counts, which agents of other layouts read: counters and durations keep their numbers (new ones follow the last), histograms
+/// keep their slots, and keys keep their fields. What breaks this is another form, and needs code that reads the one before.
+pub const COUNTS: u64 = 1;
 
 /// Bytes of a group's name: a service's name is a DNS label.
 pub const GROUP_NAME_LEN: usize = 64;

@@ -2,13 +2,14 @@
 //!
 //! Programs, their attachments and their maps are pinned, so they outlive the agent: a restarted agent opens what is
 //! there and goes on counting where the kernel is. Only when the programs themselves or their configuration have changed
-//! are they replaced; the maps stay, unless their layout changed, which gives them another directory.
+//! are they replaced; the maps stay, unless their layout changed: then what they counted is taken over.
 
 mod btf;
 mod events;
 mod groups;
 mod loader;
 mod maps;
+mod migrate;
 mod object;
 mod offsets;
 mod service;

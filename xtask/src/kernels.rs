@@ -17,7 +17,7 @@ use anyhow::{Result, bail};
 use self::package::Package;
 use crate::{
     build_ebpf,
-    run::{cargo, find, install, step, target, workspace},
+    run::{cargo, find, install, step, target, took, workspace},
     setup,
 };
 
@@ -198,6 +198,6 @@ fn boot(
     for line in printed.lines().filter(|line| line.starts_with("KERNEL ") || line.starts_with("test ")) {
         println!("    {line}");
     }
-    println!("    {:.1} s", began.elapsed().as_secs_f64());
+    took(&format!("Linux {} {told}", kernel.version), began.elapsed());
     Ok(())
 }

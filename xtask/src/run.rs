@@ -6,7 +6,8 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Instant,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -37,8 +38,27 @@ pub(crate) fn step(what: &str, command: &mut Command) -> Result<()> {
     if !status.success() {
         bail!("{what} failed: {} ended with {status}", name(command));
     }
-    println!("    {:.1} s", began.elapsed().as_secs_f64());
+    took(what, began.elapsed());
     Ok(())
+}
+
+/// What was done so far, and how long each part of it took.
+static PARTS: Mutex<Vec<(String, Duration)>> = Mutex::new(Vec::new());
+
+/// Says how long a part took.
+pub(crate) fn took(what: &str, time: Duration) {
+    println!("    {:.1} s", time.as_secs_f64());
+    PARTS.lock().unwrap_or_else(PoisonError::into_inner).push((what.to_owned(), time));
+}
+
+/// Prints how long each part took, and all of them.
+pub(crate) fn print_parts() {
+    let parts = PARTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let all = parts.iter().map(|(_, time)| time).sum::<Duration>();
+    println!("==> times");
+    for (what, time) in parts.iter().map(|(what, time)| (what.as_str(), time)).chain([("together", &all)]) {
+        println!("    {:>7.1} s  {what}", time.as_secs_f64());
+    }
 }
 
 /// A command's output; `None` when it cannot be run or fails.

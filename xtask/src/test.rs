@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::{
     build_ebpf, kernels,
-    run::{cargo, find, step, workspace},
+    run::{cargo, find, print_parts, step, workspace},
     setup, sim,
 };
 
@@ -21,6 +21,12 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
+    let result = everything(arguments);
+    print_parts();
+    result
+}
+
+fn everything(arguments: Arguments) -> Result<()> {
     setup::run(setup::Arguments { tests: true, bench: false })?;
     build_ebpf::run()?;
     if !arguments.tests_only {

@@ -3,7 +3,6 @@
 use std::{
     fs,
     hash::{DefaultHasher, Hash as _, Hasher as _},
-    io::ErrorKind,
     os::fd::OwnedFd,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
@@ -16,11 +15,12 @@ use aya::{
     programs::{BtfTracePoint, CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, ProgramError, links::FdLink},
 };
 use rustix::fs::{FlockOperation, Mode, OFlags};
-use warren_agent_ebpf::abi::{self, Config, Meta, RUNTIMES};
+use warren_agent_ebpf::abi::{self, COUNTS, Config, Meta, RUNTIMES};
 
 use super::{
     Error, OBJECT,
     maps::{self, Maps},
+    migrate,
     offsets::Kernel,
 };
 
@@ -90,19 +90,25 @@ impl Maps {
             return Err(Error::NotBuilt);
         }
         mount_bpffs(&options.pin_dir)?;
-        let directory = options.pin_dir.join(format!("{:016x}", abi::HASH));
-        create_dir(&directory)?;
+        create_dir(&options.pin_dir)?;
         let lock = lock(&options.pin_dir)?;
+        let directory = migrate::directory(&options.pin_dir, abi::HASH);
 
         let kernel = Kernel::running()?;
         let cgroup = cgroup_directory(options)?;
         let config = config(options, &kernel);
         let programs = fingerprint(&config, &cgroup);
-        if !is_current(&directory, programs) {
-            install(&directory, &kernel, &config, &cgroup, programs)?;
+        let newest = migrate::newest(&options.pin_dir);
+        let other = newest.as_ref().filter(|(path, _)| *path != directory);
+        if other.is_some() || !is_current(&directory, programs) {
+            let probes = Probes { kernel: &kernel, config: &config, cgroup: &cgroup, programs };
+            match other {
+                Some((before, meta)) => probes.replace(before, meta, &directory)?,
+                None => probes.install(&directory)?,
+            }
             release_memory();
         }
-        remove_other_layouts(&options.pin_dir, &directory);
+        migrate::remove_others(&options.pin_dir, &directory);
         Self::from_pins(&directory, lock)
     }
 
@@ -112,13 +118,8 @@ impl Maps {
     ///
     /// When the pins cannot be removed.
     pub fn remove(pin_dir: &Path) -> Result<(), Error> {
-        for layout in layouts(pin_dir) {
-            match fs::remove_dir_all(&layout) {
-                Err(source) if source.kind() != ErrorKind::NotFound => {
-                    return Err(Error::Io { action: "removing", path: layout, source });
-                }
-                _ => {}
-            }
+        for layout in migrate::layouts(pin_dir) {
+            migrate::remove(&layout)?;
         }
         // Others may have pins there, or it may be bpffs itself: then it stays.
         let _ = fs::remove_dir(pin_dir);
@@ -126,21 +127,16 @@ impl Maps {
     }
 }
 
-/// The directories that agents have made: their names are hashes.
-fn layouts(pin_dir: &Path) -> Vec<PathBuf> {
-    let is_hash = |name: &std::ffi::OsStr| {
-        name.to_str().is_some_and(|name| name.len() == 16 && u64::from_str_radix(name, 16).is_ok())
-    };
-    let entries = fs::read_dir(pin_dir).into_iter().flatten().flatten();
-    entries.filter(|entry| is_hash(&entry.file_name())).map(|entry| entry.path()).collect()
-}
+/// What the names of pins begin with that keep programs attached, and of programs' own.
+const LINK: &str = "link_";
+const PROGRAM: &str = "program_";
 
 pub(super) fn link_pin(directory: &Path, program: &str) -> PathBuf {
-    directory.join(format!("link_{program}"))
+    directory.join(format!("{LINK}{program}"))
 }
 
 pub(super) fn program_pin(directory: &Path, program: &str) -> PathBuf {
-    directory.join(format!("program_{program}"))
+    directory.join(format!("{PROGRAM}{program}"))
 }
 
 /// Mounts bpffs where the pins are to be, unless it is.
@@ -241,44 +237,90 @@ fn is_current(directory: &Path, programs: u64) -> bool {
 
 /// Detaches what is attached by removing the pins that hold it; the maps stay.
 fn detach(directory: &Path) {
-    for program in PROGRAMS {
-        for pin in [link_pin(directory, program.name), program_pin(directory, program.name)] {
-            // A pin that is not there is what is wanted; one that cannot be removed fails the next step, with a name.
-            let _ = fs::remove_file(pin);
-        }
+    // Another version's have other names.
+    let is_program = |entry: &fs::DirEntry| {
+        let name = entry.file_name();
+        name.to_str().is_some_and(|name| name.starts_with(LINK) || name.starts_with(PROGRAM))
+    };
+    for pin in fs::read_dir(directory).into_iter().flatten().flatten().filter(is_program) {
+        // One that cannot be removed fails the next step, with a name.
+        let _ = fs::remove_file(pin.path());
     }
 }
 
-fn install(directory: &Path, kernel: &Kernel, config: &Config, cgroup: &Path, programs: u64) -> Result<(), Error> {
-    let epoch = maps::read_meta(directory).map(|meta| meta.epoch).ok().filter(|epoch| *epoch != 0);
+/// What is brought into the kernel.
+struct Probes<'a> {
+    kernel: &'a Kernel,
+    config: &'a Config,
+    cgroup: &'a Path,
+    /// See [`fingerprint`].
+    programs: u64,
+}
 
-    let pins: Vec<PathBuf> = maps::NAMES.iter().map(|name| directory.join(name)).collect();
-    // Parsed once: it is megabytes.
-    let btf = Btf::from_sys_fs().map_err(|error| Error::Btf(error.to_string()))?;
-    let mut loader = EbpfLoader::new();
-    loader.btf(Some(&btf));
-    loader.override_global("OFFSETS", &kernel.offsets, true);
-    loader.override_global("CONFIG", config, true);
-    for (name, pin) in maps::NAMES.iter().zip(&pins) {
-        loader.map_pin_path(name, pin.as_path());
+impl Probes<'_> {
+    /// Attaches the programs of a layout in the place of those there are of it; its maps stay, if there are any.
+    fn install(&self, directory: &Path) -> Result<(), Error> {
+        let before = maps::read_meta(directory).ok().filter(|meta| meta.epoch != 0);
+        let before = before.unwrap_or_else(|| Meta { epoch: rand::random::<u64>().max(1), ..Meta::default() });
+        create_dir(directory)?;
+        let mut ebpf = self.load(directory)?;
+        // The verifier has accepted all of them: only now do the ones before go. What happens in the milliseconds until the new
+        // ones are attached is not seen; attaching them first would count it twice.
+        detach(directory);
+        self.attach(&mut ebpf, directory)?;
+        maps::make_room_for_overflow(directory)?;
+        let generation = before.generation.max(1);
+        maps::write_meta(directory, Meta { programs: self.programs, generation, counts: COUNTS, ..before })
     }
-    let mut ebpf = loader.load(OBJECT).map_err(Box::new)?;
-    name_runtimes(&mut ebpf)?;
-    for program in PROGRAMS {
-        load(&mut ebpf, program, &btf)?;
+
+    /// Attaches the programs of a layout in the place of those of another, whose counts it takes over.
+    fn replace(&self, other: &Path, meta: &Meta, directory: &Path) -> Result<(), Error> {
+        tracing::info!(from = %other.display(), "replacing the probes of another version, and taking over what they counted");
+        let unfinished = migrate::unfinished(directory);
+        migrate::remove(&unfinished)?;
+        create_dir(&unfinished)?;
+        let mut ebpf = self.load(&unfinished)?;
+        detach(other);
+        maps::make_room_for_overflow(&unfinished)?;
+        migrate::take_over(other, meta, &unfinished)?;
+        self.attach(&mut ebpf, &unfinished)?;
+        let generation = meta.generation + 1;
+        let meta = Meta { epoch: meta.epoch, programs: self.programs, generation, counts: COUNTS };
+        maps::write_meta(&unfinished, meta)?;
+        migrate::finish(&unfinished, directory)
     }
-    // The verifier has accepted all of them: only now do the ones before go. What happens in the milliseconds until the new
-    // ones are attached is not seen; attaching them first would count it twice.
-    detach(directory);
-    let attached = PROGRAMS.into_iter().try_for_each(|program| {
-        let link = attach(&mut ebpf, program, cgroup, directory)?;
-        let pin = link_pin(directory, program.name);
-        // The pin keeps the program attached; the handle is not needed.
-        link.pin(&pin).map(drop).map_err(|error| Error::Pin { path: pin, source: error.into() })
-    });
-    attached.inspect_err(|_| detach(directory))?;
-    maps::make_room_for_overflow(directory)?;
-    maps::write_meta(directory, Meta { epoch: epoch.unwrap_or_else(|| rand::random::<u64>().max(1)), programs })
+
+    /// Loads the programs, with the maps that are pinned in a directory; those that are not are made there.
+    fn load(&self, directory: &Path) -> Result<Ebpf, Error> {
+        let pins: Vec<PathBuf> = maps::NAMES.iter().map(|name| directory.join(name)).collect();
+        // Parsed once: it is megabytes.
+        let btf = Btf::from_sys_fs().map_err(|error| Error::Btf(error.to_string()))?;
+        let mut loader = EbpfLoader::new();
+        loader.btf(Some(&btf));
+        loader.override_global("OFFSETS", &self.kernel.offsets, true);
+        loader.override_global("CONFIG", self.config, true);
+        for (name, pin) in maps::NAMES.iter().zip(&pins) {
+            loader.map_pin_path(name, pin.as_path());
+        }
+        let mut ebpf = loader.load(OBJECT).map_err(Box::new)?;
+        drop(loader);
+        name_runtimes(&mut ebpf)?;
+        for program in PROGRAMS {
+            load(&mut ebpf, program, &btf)?;
+        }
+        Ok(ebpf)
+    }
+
+    /// Attaches what is loaded, all or nothing.
+    fn attach(&self, ebpf: &mut Ebpf, directory: &Path) -> Result<(), Error> {
+        let attached = PROGRAMS.into_iter().try_for_each(|program| {
+            let link = attach(ebpf, program, self.cgroup, directory)?;
+            let pin = link_pin(directory, program.name);
+            // The pin keeps the program attached; the handle is not needed.
+            link.pin(&pin).map(drop).map_err(|error| Error::Pin { path: pin, source: error.into() })
+        });
+        attached.inspect_err(|_| detach(directory))
+    }
 }
 
 fn name_runtimes(ebpf: &mut Ebpf) -> Result<(), Error> {
@@ -343,16 +385,6 @@ fn attach(ebpf: &mut Ebpf, program: Program, cgroup: &Path, pins: &Path) -> Resu
                 path: link_pin(pins, program.name),
                 source: error.into(),
             })
-        }
-    }
-}
-
-/// Detaches programs of agents whose maps had another layout; their counts end with them.
-fn remove_other_layouts(pin_dir: &Path, current: &Path) {
-    for path in layouts(pin_dir).into_iter().filter(|path| path != current) {
-        tracing::info!(path = %path.display(), "replacing probes of another layout");
-        if let Err(error) = fs::remove_dir_all(&path) {
-            tracing::warn!(path = %path.display(), %error, "their pins could not be removed");
         }
     }
 }

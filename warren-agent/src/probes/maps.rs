@@ -356,7 +356,7 @@ pub(super) fn container_key(id: &str) -> ContainerId {
     key
 }
 
-fn open<T>(directory: &Path, name: &'static str) -> Result<T, Error>
+pub(super) fn open<T>(directory: &Path, name: &'static str) -> Result<T, Error>
 where
     T: TryFrom<Map, Error = MapError>,
 {
