@@ -113,7 +113,7 @@ impl Manager {
     /// When what is there cannot be read.
     #[must_use]
     pub fn services_on_disk(&self) -> BTreeSet<String> {
-        let found = warren_manager::backup::survey(&self.directory.join("manager")).expect("readable");
+        let found = warren_manager::data::backup::survey(&self.directory.join("manager")).expect("readable");
         found.state().services().map(|service| service.spec.name.to_string()).collect()
     }
 

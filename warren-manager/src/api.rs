@@ -12,6 +12,7 @@ mod lookup;
 mod nodes;
 mod operators;
 mod pages;
+pub mod pinning;
 mod raft;
 mod secrets;
 mod services;
@@ -32,16 +33,16 @@ pub use layer::MetricsLayer;
 
 pub use crate::error::{Error, status};
 use crate::{
+    access::peers::MAX_MESSAGE,
+    agents::{Dispatcher, Relay},
+    api::pinning::Pinning,
     clock::Environment,
-    dispatcher::{Dispatcher, Relay},
-    feed::Feed,
-    liveness::Liveness,
+    control::liveness::Liveness,
+    messages::validate::Policy,
     metrics::ManagerMetrics,
-    peers::MAX_MESSAGE,
-    pinning::Pinning,
     store::Store,
-    validate::Policy,
-    vault::Vault,
+    telemetry::feed::Feed,
+    trust::vault::Vault,
 };
 
 /// What every resource's service needs.

@@ -10,11 +10,11 @@ use warren_registry::cli::RegistryArguments;
 use warren_telemetry::cli::TelemetryArguments;
 
 use crate::{
+    control::liveness,
     core::Networks,
-    liveness,
-    manager::Options,
+    messages::validate::Policy,
+    process::Options,
     state::{OLDEST_WRITTEN_SCHEMA, SCHEMA},
-    validate::Policy,
 };
 
 /// The file with a manager's settings, in the configuration's directory.

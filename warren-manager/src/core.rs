@@ -9,25 +9,24 @@ use tonic::service::Routes;
 use warren_raft::{Node, Profile, Storage, Transport};
 use warren_telemetry::{Checks, Meters};
 
-pub use crate::founding::{Founding, Networks};
+pub use crate::trust::founding::{Founding, Networks};
 use crate::{
-    api::{self, Context, MetricsLayer},
+    agents::{Dispatcher, Relay},
+    api::{self, Context, MetricsLayer, pinning::Pinning},
     clock::Environment,
-    controller::Controller,
-    dispatcher::{Dispatcher, Relay},
-    feed::Feed,
-    founding::TOKEN_LIFETIME,
+    control::{
+        controller::Controller,
+        liveness::{self, Liveness},
+    },
     ids,
-    liveness::{self, Liveness},
+    messages::validate::Policy,
     metrics::ManagerMetrics,
-    pinning::Pinning,
     state::{
         Actor, Change, Cluster, ClusterNetwork, InvalidNetwork, JoinToken, Machine, Manager, Origin, State, Transaction,
     },
     store::{self, Store},
-    telemetry::{self, Collected},
-    validate::Policy,
-    vault::Vault,
+    telemetry::{self, Collected, feed::Feed},
+    trust::{founding::TOKEN_LIFETIME, vault::Vault},
 };
 
 /// What a manager takes from around it.
@@ -472,7 +471,7 @@ fn ready(store: &Store) -> Checks {
         if let Some(failure) = status.failure {
             return Err(failure);
         }
-        if !telemetry::quorum_ok(&status) {
+        if !store::quorum_ok(&status) {
             return Err("no leader with a majority is known".to_owned());
         }
         match status.last_log_index.saturating_sub(status.applied_index) {

@@ -2,7 +2,7 @@
 
 use tonic::Status;
 
-use crate::{store, validate::Invalid, vault};
+use crate::{messages::validate::Invalid, store, trust::vault};
 
 /// Why a call was refused.
 #[derive(Debug, thiserror::Error)]

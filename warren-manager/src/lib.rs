@@ -2,39 +2,47 @@
 //!
 //! The state machine, the scheduler and the reconciler are pure functions; the loops around them are thin. Liveness and
 //! telemetry stay in the leader's memory: an idle cluster writes nothing.
+//!
+//! Modules use those below them in this list, and none above:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`process`], [`cli`] | a manager on a machine: its files, sockets and options |
+//! | [`core`] | a manager without a machine, which the simulation runs too |
+//! | [`api`] | what the gRPC API answers, a file a resource |
+//! | `agents` | sessions of nodes' agents: what they are told, and what they report |
+//! | `access` | who may call, calls that are the leader's to answer, members' certificates |
+//! | `error` | why calls are refused |
+//! | `telemetry` | metrics of the cluster, and its events as they happen |
+//! | `messages` | what the API's messages mean, and which are valid |
+//! | [`control`] | who is alive, which containers there should be, and where |
+//! | `store` | reads and writes of the state |
+//! | `caller`, `metrics` | whose call is being answered; the manager's instruments |
+//! | [`data`] | a manager's directory: what is founded, joined, restored and backed up |
+//! | `trust` | keys: of secrets, of the authority |
+//! | [`state`] | what the cluster agrees on, and the changes that there can be |
+//! | [`ids`], [`clock`] | names, time and chance |
 
+mod access;
+mod agents;
 pub mod api;
-pub mod backup;
+mod caller;
 pub mod cli;
 pub mod clock;
-mod controller;
-mod convert;
+pub mod control;
 pub mod core;
-pub mod data_dir;
-mod dispatcher;
+pub mod data;
 mod error;
-mod feed;
-pub mod formation;
-mod founding;
-mod front;
 pub mod ids;
-pub mod liveness;
-mod lock;
-pub mod manager;
+mod messages;
 mod metrics;
-mod pace;
-mod peers;
-pub mod pinning;
-pub mod reconciler;
-pub mod scheduler;
-mod signing;
+pub mod process;
 pub mod state;
 mod store;
 mod telemetry;
-mod validate;
-mod vault;
+mod trust;
 
-pub use front::as_root;
-pub use manager::{Error, Options, WAITS, hostname, identity, run, socket_of};
-pub use validate::Policy;
-pub use vault::{Error as VaultError, UnlockKey, Vault};
+pub use caller::as_root;
+pub use messages::validate::Policy;
+pub use process::{Error, Options, WAITS, hostname, identity, run, socket_of};
+pub use trust::vault::{Error as VaultError, UnlockKey, Vault};

@@ -49,6 +49,7 @@ pub(crate) use volumes::needed_volumes;
 use std::sync::Arc;
 
 use imbl::{OrdMap, OrdSet, Vector};
+use serde::{Deserialize, Serialize};
 
 use crate::ids::{ContainerId, NodeId, ServiceId, VolumeId};
 
@@ -63,8 +64,8 @@ const KEPT_REVISIONS: usize = 10;
 /// Requests remembered, so that repeating one does nothing.
 const REQUESTS: usize = 10_000;
 
-/// Everything the cluster agrees on.
-#[derive(Clone, Debug, Default)]
+/// Everything the cluster agrees on. Its serialized fields are those of snapshots, which hold revisions and containers in forms of their own.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct State {
     /// What its log and snapshots are written in; none of the members is too old to read it.
     schema: Schema,
@@ -73,7 +74,9 @@ pub struct State {
     services: Table<Service>,
     nodes: Table<Node>,
     /// What services' containers are made of: the latest of each service, and those that containers have.
+    #[serde(skip)]
     revisions: OrdMap<(ServiceId, u64), Arc<Revision>>,
+    #[serde(skip)]
     containers: OrdMap<ContainerId, Arc<Container>>,
     secrets: Table<Secret>,
     volumes: Table<Volume>,
@@ -83,8 +86,10 @@ pub struct State {
     /// No manager ever had this id or a higher one.
     next_manager: u64,
     tokens: Table<JoinToken>,
+    #[serde(default)]
     operators: Table<Operator>,
     /// While the authority changes: which authorities each member is known to believe, by their digest.
+    #[serde(default)]
     certified: OrdMap<String, String>,
     /// Nodes that were let in with a token; and those that were removed, whose ids nobody gets again.
     admitted: OrdSet<NodeId>,
@@ -93,29 +98,41 @@ pub struct State {
     requests: OrdMap<u64, String>,
     replies: OrdMap<String, Reply>,
     /// The latest changes that somebody made.
+    #[serde(default)]
     events: Vector<Arc<Event>>,
     /// Numbers of nodes' subnets and of services' virtual addresses; which are taken is derived.
+    #[serde(rename = "next_subnet")]
     subnets: Numbers,
+    #[serde(rename = "next_virtual_address")]
     virtual_addresses: Numbers,
     // What follows is derived, or forgotten at a restart.
+    #[serde(skip)]
     by_service: OrdSet<(ServiceId, ContainerId)>,
+    #[serde(skip)]
     by_node: OrdSet<(NodeId, ContainerId)>,
     /// How many containers have a revision.
+    #[serde(skip)]
     users: OrdMap<(ServiceId, u64), usize>,
     /// The container of each slot that is to run and has not ended.
+    #[serde(skip)]
     live: OrdMap<SlotKey, ContainerId>,
     /// Containers that are to run and that no node has yet.
+    #[serde(skip)]
     waiting: OrdSet<ContainerId>,
     /// When what a node has last changed; and what nodes share, as secrets.
+    #[serde(skip)]
     node_revisions: OrdMap<NodeId, u64>,
+    #[serde(skip)]
     shared_revision: u64,
+    #[serde(skip)]
     history: Vector<(u64, ContainerChange)>,
     /// Changes up to here are not in the history.
+    #[serde(skip)]
     forgotten: u64,
 }
 
 /// A schema's number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Schema(u32);
 
 impl Default for Schema {

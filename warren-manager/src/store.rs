@@ -7,8 +7,8 @@ use tracing::Instrument as _;
 use warren_raft::Node;
 
 use crate::{
+    caller::Caller,
     clock::{Environment, Timestamp},
-    front::Caller,
     metrics::ManagerMetrics,
     state::{self, Change, Origin, Rejection, Reply, State, Transaction},
 };
@@ -181,6 +181,15 @@ fn batches(changes: Vec<Change>) -> Result<Vec<Vec<Change>>, serde_json::Error> 
         }
     }
     Ok(batches)
+}
+
+/// Whether writes can be made, as far as this manager knows: the leader was heard of lately or, on the leader, a majority was.
+#[must_use]
+pub(crate) fn quorum_ok(status: &warren_raft::Status) -> bool {
+    /// As long as any profile waits before an election.
+    const STALE: std::time::Duration = std::time::Duration::from_secs(10);
+    let heard = if status.is_leader { status.quorum_age } else { status.leader_silent_for };
+    status.failure.is_none() && status.leader.is_some() && heard.is_some_and(|age| age < STALE)
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! What agents stream, and what the cluster's state says, as metrics.
 
+pub(crate) mod feed;
+
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -12,12 +14,12 @@ use warren_proto::v1;
 use warren_telemetry::{Key, Measurement, Meters, Series, Source, build::BuildInfo, series};
 
 use crate::{
-    convert,
+    control::liveness::{CONDITIONS, Health, Liveness},
     ids::NodeId,
-    liveness::{CONDITIONS, Health, Liveness},
+    messages::convert,
     metrics::ManagerMetrics,
     state::{ContainerState, Desired, State},
-    store::Store,
+    store::{Store, quorum_ok},
 };
 
 #[derive(Debug)]
@@ -330,15 +332,6 @@ pub(crate) fn leads(status: &warren_raft::Status) -> bool {
 #[must_use]
 pub(crate) fn leader(status: &warren_raft::Status) -> Option<u64> {
     status.leader.filter(|_| quorum_ok(status))
-}
-
-/// Whether writes can be made, as far as this manager knows: the leader was heard of lately or, on the leader, a majority was.
-#[must_use]
-pub(crate) fn quorum_ok(status: &warren_raft::Status) -> bool {
-    /// As long as any profile waits before an election.
-    const STALE: std::time::Duration = std::time::Duration::from_secs(10);
-    let heard = if status.is_leader { status.quorum_age } else { status.leader_silent_for };
-    status.failure.is_none() && status.leader.is_some() && heard.is_some_and(|age| age < STALE)
 }
 
 #[cfg(test)]

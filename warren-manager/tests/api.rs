@@ -6,7 +6,7 @@ use tempfile::TempDir;
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Streaming, transport::Channel};
-use warren_manager::{Options, Policy, core::Networks, liveness};
+use warren_manager::{Options, Policy, control::liveness, core::Networks};
 use warren_pki::Dialer;
 use warren_proto::v1::{
     self, agent_message, containers_client::ContainersClient, dispatcher_client::DispatcherClient, manager_message,

@@ -15,8 +15,9 @@ use tonic::{Code, Request, Status, client::Grpc, transport::Channel};
 use tonic_prost::ProstCodec;
 use warren_manager::{
     Options, Policy, Vault,
+    control::liveness,
     core::Networks,
-    formation, liveness,
+    data::formation,
     state::{SCHEMA, Sealed},
 };
 use warren_pki::{Authority, Credentials, Dialer, Identity, Request as CertificateRequest, Role, Token};
@@ -454,7 +455,7 @@ async fn a_manager_whose_certificate_has_run_out_gives_itself_another() {
         let request = CertificateRequest::new().expect("a request");
         let then = SystemTime::now() - year;
         let certificate = authority.sign(request.pem(), &identity, then, Duration::from_secs(60)).expect("signed");
-        let kept = directory.join(warren_manager::data_dir::IDENTITY);
+        let kept = directory.join(warren_manager::data::data_dir::IDENTITY);
         Credentials::create(&kept, &request.key_pem(), &certificate, authority.certificate_pem()).expect("kept");
     })
     .await;

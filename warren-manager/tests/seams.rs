@@ -16,10 +16,10 @@ use tonic::{body::Body, service::Routes};
 use tower::util::MapRequest;
 use warren_manager::{
     Policy, Vault,
+    api::pinning::Unasked,
     clock::{Environment, Timestamp},
+    control::liveness,
     core::{Core, Founding, Seams, Settings},
-    liveness,
-    pinning::Unasked,
 };
 use warren_proto::v1::{
     self, agent_message, dispatcher_client::DispatcherClient, manager_message, nodes_client::NodesClient,

@@ -7,7 +7,7 @@ use std::{
 
 use clap::{Args, Subcommand, ValueEnum};
 use warren_agent::membership;
-use warren_manager::{backup, formation};
+use warren_manager::data::{backup, formation};
 use warren_pki::{Dialer, Request, Token};
 use warren_proto::v1::{self, cluster_client::ClusterClient};
 

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use tonic::{Code, Status};
 use warren_agent::membership;
-use warren_manager::{VaultError, backup, formation};
+use warren_manager::{
+    VaultError,
+    data::{backup, formation},
+};
 use warren_proto::v1;
 
 /// Why a command failed.
@@ -61,7 +64,7 @@ pub(crate) enum Error {
     #[error(transparent)]
     Pki(#[from] warren_pki::Error),
     #[error(transparent)]
-    Formation(#[from] warren_manager::formation::Error),
+    Formation(#[from] warren_manager::data::formation::Error),
     #[error(transparent)]
     Membership(#[from] warren_agent::membership::Error),
     #[error("{0}")]
@@ -91,7 +94,7 @@ pub(crate) enum Error {
     #[error("the cluster is not as it should be")]
     Unhealthy,
     #[error(transparent)]
-    Backup(#[from] warren_manager::backup::Error),
+    Backup(#[from] warren_manager::data::backup::Error),
     #[error(transparent)]
     Vault(#[from] warren_manager::VaultError),
     #[error("the command cannot be started: {}", failed.message)]

@@ -14,10 +14,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use warren_manager::{
     Policy, Vault,
+    api::pinning::Unasked,
     clock::{Environment, Timestamp},
+    control::liveness::{self, Liveness},
     core::{Core, Founding, Seams, Settings},
-    liveness::{self, Liveness},
-    pinning::Unasked,
     state::{self, Change, State, Transaction},
 };
 use warren_proto::v1::{self, cluster_client::ClusterClient};

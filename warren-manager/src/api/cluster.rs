@@ -8,14 +8,17 @@ use warren_telemetry::build;
 
 use super::{Context, Error, health};
 use crate::{
-    backup, convert,
-    front::Caller,
+    access::signing::{self, Invited, Signed},
+    caller::Caller,
+    data::backup,
     ids::{NodeId, OperatorId},
-    signing::{self, Invited, Signed},
+    messages::{
+        convert,
+        validate::{self, Invalid},
+    },
     state::{Change, JoinToken, Manager, OLDEST_WRITTEN_SCHEMA, SealedAuthority, State, TokenRole, Transaction},
     store, telemetry,
-    validate::{self, Invalid},
-    vault::UnlockKey,
+    trust::vault::UnlockKey,
 };
 
 #[derive(Clone, Debug)]

@@ -8,9 +8,9 @@ use warren_proto::v1::{self, containers_server, watch_containers_response};
 use super::{Context, Error, lookup, pages::page};
 use crate::{
     clock::Timestamp,
-    convert,
+    control::reconciler,
     ids::ServiceId,
-    reconciler,
+    messages::convert,
     state::{Container, ContainerChange, State},
 };
 

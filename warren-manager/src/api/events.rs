@@ -7,8 +7,8 @@ use warren_proto::v1::{self, events_server};
 
 use super::Context;
 use crate::{
-    feed::{Feed, REMEMBERED},
-    validate::Invalid,
+    messages::validate::Invalid,
+    telemetry::feed::{Feed, REMEMBERED},
 };
 
 #[derive(Clone, Debug)]

@@ -6,11 +6,11 @@ use warren_proto::v1::{self, exec_request, exec_server};
 
 use super::{Context, Error, lookup};
 use crate::{
-    dispatcher::Relay,
-    front::Caller,
+    agents::Relay,
+    caller::Caller,
     ids::NodeId,
+    messages::validate::Invalid,
     state::{ContainerState, State},
-    validate::Invalid,
 };
 
 #[derive(Clone, Debug)]

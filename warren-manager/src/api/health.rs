@@ -6,9 +6,9 @@ use warren_proto::v1;
 use warren_raft::Status;
 
 use crate::{
-    convert,
+    control::liveness::{Condition, Health},
     ids::NodeId,
-    liveness::{Condition, Health},
+    messages::convert,
     state::{Container, ContainerState, Desired, RestartCondition, State},
 };
 

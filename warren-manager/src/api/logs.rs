@@ -7,10 +7,10 @@ use warren_proto::v1::{self, logs_server};
 
 use super::{Context, Error, lookup};
 use crate::{
-    dispatcher::Relay,
+    agents::Relay,
     ids::{ContainerId, NodeId},
+    messages::validate::Invalid,
     state::{Container, ContainerState, Service, State},
-    validate::Invalid,
 };
 
 #[derive(Clone, Debug)]

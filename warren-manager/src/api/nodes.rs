@@ -6,13 +6,15 @@ use warren_proto::v1::{self, nodes_server};
 
 use super::{Context, Error, lookup, pages::page};
 use crate::{
-    convert,
-    front::Caller,
+    agents::pace::{Pace, Paces},
+    caller::Caller,
+    control::liveness::Health,
     ids::NodeId,
-    liveness::Health,
-    pace::{Pace, Paces},
+    messages::{
+        convert,
+        validate::{self, Invalid},
+    },
     state::{Availability, Change, Constraint, Node, State, Trait, Transaction},
-    validate::{self, Invalid},
 };
 
 #[derive(Clone, Debug)]

@@ -5,10 +5,10 @@ use warren_proto::v1::{self, operators_server};
 
 use super::{Context, Error, lookup, pages::page};
 use crate::{
+    access::signing::{self, Invited},
     ids::OperatorId,
-    signing::{self, Invited},
+    messages::validate::{Invalid, object_name},
     state::{Change, Invitation, Operator, Transaction},
-    validate::{Invalid, object_name},
 };
 
 #[derive(Clone, Debug)]

@@ -6,8 +6,8 @@ use warren_proto::v1::{self, SecretKind, secrets_server};
 use super::{Context, Error, lookup, pages::page};
 use crate::{
     ids::SecretId,
+    messages::validate::{Invalid, object_name},
     state::{Change, Expected, Secret, State, Transaction},
-    validate::{Invalid, object_name},
 };
 
 #[derive(Clone, Debug)]

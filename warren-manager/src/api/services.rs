@@ -9,10 +9,10 @@ use warren_spec::{ImageName, InvalidImageName};
 
 use super::{Context, Error, lookup, pages::page, secrets::Secrets, volumes::Volumes};
 use crate::{
-    convert,
     ids::{NodeId, ServiceId},
+    messages::{convert, validate},
     state::{Change, Expected, Mode, Node, Rejection, Service, ServiceSpec, State, Transaction, protocol_name},
-    store, validate,
+    store,
 };
 
 #[derive(Clone, Debug)]

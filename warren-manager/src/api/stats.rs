@@ -7,11 +7,10 @@ use warren_proto::v1::{self, stats_server};
 
 use super::{Context, Error, lookup};
 use crate::{
-    convert,
-    dispatcher::Relay,
+    agents::Relay,
     ids::{ContainerId, NodeId, ServiceId},
+    messages::{convert, validate::Invalid},
     state::State,
-    validate::Invalid,
 };
 
 #[derive(Clone, Debug)]

@@ -5,10 +5,12 @@ use warren_proto::v1::{self, volumes_server};
 
 use super::{Context, Error, lookup, pages::page};
 use crate::{
-    convert,
     ids::VolumeId,
+    messages::{
+        convert,
+        validate::{Invalid, object_name},
+    },
     state::{Change, State, Transaction, Volume, needed_volumes},
-    validate::{Invalid, object_name},
 };
 
 #[derive(Clone, Debug)]

@@ -133,19 +133,29 @@ impl ClusterNetwork {
     }
 }
 
-/// Numbers that are given out one after the other, so that one that was given back is not at once another's.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Numbers that are given out one after the other, so that one that was given back is not at once another's. Snapshots hold where the
+/// search goes on; who has which says the rest of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "u32", into = "u32")]
 pub(super) struct Numbers {
     /// Where the search for a free one begins.
-    pub(super) next: u32,
+    next: u32,
     pub(super) taken: OrdSet<u32>,
 }
 
-impl Numbers {
-    pub(super) fn new(next: u32, taken: impl Iterator<Item = u32>) -> Self {
-        Self { next, taken: taken.collect() }
+impl From<u32> for Numbers {
+    fn from(next: u32) -> Self {
+        Self { next, taken: OrdSet::new() }
     }
+}
 
+impl From<Numbers> for u32 {
+    fn from(numbers: Numbers) -> Self {
+        numbers.next
+    }
+}
+
+impl Numbers {
     /// Takes the next free number from `first` on and below `end`; `None` when there is none.
     pub(super) fn take(&mut self, first: u32, end: u32) -> Option<u32> {
         let begin = self.next.clamp(first, end);

@@ -2,52 +2,33 @@
 
 use std::{io, sync::Arc};
 
-use imbl::{OrdMap, OrdSet};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Cluster, Event, JoinToken, Manager, Node, OLDEST_SCHEMA, OLDEST_WRITTEN_SCHEMA, Operator, Reply, SCHEMA, Schema,
-    Secret, Service, State, Table, Volume,
-    network::Numbers,
+    OLDEST_SCHEMA, OLDEST_WRITTEN_SCHEMA, SCHEMA, Schema, State,
     revisions::{StoredContainer, StoredRevision},
 };
-use crate::ids::{NodeId, VolumeId};
 
 #[derive(Deserialize)]
 struct OfSchema {
     schema: u32,
 }
 
-/// The state as a snapshot holds it.
+/// A state as a snapshot holds it.
+#[derive(Serialize)]
+struct Stored<'a> {
+    #[serde(flatten)]
+    state: &'a State,
+    #[serde(flatten)]
+    containers: StoredContainers,
+}
+
+/// What a snapshot holds in a form of its own.
 #[derive(Serialize, Deserialize)]
-struct Stored {
-    /// Of this layout.
-    schema: u32,
-    revision: u64,
-    cluster: Option<Arc<Cluster>>,
-    services: Table<Service>,
-    nodes: Table<Node>,
+struct StoredContainers {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     revisions: Vec<StoredRevision>,
     containers: Vec<StoredContainer>,
-    secrets: Table<Secret>,
-    volumes: Table<Volume>,
-    deleted_volumes: OrdSet<(u64, VolumeId)>,
-    managers: Table<Manager>,
-    next_manager: u64,
-    tokens: Table<JoinToken>,
-    admitted: OrdSet<NodeId>,
-    departed: OrdSet<NodeId>,
-    requests: OrdMap<u64, String>,
-    replies: OrdMap<String, Reply>,
-    next_subnet: u32,
-    next_virtual_address: u32,
-    #[serde(default)]
-    events: Vec<Arc<Event>>,
-    #[serde(default)]
-    certified: OrdMap<String, String>,
-    #[serde(default)]
-    operators: Table<Operator>,
 }
 
 impl State {
@@ -57,30 +38,9 @@ impl State {
     ///
     /// Never for a state that transactions made.
     pub fn to_bytes(&self) -> io::Result<Vec<u8>> {
-        let stored = Stored {
-            schema: self.schema(),
-            revision: self.revision,
-            cluster: self.cluster.clone(),
-            services: self.services.clone(),
-            nodes: self.nodes.clone(),
-            revisions: self.stored_revisions(),
-            containers: self.stored_containers(),
-            secrets: self.secrets.clone(),
-            volumes: self.volumes.clone(),
-            deleted_volumes: self.deleted_volumes.clone(),
-            managers: self.managers.clone(),
-            next_manager: self.next_manager,
-            tokens: self.tokens.clone(),
-            admitted: self.admitted.clone(),
-            departed: self.departed.clone(),
-            requests: self.requests.clone(),
-            replies: self.replies.clone(),
-            next_subnet: self.subnets.next,
-            next_virtual_address: self.virtual_addresses.next,
-            events: self.events.iter().cloned().collect(),
-            certified: self.certified.clone(),
-            operators: self.operators.clone(),
-        };
+        let containers =
+            StoredContainers { revisions: self.stored_revisions(), containers: self.stored_containers() };
+        let stored = Stored { state: self, containers };
         serde_json::to_vec(&stored).map_err(io::Error::other)
     }
 
@@ -102,33 +62,13 @@ impl State {
             let known = format!("this manager reads {OLDEST_SCHEMA} to {newest}");
             return Err(invalid(format!("the state is of schema {schema}, {known}")));
         }
-        let stored: Stored = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
-        let mut state = Self {
-            schema: Schema(schema.max(OLDEST_WRITTEN_SCHEMA)),
-            revision: stored.revision,
-            cluster: stored.cluster,
-            subnets: Numbers::new(stored.next_subnet, stored.nodes.values().map(|node| node.subnet_index)),
-            virtual_addresses: Numbers::new(
-                stored.next_virtual_address,
-                stored.services.values().map(|service| service.virtual_index),
-            ),
-            services: stored.services,
-            nodes: stored.nodes,
-            secrets: stored.secrets,
-            volumes: stored.volumes,
-            deleted_volumes: stored.deleted_volumes,
-            managers: stored.managers,
-            next_manager: stored.next_manager,
-            tokens: stored.tokens,
-            operators: stored.operators,
-            certified: stored.certified,
-            admitted: stored.admitted,
-            departed: stored.departed,
-            requests: stored.requests,
-            replies: stored.replies,
-            events: stored.events.into(),
-            ..Self::default()
-        };
+        let damaged = |error: serde_json::Error| invalid(error.to_string());
+        // Each takes what is its own: to read it once and take it apart would need room for all of it twice.
+        let mut state: Self = serde_json::from_slice(bytes).map_err(damaged)?;
+        let stored: StoredContainers = serde_json::from_slice(bytes).map_err(damaged)?;
+        state.schema = Schema(schema.max(OLDEST_WRITTEN_SCHEMA));
+        state.subnets.taken = state.nodes.values().map(|node| node.subnet_index).collect();
+        state.virtual_addresses.taken = state.services.values().map(|service| service.virtual_index).collect();
         for revision in stored.revisions {
             let service = state.services.get(&revision.service);
             let key = (revision.service.clone(), revision.number);

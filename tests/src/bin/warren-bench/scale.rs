@@ -23,12 +23,14 @@ use tonic::{
 };
 use warren_manager::{
     Policy, Vault,
+    api::pinning::Unasked,
     clock::{System, Timestamp},
+    control::{
+        liveness::{self, Health},
+        scheduler,
+    },
     core::{Core, Founding, Seams, Settings},
     ids::ContainerId,
-    liveness::{self, Health},
-    pinning::Unasked,
-    scheduler,
     state::{
         Amounts, Availability, Change, Cluster, ClusterNetwork, ContainerState, Description, Expected, Mode,
         NewContainer, Resources, RestartCondition, RestartPolicy, SCHEMA, Service, ServiceSpec, State, Transaction,

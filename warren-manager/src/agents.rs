@@ -2,6 +2,7 @@
 
 mod assignments;
 mod directory;
+pub(crate) mod pace;
 mod relay;
 mod reports;
 
@@ -15,16 +16,16 @@ use tonic::{Request, Response, Status, Streaming};
 use warren_proto::v1::{self, agent_message, dispatcher_server, manager_message};
 
 use crate::{
+    agents::pace::{Allowance, Pace},
+    caller::Caller,
     clock::Timestamp,
-    front::Caller,
+    control::liveness::Liveness,
     ids::NodeId,
-    liveness::Liveness,
     metrics::ManagerMetrics,
-    pace::{Allowance, Pace},
     state::{Secret, State},
     store::Store,
     telemetry::{Collected, NotAccepted, SessionNumber},
-    vault::Vault,
+    trust::vault::Vault,
 };
 use assignments::Assigned;
 use directory::Directory;

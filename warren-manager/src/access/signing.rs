@@ -7,10 +7,12 @@ use warren_pki::{Authority, Identity, Role, Secret, Token};
 use crate::{
     clock::Timestamp,
     error::Error,
-    founding::{CERTIFICATE_LIFETIME, TOKEN_LIFETIME},
+    messages::validate::Invalid,
     state::{Cluster, State},
-    validate::Invalid,
-    vault::Vault,
+    trust::{
+        founding::{CERTIFICATE_LIFETIME, TOKEN_LIFETIME},
+        vault::Vault,
+    },
 };
 
 /// A certificate, and the authorities to believe, in PEM.

@@ -13,11 +13,13 @@ use warren_proto::v1;
 
 use crate::{
     clock::System,
-    data_dir::{self, IDENTITY},
-    founding::{self, CERTIFICATE_LIFETIME, Networks},
+    data::data_dir::{self, IDENTITY},
     ids::NodeId,
     state::{SealedAuthority, TokenRole},
-    vault::{self, Vault},
+    trust::{
+        founding::{self, CERTIFICATE_LIFETIME, Networks},
+        vault::{self, Vault},
+    },
 };
 
 /// Where its log and snapshots are, below its data directory.

@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, sync::Arc};
 use warren_proto::v1::{self, AssignmentKind};
 
 use crate::{
-    convert,
     ids::{ContainerId, NodeId, SecretId},
+    messages::convert,
     state::{Container, Desired, Secret, State, needed_secrets},
 };
 

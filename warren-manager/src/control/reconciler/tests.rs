@@ -2,8 +2,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
+    control::scheduler,
     ids::ContainerId,
-    scheduler,
     state::{
         ContainerState,
         tests::{apply, founded, node, observe, put, service},

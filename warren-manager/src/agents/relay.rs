@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status, Streaming};
 use warren_proto::v1::{self, manager_message::Message};
 
-use crate::{front::Caller, ids::NodeId};
+use crate::{caller::Caller, ids::NodeId};
 
 /// Messages on their way; whoever does not read holds the agent's answer up, and nothing else.
 const AHEAD: usize = 256;

@@ -17,8 +17,8 @@ use std::{
 use warren_proto::v1;
 
 use crate::{
+    control::liveness::Health,
     ids::{ContainerId, NodeId, ServiceId, VolumeId},
-    liveness::Health,
     state::{Amounts, Availability, Container, Node, Revision, State, Volume, protocol_name},
 };
 

@@ -14,7 +14,7 @@ use base64::{Engine as _, prelude::BASE64_STANDARD as BASE64};
 use warren_proto::v1;
 
 use crate::{
-    convert::{self, DEFAULT_RESTART},
+    messages::convert::{self, DEFAULT_RESTART},
     state::{
         AGENT_LABELS, Amounts, ClusterNetwork, Constraint, Description, Mode, Resources, RestartCondition,
         RestartPolicy, ServiceSpec, Trait, protocol_name,

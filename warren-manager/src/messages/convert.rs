@@ -6,9 +6,11 @@ use warren_proto::v1;
 
 use crate::{
     clock::Timestamp,
+    control::{
+        liveness::{Condition, Health, Standing},
+        reconciler,
+    },
     ids::NodeId,
-    liveness::{Condition, Health, Standing},
-    reconciler,
     state::{
         Amounts, Availability, Container, ContainerState, Description, Desired, Mode, Node, Probes, Resources,
         RestartCondition, RestartPolicy, Service, ServiceSpec, State, Status, Timing, Volume,
@@ -379,7 +381,7 @@ mod tests {
     use prost::Message as _;
 
     use super::*;
-    use crate::validate;
+    use crate::messages::validate;
 
     /// What agents and newcomers send, and operators.
     #[test]

@@ -12,9 +12,9 @@ use tokio::sync::Notify;
 use warren_proto::v1;
 
 use crate::{
-    convert,
+    agents::pace::{Pace, Paces},
     ids::{ContainerId, NodeId},
-    pace::{Pace, Paces},
+    messages::convert,
     state::{Change, Container, State, Status},
     store::Store,
 };

@@ -4,7 +4,7 @@ use warren_proto::v1;
 use warren_spec::{ImageName, Policy, User};
 
 use super::{Invalid, MAX_TEXT, MAX_TIMEOUT, invalid, text};
-use crate::convert;
+use crate::messages::convert;
 
 /// The kernel's longest hostname.
 const MAX_HOSTNAME: usize = 63;

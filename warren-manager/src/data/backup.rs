@@ -14,11 +14,15 @@ use warren_raft::offline::{self, Held, Reach};
 
 use crate::{
     clock::Timestamp,
-    data_dir::{self, IDENTITY, RAFT},
-    formation,
-    founding::CERTIFICATE_LIFETIME,
+    data::{
+        data_dir::{self, IDENTITY, RAFT},
+        formation,
+    },
     state::{Actor, Change, Event, Machine, Manager, Origin, State, Transaction},
-    vault::{self, KeptKey, UnlockKey, Vault},
+    trust::{
+        founding::CERTIFICATE_LIFETIME,
+        vault::{self, KeptKey, UnlockKey, Vault},
+    },
 };
 
 const KIND: &[u8; 8] = b"WRNBKUP1";

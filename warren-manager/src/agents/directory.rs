@@ -9,9 +9,9 @@ use tokio::sync::watch;
 use warren_proto::v1;
 
 use crate::{
-    convert::text,
+    control::liveness::{Health, Liveness},
     ids::{NodeId, ServiceId},
-    liveness::{Health, Liveness},
+    messages::convert::text,
     state::{Container, ContainerChange, ContainerState, Desired, Node, Service, State},
     store::Store,
 };

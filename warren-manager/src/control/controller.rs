@@ -12,13 +12,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     clock::{Environment, Timestamp},
+    control::{
+        liveness::{Health, LastSeen, Liveness},
+        reconciler, scheduler,
+    },
     ids::{ContainerId, NodeId, ServiceId},
-    liveness::{Health, LastSeen, Liveness},
     metrics::ManagerMetrics,
-    reconciler, scheduler,
     state::{Change, ContainerChange, ContainerState, State},
-    store::{Error, Store},
-    telemetry,
+    store::{self, Error, Store},
 };
 
 /// Looks again after this long even if nothing seems to have happened; also how often silence is noticed.
@@ -112,7 +113,7 @@ impl Controller {
         let mut seen = Seen::default();
         loop {
             let status = self.store.raft().status();
-            let is_cut_off = status.is_leader && status.quorum_age.is_some() && !telemetry::quorum_ok(&status);
+            let is_cut_off = status.is_leader && status.quorum_age.is_some() && !store::quorum_ok(&status);
             if is_cut_off {
                 // No session is kept, and nobody heard: nodes have as long to come back as after an election.
                 self.liveness.reset();

@@ -17,7 +17,7 @@ use warren_proto::v1::{
     lock_server::{Lock, LockServer},
 };
 
-use crate::vault::{self, UnlockKey, Vault};
+use crate::trust::vault::{self, UnlockKey, Vault};
 
 /// How long answers may take when the socket is no longer served.
 const ANSWERED: std::time::Duration = std::time::Duration::from_secs(2);

@@ -13,9 +13,9 @@ use warren_proto::v1;
 
 use crate::{
     clock::Timestamp,
-    convert,
+    control::liveness::{Health, LastSeen, Liveness},
     ids::{ContainerId, NodeId},
-    liveness::{Health, LastSeen, Liveness},
+    messages::convert,
     metrics::ManagerMetrics,
     state::{Container, ContainerChange, ContainerState, Event, Node, State},
     store::Store,

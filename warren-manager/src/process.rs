@@ -29,18 +29,22 @@ use warren_telemetry::{
 };
 
 use crate::{
-    backup,
+    access::{
+        front::Front,
+        peers::Peers,
+        signing::{self, Signed},
+    },
+    api::pinning::Asking,
     clock::{Environment as _, System},
+    control::liveness,
     core::{self, Core, Networks, Seams},
-    data_dir, formation,
-    front::Front,
-    liveness, lock,
-    peers::Peers,
-    pinning::Asking,
-    signing::{self, Signed},
+    data::{backup, data_dir, formation},
+    messages::validate::Policy,
     state::{InvalidNetwork, State},
-    validate::Policy,
-    vault::{self, Vault},
+    trust::{
+        lock,
+        vault::{self, Vault},
+    },
 };
 
 /// How a manager works.

@@ -13,8 +13,8 @@ use std::{
 
 use crate::{
     clock::Timestamp,
+    control::liveness::{Health, Standing},
     ids::{ContainerId, NodeId, ServiceId},
-    liveness::{Health, Standing},
     state::{
         Availability, Change, Constraint, Container, Desired, Mode, NewContainer, Node, RestartCondition, Service,
         State,

@@ -1,0 +1,5 @@
+//! Keys: what seals secrets, what locks that, and the cluster's authority.
+
+pub(crate) mod founding;
+pub(crate) mod lock;
+pub(crate) mod vault;
