@@ -119,8 +119,8 @@ spec: {{driver: local, driverOpts: {{}}}}
 }
 
 #[test]
-fn mistakes_are_named_and_nothing_is_done() {
-    let world = World::with_warren("mistakes");
+fn errors_are_named_and_nothing_is_done() {
+    let world = World::with_warren("errors");
     let good = "apiVersion: warren.io/v1\nkind: Volume\nmetadata: {name: data}\nspec: {driver: local}\n---\n";
     for (text, words) in [
         (
@@ -199,7 +199,7 @@ fn mistakes_are_named_and_nothing_is_done() {
     let (code, error) = (refused.code, refused.stderr);
     assert_eq!(code, 2, "{error}");
     for words in [
-        "2 mistakes, and nothing was changed:",
+        "2 errors; nothing was changed:",
         "manifest.yaml:15: service clashes: spec.ports: port 8081/tcp is published by service \"uses\"",
         "manifest.yaml:20: service lacks: spec.configs[0]: there is no config \"none\"",
     ] {

@@ -108,7 +108,10 @@ fn suites() -> Result<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeSet, fs};
+    use std::{
+        collections::{BTreeMap, BTreeSet},
+        fs,
+    };
 
     use super::{suites, workspace};
 
@@ -149,5 +152,70 @@ mod tests {
         assert!(locked.contains("tokio"), "the lock file is not read right");
         let found: Vec<_> = banned.filter(|name| name.as_str().is_some_and(|name| locked.contains(name))).collect();
         assert!(found.is_empty(), "{found:?}");
+    }
+
+    /// The manager's modules, each with those of the modules that it uses which stand above it in the list of its lib.rs.
+    #[test]
+    fn the_managers_modules_use_those_below_them() {
+        let source = workspace().join("warren-manager/src");
+        let list = fs::read_to_string(source.join("lib.rs")).expect("readable");
+        let rows =
+            list.lines().filter_map(|line| line.strip_prefix("//! | ")?.split_once(" |").map(|(names, _)| names));
+        let level_of: BTreeMap<String, usize> = (0..)
+            .zip(rows)
+            .flat_map(|(level, names)| names.split(", ").map(move |name| (name.replace(['[', ']', '`'], ""), level)))
+            .collect();
+        let mut looked_at = 0;
+        let mut directories = vec![source.clone()];
+        while let Some(directory) = directories.pop() {
+            for entry in fs::read_dir(directory).expect("readable") {
+                let path = entry.expect("readable").path();
+                if path.is_dir() {
+                    directories.push(path);
+                    continue;
+                }
+                let inner = path.strip_prefix(&source).expect("below it").with_extension("");
+                let module = inner.iter().next().and_then(|name| name.to_str()).expect("a name");
+                let Some(level) = level_of.get(module) else {
+                    assert!(["lib", "main"].contains(&module), "{module} is not in the list of lib.rs");
+                    continue;
+                };
+                let text = fs::read_to_string(&path).expect("readable");
+                // What only tests use may be anywhere.
+                let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+                for used in text.match_indices("crate::").flat_map(|(at, found)| first_names(&text[at + found.len()..]))
+                {
+                    looked_at += 1;
+                    let of_used = level_of.get(used).unwrap_or_else(|| panic!("{used} in {module}"));
+                    assert!(
+                        of_used >= level || inner.ends_with("tests"),
+                        "{} uses {used}, which is above it",
+                        path.display()
+                    );
+                }
+            }
+        }
+        assert!(looked_at > 100, "{looked_at}");
+    }
+
+    /// The first names of the paths that a `use` has: of `{a::{b, c}, d}`, these are `a` and `d`.
+    fn first_names(used: &str) -> Vec<&str> {
+        let name = |text: &'_ str| text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
+        let Some(list) = used.strip_prefix('{') else { return vec![&used[..name(used)]] };
+        let (mut depth, mut names, mut begins) = (0, Vec::new(), true);
+        for (at, c) in list.char_indices() {
+            match c {
+                '{' => depth += 1,
+                '}' if depth == 0 => break,
+                '}' => depth -= 1,
+                ',' if depth == 0 => begins = true,
+                _ if begins && c.is_alphabetic() => {
+                    names.push(&list[at..at + name(&list[at..])]);
+                    begins = false;
+                }
+                _ => {}
+            }
+        }
+        names
     }
 }

@@ -1,13 +1,6 @@
 //! `warren apply`: makes the cluster what files say. A key that is not known is an error, with its path: what was misspelt is
 //! never left out in silence.
 
-mod manifest;
-mod mistakes;
-mod places;
-mod write;
-
-pub(crate) use write::manifest_of;
-
 use std::{
     collections::BTreeSet,
     io::Read as _,
@@ -15,9 +8,9 @@ use std::{
 };
 
 use clap::Args;
-use serde::{Deserialize, de::IgnoredAny};
 use tonic::Code;
-use warren_proto::v1::{self, SecretKind};
+use warren_manifest::{Invalid, Object, Source, documents, kind_word, object, path_in_manifest};
+use warren_proto::v1;
 
 use crate::{
     client::ClientArguments,
@@ -26,8 +19,6 @@ use crate::{
     output::say,
     wait::{self, WaitArguments},
 };
-use manifest::{SecretSpec, ServiceSpec, VolumeSpec};
-use mistakes::{Mistake, Source, parse, path_in_manifest};
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
@@ -36,49 +27,6 @@ pub(crate) struct Arguments {
     file: Vec<PathBuf>,
     #[command(flatten)]
     wait: WaitArguments,
-}
-
-/// What every document has.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Document<T> {
-    api_version: String,
-    kind: String,
-    metadata: Metadata,
-    spec: T,
-    /// What `inspect` says beside what is wanted.
-    #[serde(default, rename = "status")]
-    _status: Option<IgnoredAny>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Metadata {
-    name: String,
-    #[serde(default, deserialize_with = "manifest::or_default")]
-    labels: std::collections::BTreeMap<String, String>,
-}
-
-/// Something to be made so.
-enum Object {
-    Service(Box<v1::ServiceSpec>),
-    Secret(v1::CreateSecretRequest),
-    Volume(v1::CreateVolumeRequest),
-}
-
-impl Object {
-    /// What people call it.
-    fn name(&self) -> String {
-        match self {
-            Self::Service(spec) => format!("service {}", spec.name),
-            Self::Secret(request) => format!("{} {}", kind_word(request.kind), request.name),
-            Self::Volume(request) => format!("volume {}", request.name),
-        }
-    }
-}
-
-fn kind_word(kind: i32) -> &'static str {
-    if kind == i32::from(SecretKind::Config) { "config" } else { "secret" }
 }
 
 /// The files, in order; of a directory those that look like manifests.
@@ -109,75 +57,14 @@ fn read(path: &Path) -> Result<String, Error> {
     std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })
 }
 
-/// The documents of a file, each with the number of lines before it.
-fn documents(text: &str) -> Vec<(u64, String)> {
-    // A mark of byte order, as some editors write it.
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let mut documents = vec![(0, String::new())];
-    for (i, line) in (0..).zip(text.lines()) {
-        // What stands behind the dashes belongs to the document that they begin.
-        let begins = if line.trim_end() == "---" {
-            Some("")
-        } else {
-            line.strip_prefix("---").filter(|rest| rest.starts_with([' ', '\t']))
-        };
-        match (begins, documents.last_mut()) {
-            (None, Some((_, document))) => {
-                // An end without another beginning.
-                if line.trim_end() != "..." {
-                    document.push_str(line);
-                }
-                document.push('\n');
-            }
-            (rest, _) => documents.push((i, format!("{}\n", rest.unwrap_or_default()))),
-        }
-    }
-    // A directive is about the document behind it.
-    let says_nothing =
-        |line: &str| line.trim().is_empty() || line.trim_start().starts_with('#') || line.starts_with('%');
-    documents.retain(|(_, document)| !document.lines().all(says_nothing));
-    documents
-}
-
-/// What a document is about, and what is to be made so.
-fn object(source: &Source) -> (String, Result<Object, Mistake>) {
-    let document = match parse::<Document<IgnoredAny>>(source) {
-        Ok(document) => document,
-        Err(mistake) => return (String::new(), Err(mistake)),
-    };
-    let Document { api_version, kind, metadata, .. } = document;
-    let which = format!("{} {}", kind.to_lowercase(), metadata.name);
-    if !matches!(api_version.as_str(), "warren.io/v1" | "v1") {
-        let why = format!("{api_version:?} is not warren.io/v1");
-        return (which, Err(Mistake::new("apiVersion", why)));
-    }
-    let (name, labels) = (metadata.name, metadata.labels);
-    let object = match kind.as_str() {
-        "Service" => parse::<Document<ServiceSpec>>(source)
-            .and_then(|document| Ok(Object::Service(Box::new(document.spec.into_proto(name, labels)?)))),
-        "Secret" | "Config" => parse::<Document<SecretSpec>>(source).and_then(|document| {
-            let kind = if kind == "Secret" { SecretKind::Secret } else { SecretKind::Config };
-            let (data, request_id) = (document.spec.value()?, request_id());
-            Ok(Object::Secret(v1::CreateSecretRequest { kind: kind.into(), name, labels, data, request_id }))
-        }),
-        "Volume" => {
-            parse::<Document<VolumeSpec>>(source).map(|document| Object::Volume(document.spec.into_proto(name, labels)))
-        }
-        _ => Err(Mistake::new("kind", format!("{kind:?} is not known: Service, Secret, Config or Volume"))),
-    };
-    (which, object)
-}
-
-/// Mistakes as one error: all of them at once.
-fn refuse(mistakes: &[String]) -> Result<(), Error> {
-    match mistakes {
+/// What is wrong with all documents, as one error.
+fn refuse(invalid: &[String]) -> Result<(), Error> {
+    match invalid {
         [] => Ok(()),
         [one] => Err(Error::Usage(one.clone())),
-        several => Err(Error::Usage(format!(
-            "{} mistakes, and nothing was changed:\n  {}",
-            several.len(),
-            several.join("\n  ")
-        ))),
+        several => {
+            Err(Error::Usage(format!("{} errors; nothing was changed:\n  {}", several.len(), several.join("\n  "))))
+        }
     }
 }
 
@@ -219,26 +106,26 @@ async fn validate(client: &ClientArguments, objects: &[(Source, Object)]) -> Res
     let shown = invalid.into_iter().filter_map(|invalid| {
         let (source, object) = objects.get(invalid.index as usize)?;
         let path = path_in_manifest(&invalid.field, &invalid.why, object);
-        Some(Mistake::new(path, invalid.why).shown(source, &object.name()))
+        Some(Invalid::new(path, invalid.why).shown(source, &object.name()))
     });
     refuse(&shown.collect::<Vec<_>>())
 }
 
 pub(crate) async fn run(arguments: Arguments, client: &ClientArguments) -> Result<(), Error> {
-    let (mut objects, mut mistakes) = (Vec::new(), Vec::new());
+    let (mut objects, mut errors) = (Vec::new(), Vec::new());
     let mut names = BTreeSet::new();
-    // All is read before anything is done: a mistake in the last document leaves the cluster as it was.
+    // All is read before anything is done: an error in the last document leaves the cluster as it was.
     for path in files(&arguments.file)? {
         for (lines_before, text) in documents(&read(&path)?) {
             let source = Source { file: path.clone(), lines_before, text };
             match object(&source) {
                 (_, Ok(object)) if names.insert(object.name()) => objects.push((source, object)),
-                (which, Ok(_)) => mistakes.push(Mistake::new("metadata.name", "is given twice").shown(&source, &which)),
-                (which, Err(mistake)) => mistakes.push(mistake.shown(&source, &which)),
+                (which, Ok(_)) => errors.push(Invalid::new("metadata.name", "is given twice").shown(&source, &which)),
+                (which, Err(invalid)) => errors.push(invalid.shown(&source, &which)),
             }
         }
     }
-    refuse(&mistakes)?;
+    refuse(&errors)?;
     if objects.is_empty() {
         return Err(Error::Usage("nothing to apply: there is no document in what -f names".to_owned()));
     }
@@ -291,7 +178,7 @@ async fn apply_secret(client: &ClientArguments, request: v1::CreateSecretRequest
         let after = api.update_secret(update).await?.into_inner().secret.unwrap_or_default().sequence;
         say!("{word} {name} {}", if after == known.sequence { "unchanged" } else { "updated" });
     } else {
-        api.create_secret(request).await?;
+        api.create_secret(v1::CreateSecretRequest { request_id: request_id(), ..request }).await?;
         say!("{word} {name} created");
     }
     Ok(())
@@ -321,6 +208,7 @@ async fn apply_volume(client: &ClientArguments, request: v1::CreateVolumeRequest
             return Err(Error::Usage(format!("volume {name}: is there with other options, which cannot be changed")));
         }
         None => {
+            let request = v1::CreateVolumeRequest { request_id: request_id(), ..request };
             client.volumes().await?.create_volume(request).await?;
             say!("volume {name} created");
         }
@@ -357,23 +245,4 @@ async fn apply_service(client: &ClientArguments, spec: v1::ServiceSpec) -> Resul
     };
     say!("service {name} {what}");
     Ok(applied.unwrap_or_default())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::documents;
-
-    #[test]
-    fn nothing_of_a_file_is_dropped() {
-        let texts = |text: &str| documents(text).iter().map(|(_, text)| text.trim().to_owned()).collect::<Vec<_>>();
-        assert_eq!(texts("a: 1\n---\nb: 2\n"), ["a: 1", "b: 2"]);
-        assert_eq!(texts("--- {a: 1}\n--- {b: 2}\n---\nc: 3"), ["{a: 1}", "{b: 2}", "c: 3"]);
-        assert_eq!(texts("---\ta: 1\n...\n--- # only words\nb: 2"), ["a: 1", "# only words\nb: 2"]);
-        assert_eq!(texts("a: |\n  --- inside\n  ----\n----x"), ["a: |\n  --- inside\n  ----\n----x"]);
-        assert_eq!(texts("# nothing\n---\n\n--- \n"), Vec::<String>::new());
-        assert_eq!(texts("\u{feff}# words\n---\na: 1"), ["a: 1"]);
-        assert_eq!(texts("%YAML 1.1\n---\na: 1"), ["a: 1"]);
-        // Where they are in the file is known.
-        assert_eq!(documents("a: 1\n--- {b: 2}\n")[1].0, 1);
-    }
 }

@@ -8,6 +8,7 @@ use std::{
 use clap::{Args, Subcommand, ValueEnum};
 use warren_agent::membership;
 use warren_manager::data::{backup, formation};
+use warren_manifest::parse;
 use warren_pki::{Dialer, Request, Token};
 use warren_proto::v1::{self, cluster_client::ClusterClient};
 
@@ -16,7 +17,6 @@ use crate::{
     error::Error,
     filter::ListArguments,
     output::{self, Format, FormatArguments, say},
-    parse,
 };
 
 #[derive(Debug, Subcommand)]

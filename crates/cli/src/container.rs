@@ -6,6 +6,7 @@ use std::{
 };
 
 use clap::Subcommand;
+use warren_manifest::parse;
 use warren_proto::v1;
 
 use crate::{
@@ -20,7 +21,7 @@ use crate::{
         node,
     },
     output::{self, Format, FormatArguments, say},
-    parse, stats, wait,
+    stats, wait,
 };
 
 #[derive(Debug, Subcommand)]

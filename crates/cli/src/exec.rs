@@ -13,13 +13,13 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
+use warren_manifest::parse;
 use warren_proto::v1::{self, exec_request::Message as Request, exec_response::Message as Response};
 
 use crate::{
     client::ClientArguments,
     complete,
     error::Error,
-    parse,
     terminal::{self, Raw},
 };
 

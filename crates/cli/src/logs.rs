@@ -6,9 +6,10 @@ use std::{
 };
 
 use clap::Args;
+use warren_manifest::parse;
 use warren_proto::v1::{self, LogStream};
 
-use crate::{client::ClientArguments, error::Error, output, parse, terminal};
+use crate::{client::ClientArguments, error::Error, output, terminal};
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct LogArguments {

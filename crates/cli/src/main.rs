@@ -19,7 +19,6 @@ mod node;
 mod objects;
 mod operator;
 mod output;
-mod parse;
 mod secret;
 mod service;
 mod stats;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::Subcommand;
+use warren_manifest::parse;
 use warren_proto::v1;
 
 use crate::{
@@ -12,7 +13,6 @@ use crate::{
     filter::ListArguments,
     objects::node::list,
     output::{self, FormatArguments, say},
-    parse,
 };
 
 #[derive(Debug, Subcommand)]

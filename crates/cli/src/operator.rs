@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::Subcommand;
+use warren_manifest::parse;
 use warren_proto::v1;
 
 use crate::{
@@ -10,7 +11,6 @@ use crate::{
     error::Error,
     filter::ListArguments,
     output::{self, FormatArguments, say},
-    parse,
 };
 
 #[derive(Debug, Subcommand)]

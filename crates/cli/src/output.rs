@@ -1,5 +1,7 @@
 //! Tables for people, JSON and YAML for programs.
 
+pub(crate) use warren_manifest::time;
+
 use std::{
     borrow::Cow,
     collections::BTreeMap,
@@ -160,12 +162,6 @@ pub(crate) fn next_to_program(format: Format, value: &impl Serialize) -> Result<
 /// Labels and the like, as `name=value, name=value`.
 pub(crate) fn pairs(map: &BTreeMap<String, String>) -> String {
     map.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(", ")
-}
-
-/// A point in time in UTC, to the second, as RFC 3339 has it.
-pub(crate) fn time(time: &pbjson_types::Timestamp) -> String {
-    let at = time::OffsetDateTime::from_unix_timestamp(time.seconds).unwrap_or(time::OffsetDateTime::UNIX_EPOCH);
-    at.format(&time::format_description::well_known::Rfc3339).unwrap_or_default()
 }
 
 /// How long ago something was, in its largest unit.

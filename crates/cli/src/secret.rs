@@ -7,6 +7,7 @@ use std::{
 };
 
 use clap::Subcommand;
+use warren_manifest::parse;
 use warren_proto::v1::{self, SecretKind};
 
 use crate::{
@@ -16,7 +17,6 @@ use crate::{
     filter::ListArguments,
     objects::{request_id, secret::list},
     output::{self, FormatArguments, say},
-    parse,
 };
 
 #[derive(Debug, Subcommand)]

@@ -3,10 +3,10 @@
 mod create;
 
 use clap::Subcommand;
+use warren_manifest::manifest_of;
 use warren_proto::v1::{self, service_spec::Mode};
 
 use crate::{
-    apply::manifest_of,
     client::ClientArguments,
     complete, container,
     error::Error,

@@ -9,6 +9,7 @@ use clap::Args;
 use serde::Serialize;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tonic::Streaming;
+use warren_manifest::parse;
 use warren_proto::v1;
 
 use crate::{
@@ -16,7 +17,6 @@ use crate::{
     error::Error,
     objects::{container, node},
     output::{self, Format, FormatArguments, say},
-    parse,
     terminal::{self, Screen},
 };
 

@@ -1,6 +1,7 @@
 //! `warren volume ...`
 
 use clap::Subcommand;
+use warren_manifest::parse;
 use warren_proto::v1;
 
 use crate::{
@@ -10,7 +11,6 @@ use crate::{
     filter::ListArguments,
     objects::{node, request_id, volume::list},
     output::{self, FormatArguments, say},
-    parse,
 };
 
 #[derive(Debug, Subcommand)]

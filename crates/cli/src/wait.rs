@@ -13,6 +13,7 @@ use std::{
 use clap::Args;
 use futures::{StreamExt as _, future::join_all, stream::FuturesOrdered};
 use tonic::Streaming;
+use warren_manifest::parse;
 use warren_proto::v1::{self, RestartCondition, WatchContainersResponse, watch_containers_response::Change};
 
 use crate::{
@@ -21,7 +22,6 @@ use crate::{
     error::Error,
     objects::{container, node, service},
     output::{printable, say},
-    parse,
 };
 pub(crate) use assess::slots;
 use assess::{Assessment, End, assess};

@@ -23,10 +23,13 @@ pub(crate) struct Container {
     pub(crate) slot: (String, u32),
     /// The service's name.
     name: String,
+    pub(crate) image: String,
     pub(crate) state: ContainerState,
     stopping: bool,
     /// Since when it has a process.
     since: Duration,
+    /// Since when not any more.
+    ended: Duration,
 }
 
 impl Container {
@@ -38,6 +41,19 @@ impl Container {
     fn has_ended(&self) -> bool {
         self.state > ContainerState::Running
     }
+
+    fn exit_code(&self) -> Option<i32> {
+        match self.state {
+            ContainerState::Complete => Some(0),
+            ContainerState::Failed => Some(1),
+            ContainerState::Shutdown => Some(143),
+            _ => None,
+        }
+    }
+}
+
+fn timestamp(at: Duration) -> pbjson_types::Timestamp {
+    pbjson_types::Timestamp { seconds: at.as_secs() as i64, nanos: at.subsec_nanos() as i32 }
 }
 
 /// A container that ran when its node was told to stop it.
@@ -67,6 +83,8 @@ pub(crate) struct Agent {
     news: Arc<Notify>,
     shared: Shared,
     dice: Arc<Mutex<SmallRng>>,
+    /// What its clock showed when the simulation began: anything in two years.
+    clock: Duration,
 }
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
@@ -74,8 +92,10 @@ const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
 impl Agent {
     pub(crate) fn new(number: usize, seed: u64, shared: Shared) -> Self {
-        let dice = SmallRng::seed_from_u64(seed ^ 0xa6e7 ^ ((number as u64) << 32));
+        let mut dice = SmallRng::seed_from_u64(seed ^ 0xa6e7 ^ ((number as u64) << 32));
+        let clock = Duration::from_secs(1_700_000_000 + dice.random_range(0..63_000_000));
         Self {
+            clock,
             id: format!("n{number:02}"),
             inner: Arc::default(),
             news: Arc::default(),
@@ -99,10 +119,11 @@ impl Agent {
         running.map(|(id, container)| (container.slot.clone(), id.clone())).collect()
     }
 
-    /// The services that its containers with a process are of, by name.
-    pub(crate) fn services(&self) -> Vec<String> {
+    /// Its containers that have a process: their ids, services' names and images.
+    pub(crate) fn images(&self) -> Vec<(String, String, String)> {
         let inner = self.inner();
-        inner.containers.values().filter(|container| container.runs()).map(|container| container.name.clone()).collect()
+        let running = inner.containers.iter().filter(|(_, container)| container.runs());
+        running.map(|(id, container)| (id.clone(), container.name.clone(), container.image.clone())).collect()
     }
 
     /// The manager it is in a session with, and since when it has had all that it is to run.
@@ -122,6 +143,9 @@ impl Agent {
             return;
         }
         container.state = state;
+        if container.has_ended() {
+            container.ended = turmoil::sim_elapsed().unwrap_or_default();
+        }
         if state == ContainerState::Running {
             container.since = turmoil::sim_elapsed().unwrap_or_default();
             self.shared.container_started();
@@ -157,8 +181,10 @@ impl Agent {
                 slot: (assignment.service_id.clone(), assignment.slot),
                 name: assignment.service_name.clone(),
                 state,
+                image: assignment.spec.as_ref().map(|spec| spec.image.clone()).unwrap_or_default(),
                 stopping,
                 since: Duration::ZERO,
+                ended: Duration::ZERO,
             };
             match (runs, known) {
                 (true, None) => self.start(id, new(ContainerState::Starting, false)),
@@ -191,16 +217,18 @@ impl Agent {
 
     fn go_on_starting(&self, id: String) {
         let (agent, takes) = (self.clone(), Duration::from_millis(self.roll(5..200)));
-        let fails = self.roll(0..50) == 0;
+        // While nothing is to go wrong any more few end: that all run at last is what is waited for.
+        let ends = self.roll(0..if self.shared.is_calm() { 50 } else { 8 }) == 0;
+        let how = if self.roll(0..3) == 0 { ContainerState::Complete } else { ContainerState::Failed };
         let lives = Duration::from_millis(self.roll(100..5000));
         tokio::spawn(async move {
             tokio::time::sleep(takes).await;
             if agent.inner().containers.get(&id).is_some_and(|container| !container.stopping) {
                 agent.set(&id, ContainerState::Running);
             }
-            if fails {
+            if ends {
                 tokio::time::sleep(lives).await;
-                agent.set(&id, ContainerState::Failed);
+                agent.set(&id, how);
             }
         });
     }
@@ -230,11 +258,19 @@ impl Agent {
         if all {
             ids = inner.containers.keys().cloned().collect();
         }
-        let found = ids.into_iter().filter_map(|id| inner.containers.get(&id).map(|container| (id, container.state)));
+        let found = ids.into_iter().filter_map(|id| inner.containers.get(&id).map(|container| (id, container)));
+        // Times are those of its own clock, which is nobody else's.
+        let time = |at: Duration| (at > Duration::ZERO).then(|| timestamp(at + self.clock));
         found
-            .map(|(container_id, state)| v1::ReportedStatus {
+            .map(|(container_id, container)| v1::ReportedStatus {
                 container_id,
-                status: Some(v1::ContainerStatus { state: state.into(), ..Default::default() }),
+                status: Some(v1::ContainerStatus {
+                    state: container.state.into(),
+                    exit_code: container.exit_code(),
+                    started_at: time(container.since),
+                    finished_at: time(container.ended),
+                    ..Default::default()
+                }),
             })
             .collect()
     }

@@ -9,9 +9,9 @@ use std::{
 /// What was asked of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Operation {
-    /// With so many containers.
+    /// Set to this: how many containers, of what.
     Create(u32),
-    /// To have so many.
+    /// To be set to this.
     Set(u32),
     Delete,
     Read,
@@ -25,7 +25,7 @@ pub(crate) enum Outcome {
     Exists,
     /// Refused, as it does not exist.
     Absent,
-    /// So many.
+    /// It is set to this.
     Read(Option<u32>),
     /// Refused, for certain.
     NotDone,

@@ -4,7 +4,10 @@ use std::{error::Error as _, time::Duration};
 
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng, seq::SliceRandom as _};
 use tonic::{Code, Status};
-use warren_proto::v1::{self, service_spec::Mode, services_client::ServicesClient, volumes_client::VolumesClient};
+use warren_proto::v1::{
+    self, secrets_client::SecretsClient, service_spec::Mode, services_client::ServicesClient,
+    volumes_client::VolumesClient,
+};
 
 use crate::{
     history::{Call, Operation, Outcome},
@@ -18,6 +21,12 @@ const SERVICES: usize = 12;
 const WITH_PORT: std::ops::Range<usize> = 0..3;
 const WITH_VOLUME: std::ops::Range<usize> = 3..6;
 const VOLUMES: usize = 2;
+const WITH_SECRET: std::ops::Range<usize> = 6..9;
+/// The secret of those; each value of it replaces their containers.
+const SECRET: &str = "key";
+/// What a service is set to: so many containers, and this many times another image, other resources and other ports.
+const MOST_REPLICAS: u32 = 8;
+const VARIANTS: u32 = 4;
 /// After this an operator no longer knows what became of a call.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How often a call whose outcome is not known is repeated, as what it is.
@@ -35,8 +44,9 @@ pub(crate) fn services() -> impl Iterator<Item = String> {
 }
 
 /// The port of its node that a container of this service has. Two services want the same.
-pub(crate) fn port(service: &str) -> Option<u32> {
-    number(service).filter(|number| WITH_PORT.contains(number)).map(|number| 8000 + number as u32 % 2)
+fn port(service: &str, variant: u32) -> Option<u32> {
+    let number = number(service).filter(|number| WITH_PORT.contains(number))?;
+    Some(8000 + number as u32 % 2 + 10 * (variant % 2))
 }
 
 /// The volume that a container of this service has to itself. Two services want the same.
@@ -44,7 +54,8 @@ pub(crate) fn volume(service: &str) -> Option<String> {
     number(service).filter(|number| WITH_VOLUME.contains(number)).map(|number| format!("vol-{}", number % VOLUMES))
 }
 
-fn spec(name: &str, replicas: u32) -> v1::ServiceSpec {
+fn spec(name: &str, value: u32) -> v1::ServiceSpec {
+    let (variant, replicas) = (value / MOST_REPLICAS, value % MOST_REPLICAS);
     let published = |host_port| v1::Port {
         container_port: 80,
         host_port,
@@ -57,15 +68,26 @@ fn spec(name: &str, replicas: u32) -> v1::ServiceSpec {
         target: "/data".to_owned(),
         ..Default::default()
     };
+    let has_secret = number(name).is_some_and(|number| WITH_SECRET.contains(&number));
+    let secret = has_secret.then(|| v1::SecretMount {
+        source: SECRET.to_owned(),
+        on_update: v1::OnUpdate::Restart.into(),
+        ..Default::default()
+    });
     v1::ServiceSpec {
         name: name.to_owned(),
         mode: Some(Mode::Replicated(v1::Replicated { replicas: replicas.into() })),
         container: Some(v1::ContainerSpec {
-            image: "demo".to_owned(),
+            image: format!("{IMAGE}{variant}"),
             mounts: volume(name).map(mount).into_iter().collect(),
+            secrets: secret.into_iter().collect(),
             ..Default::default()
         }),
-        ports: port(name).map(published).into_iter().collect(),
+        resources: Some(v1::Resources {
+            reservations: Some(v1::ResourceAmounts { cpu_millis: i64::from(variant) * 100, memory_bytes: 0 }),
+            limits: None,
+        }),
+        ports: port(name, variant).map(published).into_iter().collect(),
         ..Default::default()
     }
 }
@@ -94,28 +116,71 @@ async fn create_volumes(shared: &Shared, dice: &mut SmallRng) {
     }
 }
 
-fn replicas(service: Option<v1::Service>) -> Option<u32> {
-    match service?.spec?.mode? {
-        Mode::Replicated(replicated) => u32::try_from(replicated.replicas).ok(),
+/// What the images of services' containers are called, before their variant.
+const IMAGE: &str = "demo:";
+
+/// What a service is set to, as its image and its replicas say it.
+pub(crate) fn value(image: &str, replicas: u32) -> Option<u32> {
+    let variant: u32 = image.strip_prefix(IMAGE)?.parse().ok()?;
+    Some(variant * MOST_REPLICAS + replicas)
+}
+
+fn value_of(service: Option<v1::Service>) -> Option<u32> {
+    let spec = service?.spec?;
+    match spec.mode? {
+        Mode::Replicated(replicated) => value(&spec.container?.image, u32::try_from(replicated.replicas).ok()?),
         Mode::Global(_) => None,
     }
+}
+
+/// Gives the secret another value, if there is one, or else makes it. False when nobody says that it is done.
+async fn set_secret(managers: &[String], dice: &mut SmallRng, shared: &Shared) -> bool {
+    let data = dice.random::<[u8; 8]>().to_vec();
+    let name = || SECRET.to_owned();
+    let request_id = format!("{:016x}", dice.random::<u64>());
+    let create = v1::CreateSecretRequest { name: name(), data: data.clone(), ..Default::default() };
+    let update = v1::UpdateSecretRequest { secret: name(), data, request_id, ..Default::default() };
+    for manager in managers {
+        let asked = async {
+            let mut secrets = SecretsClient::new(network::connect(manager).await.ok()?);
+            match secrets.update_secret(update.clone()).await {
+                Ok(_) => Some(true),
+                Err(status) if status.code() == Code::NotFound => {
+                    secrets.create_secret(create.clone()).await.ok().map(|_| true)
+                }
+                Err(_) => None,
+            }
+        };
+        if let Ok(Some(_)) = tokio::time::timeout(PATIENCE, asked).await {
+            shared.trace("the secret has another value".to_owned());
+            return true;
+        }
+    }
+    false
 }
 
 /// Works until the faults end, and a little longer.
 pub(crate) async fn run(number: u64, seed: u64, shared: Shared) -> turmoil::Result {
     let mut dice = SmallRng::seed_from_u64(seed ^ 0x0e7a ^ (number << 40));
+    while !set_secret(&shared.manager_names(), &mut dice, &shared).await {
+        tokio::time::sleep(Duration::from_millis(dice.random_range(20..200))).await;
+    }
     create_volumes(&shared, &mut dice).await;
     let mut left = CALM_CALLS;
     while left > 0 {
         tokio::time::sleep(Duration::from_millis(dice.random_range(20..400))).await;
         let mut managers = shared.manager_names();
         managers.shuffle(&mut dice);
+        if dice.random_range(0..20) == 0 {
+            set_secret(&managers, &mut dice, &shared).await;
+        }
         let key = format!("svc-{}", dice.random_range(0..SERVICES));
         // Of those that share a volume only one can run.
         let most = if volume(&key).is_some() { 1 } else { 5 };
+        let value = dice.random_range(1..=most) + MOST_REPLICAS * dice.random_range(0..VARIANTS);
         let operation = match dice.random_range(0..10) {
-            0..3 => Operation::Create(dice.random_range(1..=most)),
-            3..6 => Operation::Set(dice.random_range(1..=most)),
+            0..3 => Operation::Create(value),
+            3..6 => Operation::Set(value),
             6 => Operation::Delete,
             _ => Operation::Read,
         };
@@ -178,14 +243,14 @@ async fn call(manager: &str, asked: &Asked<'_>) -> Outcome {
     let Ok(channel) = network::connect(manager).await else { return Outcome::NotDone };
     let mut services = ServicesClient::new(channel);
     match *operation {
-        Operation::Create(replicas) => {
-            let request = v1::CreateServiceRequest { spec: Some(spec(key, replicas)), request_id };
+        Operation::Create(value) => {
+            let request = v1::CreateServiceRequest { spec: Some(spec(key, value)), request_id };
             outcome(services.create_service(request).await.map(|_| Outcome::Done))
         }
-        Operation::Set(replicas) => {
+        Operation::Set(value) => {
             let request = v1::UpdateServiceRequest {
                 service: key.to_owned(),
-                spec: Some(spec(key, replicas)),
+                spec: Some(spec(key, value)),
                 version: 0,
                 request_id,
                 restart: false,
@@ -198,7 +263,7 @@ async fn call(manager: &str, asked: &Asked<'_>) -> Outcome {
         }
         Operation::Read => {
             let read = services.get_service(v1::GetServiceRequest { service: key.to_owned() }).await;
-            outcome(read.map(|answer| Outcome::Read(replicas(answer.into_inner().service))))
+            outcome(read.map(|answer| Outcome::Read(value_of(answer.into_inner().service))))
         }
     }
 }

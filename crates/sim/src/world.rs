@@ -13,7 +13,10 @@ use std::{
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng, seq::IndexedRandom as _};
 use sha2::{Digest as _, Sha256};
 use turmoil::Sim;
-use warren_manager::state::{ContainerState, Desired, Mode, OLDEST_WRITTEN_SCHEMA, SCHEMA, State};
+use warren_manager::{
+    ids::ContainerId,
+    state::{ContainerState, Desired, Mode, OLDEST_WRITTEN_SCHEMA, SCHEMA, State},
+};
 
 use crate::{
     agent::{self, Agent},
@@ -69,7 +72,9 @@ struct World<'a> {
     /// Which agents have been in a session with whoever led, without a break that matters, and who that was last.
     well: BTreeMap<String, (Stretch, String)>,
     /// Which slots of which services the leader wants.
-    wanted: BTreeMap<(String, u32), Stretch>,
+    wanted: BTreeMap<(String, u32, u64), Stretch>,
+    /// Containers' revisions, as the leader knew them last.
+    revisions: BTreeMap<String, u64>,
     /// Until when the leader wanted which containers to run.
     kept: BTreeMap<String, Duration>,
     /// Since when no link has been cut, nor might be.
@@ -170,6 +175,7 @@ pub(crate) fn run(seed: u64, says: bool) -> Result<String, String> {
         heard: BTreeMap::new(),
         well: BTreeMap::new(),
         wanted: BTreeMap::new(),
+        revisions: BTreeMap::new(),
         kept: BTreeMap::new(),
         whole: Some(Duration::ZERO),
         fails: false,
@@ -262,6 +268,7 @@ impl World<'_> {
         let Some(running) = managers.get(&leader) else { return };
         let state = running.state.borrow();
         for container in state.containers() {
+            self.revisions.insert(container.id.to_string(), container.revision.number);
             if container.desired == Desired::Running {
                 self.kept.insert(container.id.to_string(), now);
             }
@@ -269,7 +276,7 @@ impl World<'_> {
         for service in state.services() {
             let Mode::Replicated(replicas) = service.spec.mode else { continue };
             for slot in 1..=replicas {
-                let key = (service.id.to_string(), slot);
+                let key = (service.id.to_string(), slot, service.generation);
                 self.wanted.entry(key).or_insert(Stretch::begin(now)).prolong(now, TICK * 2);
             }
         }
@@ -290,7 +297,9 @@ impl World<'_> {
             }
             let Some((well, _)) = self.well.get(&agent.id) else { continue };
             for told in agent.told_to_stop() {
-                let wanted = self.wanted.get(&told.slot).copied();
+                // One of an earlier revision is to go.
+                let revision = self.revisions.get(&told.id).copied().unwrap_or_default();
+                let wanted = self.wanted.get(&(told.slot.0.clone(), told.slot.1, revision)).copied();
                 let was_wanted =
                     wanted.is_some_and(|wanted| now <= wanted.until + TICK && now >= wanted.since + MENDED);
                 let was_well = now <= well.until + GAP && now >= well.since.max(told.since) + MENDED;
@@ -309,10 +318,18 @@ impl World<'_> {
     /// No two containers have the same port of a node, nor the same exclusive volume, whoever knows of them.
     fn check_exclusive(&self) -> Result<(), String> {
         let mut held = BTreeMap::new();
+        let managers = self.shared.managers();
+        // A revision is the same, whoever knows it.
+        let ports = |id: &str| {
+            let id = ContainerId::from(id);
+            let known = managers.values().find_map(|running| running.state.borrow().container(&id).cloned());
+            known.map(|known| known.revision.node_ports().map(|port| port.host_port).collect::<Vec<_>>())
+        };
         for agent in &self.agents {
-            for service in agent.services() {
-                let port = operator::port(&service).map(|port| format!("port {port} of {}", agent.id));
-                for what in port.into_iter().chain(operator::volume(&service)) {
+            for (id, service, _) in agent.images() {
+                let ports = ports(&id).unwrap_or_default().into_iter();
+                let ports = ports.map(|port| format!("port {port} of {}", agent.id));
+                for what in ports.chain(operator::volume(&service)) {
                     if let Some(other) = held.insert(what.clone(), &agent.id) {
                         return Err(format!("two containers hold {what}, on {other} and {}", agent.id));
                     }
@@ -597,9 +614,9 @@ impl World<'_> {
         let state = running.state.borrow();
         let look = |key: String| {
             let service = state.services().find(|service| service.spec.name.as_str() == key);
-            let outcome = match service.map(|service| &service.spec.mode) {
-                Some(Mode::Replicated(replicas)) => Outcome::Read(Some(*replicas)),
-                Some(Mode::Global) => Outcome::Unknown,
+            let outcome = match service.map(|service| (service.spec.container.image.as_str(), service.spec.mode)) {
+                Some((image, Mode::Replicated(replicas))) => Outcome::Read(operator::value(image, replicas)),
+                Some((_, Mode::Global)) => Outcome::Unknown,
                 None => Outcome::Absent,
             };
             Call { key, operation: Operation::Read, outcome, called: now, returned: now }
@@ -643,8 +660,12 @@ impl World<'_> {
             }
         }
         // What waits for a volume that another service's container has waits for long.
-        let volumes: BTreeSet<String> =
-            self.agents.iter().flat_map(Agent::services).filter_map(|service| operator::volume(&service)).collect();
+        let volumes: BTreeSet<String> = self
+            .agents
+            .iter()
+            .flat_map(Agent::images)
+            .filter_map(|(_, service, _)| operator::volume(&service))
+            .collect();
         let mut wanted = BTreeMap::new();
         let mut waiting = BTreeSet::new();
         for service in state.services() {
@@ -668,7 +689,25 @@ impl World<'_> {
         {
             return Err(format!("slot {slot:?} has no container"));
         }
+        for (id, service, image) in self.agents.iter().flat_map(Agent::images) {
+            let of_service = state.service_named(&service).map(|service| service.spec.container.image.as_str());
+            if of_service != Some(image.as_str()) {
+                return Err(format!("{id} of {service} runs {image}, and not {of_service:?}"));
+            }
+        }
         for container in state.containers() {
+            let generation = state.service(&container.service).map(|service| service.generation);
+            if !container.status.state.is_terminal() && generation != Some(container.revision.number) {
+                return Err(format!(
+                    "{} of {} is {} on {:?}, wanted {:?}, of revision {} and not {generation:?}",
+                    container.id,
+                    container.service_name,
+                    container.status.state.name(),
+                    container.node,
+                    container.desired,
+                    container.revision.number
+                ));
+            }
             let runs = wanted.get(&(container.service.to_string(), container.slot));
             let is_it = runs.is_some_and(|held| held.as_deref() == Some(container.id.as_str()));
             if is_it != (container.status.state == ContainerState::Running) && !container.status.state.is_terminal() {

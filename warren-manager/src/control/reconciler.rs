@@ -355,12 +355,13 @@ fn failures_in_a_row(last: &Container) -> u32 {
     if ran.is_some_and(|(from, to)| to.since(from) >= WELL_AFTER) { 1 } else { last.failures + 1 }
 }
 
-/// Deletes the records of all but the newest `keep` ended containers of a slot.
+/// Deletes the records of all but the newest `keep` ended containers of a slot, and of those that no node has had and none is to have.
 fn tidy(plan: &mut Plan, slot: &Slot, keep: usize) {
-    let ended = slot.iter().filter(|container| {
-        container.status.state.is_terminal() || (container.desired == Desired::Removed && container.node.is_none())
+    let ended = slot.iter().filter(|container| container.status.state.is_terminal()).skip(keep);
+    let moot = slot.iter().filter(|container| {
+        container.desired == Desired::Removed && container.node.is_none() && !container.status.state.is_terminal()
     });
-    for container in ended.skip(keep) {
+    for container in ended.chain(moot) {
         plan.changes.push(Change::DeleteContainer { id: container.id.clone() });
     }
 }

@@ -38,8 +38,7 @@ impl State {
     ///
     /// Never for a state that transactions made.
     pub fn to_bytes(&self) -> io::Result<Vec<u8>> {
-        let containers =
-            StoredContainers { revisions: self.stored_revisions(), containers: self.stored_containers() };
+        let containers = StoredContainers { revisions: self.stored_revisions(), containers: self.stored_containers() };
         let stored = Stored { state: self, containers };
         serde_json::to_vec(&stored).map_err(io::Error::other)
     }

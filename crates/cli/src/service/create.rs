@@ -1,6 +1,7 @@
 //! `warren service create`: flags to a spec. What is wrong with it, the manager says.
 
 use clap::{Args, ValueEnum};
+use warren_manifest::parse;
 use warren_proto::v1::{self, service_spec::Mode};
 
 use crate::{
@@ -8,7 +9,6 @@ use crate::{
     error::Error,
     objects::request_id,
     output::say,
-    parse,
     wait::{self, WaitArguments},
 };
 

@@ -5,8 +5,14 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 use warren_proto::v1::{self, health_check::Check, service_spec::Mode};
 
+/// A point in time in UTC, to the second, as RFC 3339 has it.
+pub fn time(time: &pbjson_types::Timestamp) -> String {
+    let at = time::OffsetDateTime::from_unix_timestamp(time.seconds).unwrap_or(time::OffsetDateTime::UNIX_EPOCH);
+    at.format(&time::format_description::well_known::Rfc3339).unwrap_or_default()
+}
+
 /// A service as a manifest, without what goes without saying; under `status`, which `apply` passes over, what is known of it.
-pub(crate) fn manifest_of(service: &v1::Service) -> Value {
+pub fn manifest_of(service: &v1::Service) -> Value {
     let v1::Service { id, version, created_at, updated_at, spec, status, virtual_addresses, revision } =
         service.clone();
     let spec = spec.unwrap_or_default();
@@ -16,8 +22,8 @@ pub(crate) fn manifest_of(service: &v1::Service) -> Value {
         "id": id,
         "version": version,
         "revision": revision,
-        "createdAt": created_at.as_ref().map(crate::output::time),
-        "updatedAt": updated_at.as_ref().map(crate::output::time),
+        "createdAt": created_at.as_ref().map(time),
+        "updatedAt": updated_at.as_ref().map(time),
         "virtualAddresses": virtual_addresses,
         "desired": status.desired,
         "running": status.running,
@@ -308,7 +314,7 @@ fn port_of(port: v1::Port) -> Map<String, Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::apply::{Object, Source, object};
+    use crate::{Object, Source, object};
 
     /// Every key of the documented manifest.
     const FULL: &str = r#"
@@ -359,7 +365,7 @@ spec:
         match object(&source).1 {
             Ok(Object::Service(spec)) => *spec,
             Ok(_) => panic!("not a service"),
-            Err(mistake) => panic!("{}", mistake.shown(&source, "")),
+            Err(invalid) => panic!("{}", invalid.shown(&source, "")),
         }
     }
 

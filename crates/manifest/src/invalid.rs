@@ -6,32 +6,38 @@ use serde::de::DeserializeOwned;
 use serde_saphyr::UserMessageFormatter;
 use warren_proto::v1;
 
-use super::places::Places;
+use crate::{Object, places::Places};
 
 /// A document of a file, as it was read.
 #[derive(Clone, Debug)]
-pub(super) struct Source {
-    pub(super) file: PathBuf,
+pub struct Source {
+    /// Which file; `-` is standard input.
+    pub file: PathBuf,
     /// Lines of the file before it.
-    pub(super) lines_before: u64,
-    pub(super) text: String,
+    pub lines_before: u64,
+    /// What it says.
+    pub text: String,
 }
 
-/// What is wrong in a document, and where. `path` is empty where it is not known.
+/// What is wrong with a document.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Mistake {
-    pub(super) path: String,
-    pub(super) why: String,
+pub struct Invalid {
+    /// Where, like `spec.ports[0]`; empty where that is not known.
+    pub path: String,
+    /// Why.
+    pub why: String,
     line: Option<u64>,
 }
 
-impl Mistake {
-    pub(super) fn new(path: impl Into<String>, why: impl Into<String>) -> Self {
+impl Invalid {
+    /// Of what stands at a path.
+    pub fn new(path: impl Into<String>, why: impl Into<String>) -> Self {
         Self { path: path.into(), why: why.into(), line: None }
     }
 
     /// As people see it; `which` is the kind and the name of what the document is about.
-    pub(super) fn shown(&self, source: &Source, which: &str) -> String {
+    #[must_use]
+    pub fn shown(&self, source: &Source, which: &str) -> String {
         let line = self.line.or_else(|| Places::of(&source.text).line_of(&self.path));
         let line = line.map(|line| format!(":{}", source.lines_before + line)).unwrap_or_default();
         let parts = [which, self.path.as_str(), self.why.as_str()];
@@ -81,7 +87,7 @@ fn example(path: &str) -> Option<&'static str> {
 }
 
 /// Reads a document as a type. What is wrong with it is said without the text around it: that may be a secret's.
-pub(super) fn parse<T: DeserializeOwned>(source: &Source) -> Result<T, Mistake> {
+pub(crate) fn parse<T: DeserializeOwned>(source: &Source) -> Result<T, Invalid> {
     let text = source.text.as_str();
     serde_saphyr::from_str(text).map_err(|error| {
         let error = error.without_snippet();
@@ -92,10 +98,10 @@ pub(super) fn parse<T: DeserializeOwned>(source: &Source) -> Result<T, Mistake> 
             // "line 3 column 5: ..."
             why = rest.split_once(": ").map_or(rest, |(_, rest)| rest).to_owned();
         }
-        let Some(at) = error.location() else { return Mistake::new("", why) };
+        let Some(at) = error.location() else { return Invalid::new("", why) };
         let places = Places::of(text);
         let path = places.path_at(at.line(), at.column()).unwrap_or_default().to_owned();
-        Mistake { path, why: plain(&why), line: Some(at.line()) }
+        Invalid { path, why: plain(&why), line: Some(at.line()) }
     })
 }
 
@@ -112,8 +118,9 @@ fn plain(why: &str) -> String {
 }
 
 /// The path in a manifest of a field that the manager names.
-pub(super) fn path_in_manifest(field: &str, why: &str, object: &super::Object) -> String {
-    let super::Object::Service(spec) = object else {
+#[must_use]
+pub fn path_in_manifest(field: &str, why: &str, object: &Object) -> String {
+    let Object::Service(spec) = object else {
         return match field {
             "" => String::new(),
             "name" => "metadata.name".to_owned(),

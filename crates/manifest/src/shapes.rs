@@ -9,8 +9,7 @@ use serde::{
 };
 use warren_proto::v1::{self, health_check::Check, service_spec::Mode};
 
-use super::mistakes::Mistake;
-use crate::parse;
+use crate::{Invalid, parse};
 
 /// Cores in the unit of `cpuShares`.
 const SHARES_PER_CORE: i64 = 1024;
@@ -392,9 +391,9 @@ fn octal(text: &Text) -> Result<u32, String> {
 }
 
 /// Says where something is wrong.
-fn at(path: impl Into<String>) -> impl FnOnce(String) -> Mistake {
+fn at(path: impl Into<String>) -> impl FnOnce(String) -> Invalid {
     let path = path.into();
-    move |why| Mistake::new(path, why)
+    move |why| Invalid::new(path, why)
 }
 
 /// What may be written in the words of the command line instead of a map: `8080:80`, `on-failure`.
@@ -531,7 +530,7 @@ impl FromWords for AnyCheck {
 }
 
 impl AnyCheck {
-    fn into_proto(self) -> Result<v1::HealthCheck, Mistake> {
+    fn into_proto(self) -> Result<v1::HealthCheck, Invalid> {
         match self {
             Self::Map(check) => check.into_proto(),
             Self::Words(check) => Ok(v1::HealthCheck { check: Some(check), ..Default::default() }),
@@ -557,7 +556,7 @@ impl FromWords for RestartPolicy {
 }
 
 impl Amounts {
-    fn into_proto(self, path: &str) -> Result<v1::ResourceAmounts, Mistake> {
+    fn into_proto(self, path: &str) -> Result<v1::ResourceAmounts, Invalid> {
         let cpu_millis = match self.cpus {
             Some(cores) => parse::millis(&cores.0).map_err(at(format!("{path}.cpus")))?,
             None => self.cpu_shares.saturating_mul(1000) / SHARES_PER_CORE,
@@ -568,7 +567,7 @@ impl Amounts {
 }
 
 impl Secret {
-    fn into_proto(self, path: &str) -> Result<v1::SecretMount, Mistake> {
+    fn into_proto(self, path: &str) -> Result<v1::SecretMount, Invalid> {
         let mount = match self {
             Self::Name(source) => {
                 let on_update = v1::OnUpdate::Restart.into();
@@ -590,7 +589,7 @@ impl Secret {
             user: mount.uid.0,
             group: mount.gid.0,
             env: match mount.env {
-                Some(name) if name.is_empty() => return Err(Mistake::new(format!("{path}.env"), "names no variable")),
+                Some(name) if name.is_empty() => return Err(Invalid::new(format!("{path}.env"), "names no variable")),
                 name => name.unwrap_or_default(),
             },
             ..Default::default()
@@ -599,12 +598,12 @@ impl Secret {
 }
 
 impl HealthCheck {
-    fn into_proto(self) -> Result<v1::HealthCheck, Mistake> {
+    fn into_proto(self) -> Result<v1::HealthCheck, Invalid> {
         let endpoint = |why: String| at("spec.healthCheck.endpoint")(why);
         let headers: BTreeMap<_, _> = self.headers.into_iter().map(|(name, value)| (name, value.0)).collect();
         let check = match self.r#type {
             _ if !headers.is_empty() && !matches!(self.r#type, CheckType::Http | CheckType::Https) => {
-                return Err(Mistake::new("spec.healthCheck.headers", "only requests by HTTP have headers"));
+                return Err(Invalid::new("spec.healthCheck.headers", "only requests by HTTP have headers"));
             }
             CheckType::Exec => Check::Exec(v1::ExecCheck { command: self.command }),
             kind => {
@@ -655,10 +654,10 @@ impl Port {
 }
 
 impl ServiceSpec {
-    pub(super) fn into_proto(self, name: String, labels: BTreeMap<String, String>) -> Result<v1::ServiceSpec, Mistake> {
+    pub(super) fn into_proto(self, name: String, labels: BTreeMap<String, String>) -> Result<v1::ServiceSpec, Invalid> {
         let mode = match (self.mode, self.replicas) {
             (Some(ServiceMode::Global), Some(_)) => {
-                return Err(Mistake::new("spec.replicas", "a global service has none"));
+                return Err(Invalid::new("spec.replicas", "a global service has none"));
             }
             (Some(ServiceMode::Global), None) => Mode::Global(v1::Global {}),
             (_, replicas) => Mode::Replicated(v1::Replicated { replicas: replicas.unwrap_or(1) }),
@@ -777,14 +776,14 @@ pub(super) struct SecretSpec {
 }
 
 impl SecretSpec {
-    pub(super) fn value(self) -> Result<Vec<u8>, Mistake> {
+    pub(super) fn value(self) -> Result<Vec<u8>, Invalid> {
         match (self.data, self.string_data) {
             // What is wrong with it would quote it.
             (Some(data), None) => STANDARD
                 .decode(data.split_ascii_whitespace().collect::<String>())
-                .map_err(|_| Mistake::new("spec.data", "is not base64")),
+                .map_err(|_| Invalid::new("spec.data", "is not base64")),
             (None, Some(text)) => Ok(text.into_bytes()),
-            _ => Err(Mistake::new("spec", "is to have either data, in base64, or stringData")),
+            _ => Err(Invalid::new("spec", "is to have either data, in base64, or stringData")),
         }
     }
 }
@@ -811,7 +810,7 @@ impl VolumeSpec {
             labels,
             exclusive: self.exclusive,
             node: self.node,
-            request_id: crate::objects::request_id(),
+            request_id: String::new(),
         }
     }
 }

@@ -3,13 +3,13 @@
 use warren_proto::v1;
 
 /// `name=value`.
-pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
+pub fn pair(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?} is not name=value"))?;
     Ok((name.to_owned(), value.to_owned()))
 }
 
 /// Cores as thousandths.
-pub(crate) fn millis(text: &str) -> Result<i64, String> {
+pub fn millis(text: &str) -> Result<i64, String> {
     let cores: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of cores"))?;
     if !cores.is_finite() || cores < 0.0 {
         return Err(format!("{text:?} is not a number of cores"));
@@ -22,7 +22,7 @@ pub(crate) fn millis(text: &str) -> Result<i64, String> {
 }
 
 /// Bytes, in powers of 1024: `64M`, `64Mi`, `64MiB` and `0.0625G` are the same.
-pub(crate) fn memory(text: &str) -> Result<i64, String> {
+pub fn memory(text: &str) -> Result<i64, String> {
     let wrong = || format!("{text:?} is not an amount of memory: use a number with K, M, G, T or nothing behind it");
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let factor: i64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
@@ -42,7 +42,7 @@ pub(crate) fn memory(text: &str) -> Result<i64, String> {
 }
 
 /// `NAME=SOFT` or `NAME=SOFT:HARD`.
-pub(crate) fn ulimit(text: &str) -> Result<(String, v1::Ulimit), String> {
+pub fn ulimit(text: &str) -> Result<(String, v1::Ulimit), String> {
     let wrong = || format!("{text:?} is not NAME=SOFT or NAME=SOFT:HARD");
     let (name, limits) = text.split_once('=').ok_or_else(wrong)?;
     let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
@@ -51,7 +51,7 @@ pub(crate) fn ulimit(text: &str) -> Result<(String, v1::Ulimit), String> {
 }
 
 /// `SOURCE`, `SOURCE:TARGET` or `SOURCE:TARGET:PERMISSIONS`.
-pub(crate) fn device(text: &str) -> Result<v1::Device, String> {
+pub fn device(text: &str) -> Result<v1::Device, String> {
     let mut parts = text.split(':').map(str::to_owned);
     let mut next = || parts.next().unwrap_or_default();
     let device = v1::Device { source: next(), target: next(), permissions: next() };
@@ -59,7 +59,7 @@ pub(crate) fn device(text: &str) -> Result<v1::Device, String> {
 }
 
 /// `type=bind,source=/srv,target=/data,readonly`, with Docker's names for the options; a volume unless the type says otherwise.
-pub(crate) fn mount(text: &str) -> Result<v1::Mount, String> {
+pub fn mount(text: &str) -> Result<v1::Mount, String> {
     let mut mount = v1::Mount::default();
     for option in text.split(',') {
         let (name, value) = option.split_once('=').map_or((option, None), |(name, value)| (name, Some(value)));
@@ -101,7 +101,7 @@ pub(crate) fn mount(text: &str) -> Result<v1::Mount, String> {
 }
 
 /// `8080:80`, `8080:80/udp`, either with options behind it, like `8080:80,mode=host`, or Docker's long form.
-pub(crate) fn port(text: &str) -> Result<v1::Port, String> {
+pub fn port(text: &str) -> Result<v1::Port, String> {
     let wrong = || format!("{text:?} is not PUBLISHED:TARGET[/PROTOCOL], nor options like published=8080,target=80");
     let number = |text: &str| text.parse::<u16>().map(u32::from).map_err(|_| wrong());
     let protocol = |text: &str| match text {
@@ -133,7 +133,7 @@ pub(crate) fn port(text: &str) -> Result<v1::Port, String> {
 }
 
 /// `name`, or `source=name,target=file,mode=0400,uid=www-data,gid=33,on-update=signal,signal=HUP`, or `source=name,env=VARIABLE`.
-pub(crate) fn secret(text: &str) -> Result<v1::SecretMount, String> {
+pub fn secret(text: &str) -> Result<v1::SecretMount, String> {
     let mut mount = v1::SecretMount { on_update: v1::OnUpdate::Restart.into(), ..Default::default() };
     if !text.contains('=') {
         mount.source = text.to_owned();
@@ -168,7 +168,7 @@ pub(crate) fn secret(text: &str) -> Result<v1::SecretMount, String> {
 }
 
 /// `http://:80/path`, `https://...`, `tcp://:80`, `grpc://:80/service`, `exec:command`.
-pub(crate) fn health(text: &str) -> Result<v1::health_check::Check, String> {
+pub fn health(text: &str) -> Result<v1::health_check::Check, String> {
     use v1::health_check::Check;
 
     if let Some(command) = text.strip_prefix("exec:").filter(|command| !command.trim().is_empty()) {
@@ -192,13 +192,13 @@ pub(crate) fn health(text: &str) -> Result<v1::health_check::Check, String> {
 }
 
 /// The same for what only this program waits for.
-pub(crate) fn std_duration(text: &str) -> Result<std::time::Duration, String> {
+pub fn std_duration(text: &str) -> Result<std::time::Duration, String> {
     let wire = duration(text)?;
     Ok(std::time::Duration::new(wire.seconds.unsigned_abs(), wire.nanos.unsigned_abs()))
 }
 
 /// Whole seconds, of what [`duration`] takes; parts of one count as one.
-pub(crate) fn seconds(text: &str) -> Result<u64, String> {
+pub fn seconds(text: &str) -> Result<u64, String> {
     let duration = std_duration(text)?;
     let seconds = duration.as_secs() + u64::from(duration.subsec_nanos() > 0);
     /// A year.
@@ -207,7 +207,7 @@ pub(crate) fn seconds(text: &str) -> Result<u64, String> {
 }
 
 /// `10s`, `500ms`, `2m`, `1h30m`, `7d`; a number alone is seconds.
-pub(crate) fn duration(text: &str) -> Result<pbjson_types::Duration, String> {
+pub fn duration(text: &str) -> Result<pbjson_types::Duration, String> {
     let wrong = || format!("{text:?} is not a duration like 10s, 500ms, 2m, 1h30m or 7d");
     let (mut rest, mut seconds) = (text, 0.0);
     while !rest.is_empty() {
