@@ -14,7 +14,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{Status, Streaming};
 use warren_pki::Dialer;
 use warren_proto::v1::{
@@ -235,7 +235,7 @@ impl Session<'_> {
         let (set_period, periods) = watch::channel(period);
         let said = Arc::new(Notify::new());
         // Apart from everything else, so that a daemon that is slow to answer does not make the node look dead.
-        let _heartbeats = AbortOnDrop(tokio::spawn(heartbeats(sender.clone(), periods, Arc::clone(&said))));
+        let _heartbeats = AbortOnDropHandle::new(tokio::spawn(heartbeats(sender.clone(), periods, Arc::clone(&said))));
         let mut told = Told::default();
         let (mut next_snapshot, mut next_question) = (Instant::now(), Instant::now());
         let mut reap = tokio::time::interval(Duration::from_secs(1));
@@ -243,7 +243,7 @@ impl Session<'_> {
         let wishes = Wishes::new(self.manager.clone(), self.options, self.board.clone());
         let mut parts = Parts::default();
         let (hints, mut started) = mpsc::channel(1);
-        let _watcher = AbortOnDrop(tokio::spawn(follow_starts(supervisor.containerd(), hints)));
+        let _watcher = AbortOnDropHandle::new(tokio::spawn(follow_starts(supervisor.containerd(), hints)));
         loop {
             tokio::select! {
                 message = incoming.message() => {
@@ -357,14 +357,6 @@ async fn follow_starts(containerd: Containerd, hints: mpsc::Sender<()>) {
             tracing::debug!(%error, "containerd's events are not followed");
         }
         tokio::time::sleep(MAX_BACKOFF).await;
-    }
-}
-
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
     }
 }
 

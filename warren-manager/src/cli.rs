@@ -13,7 +13,7 @@ use crate::{
     control::liveness,
     core::Networks,
     messages::validate::Policy,
-    process::Options,
+    process::{self, Options},
     state::{OLDEST_WRITTEN_SCHEMA, SCHEMA},
 };
 
@@ -110,7 +110,7 @@ impl ManagerArguments {
             data_dir: self.data_dir.clone(),
             listen_addr: self.listen_addr,
             advertise_addr: self.advertise_addr.clone(),
-            hostname: self.hostname.clone().unwrap_or_else(crate::hostname),
+            hostname: self.hostname.clone().unwrap_or_else(process::hostname),
             bootstrap: self.bootstrap,
             socket: self.socket.clone(),
             metrics_addr: self.metrics_addr,

@@ -1,16 +1,10 @@
 //! Ids: 25 random characters of a-z and 0-9, so that a few of them tell objects apart.
 
-use std::fmt;
-
-use serde::{Deserialize, Serialize};
-
-use crate::clock::Environment;
-
 /// Characters of an id: 25 of base 36 hold 128 bits.
 const LEN: usize = 25;
 const ALPHABET: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
 
-fn encode(mut value: u128) -> String {
+pub(crate) fn encode(mut value: u128) -> String {
     let mut text = [b'0'; LEN];
     for character in text.iter_mut().rev() {
         *character = ALPHABET[(value % 36) as usize];
@@ -19,18 +13,19 @@ fn encode(mut value: u128) -> String {
     text.iter().map(|byte| char::from(*byte)).collect()
 }
 
+/// An id's type: `id!(/// Names a thing. ThingId);`
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
-        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ::serde::Serialize, ::serde::Deserialize)]
         #[serde(transparent)]
         pub struct $name(String);
 
         impl $name {
             /// A new one.
             #[must_use]
-            pub fn generate(environment: &dyn Environment) -> Self {
-                Self(encode(environment.random()))
+            pub fn generate(environment: &dyn $crate::clock::Environment) -> Self {
+                Self($crate::ids::encode(environment.random()))
             }
 
             /// As text.
@@ -52,8 +47,8 @@ macro_rules! id {
             }
         }
 
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        impl ::std::fmt::Display for $name {
+            fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
                 f.write_str(&self.0)
             }
         }

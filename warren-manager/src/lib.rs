@@ -33,6 +33,7 @@ pub mod control;
 pub mod core;
 pub mod data;
 mod error;
+#[macro_use]
 pub mod ids;
 mod messages;
 mod metrics;

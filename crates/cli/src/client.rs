@@ -97,7 +97,7 @@ impl ClientArguments {
         Ok(configuration.ok_or(Error::Homeless)?.join("warren"))
     }
 
-    async fn channel(&self) -> Result<Channel, Error> {
+    pub(crate) async fn channel(&self) -> Result<Channel, Error> {
         match self.manager.as_deref() {
             Some(address) if address.starts_with("unix:") => socket(address).await,
             Some(address) => {

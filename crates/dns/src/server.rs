@@ -1,10 +1,15 @@
+mod sockets;
+mod turns;
+
+pub use sockets::{BindError, Sockets};
+use sockets::{receive, send, socket_address};
+use turns::Answering;
+
 use std::{
-    collections::HashMap,
-    io::{self, IoSlice, IoSliceMut},
+    io,
     net::{IpAddr, SocketAddr, UdpSocket},
     num::NonZeroU32,
-    os::fd::AsRawFd as _,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -22,9 +27,8 @@ use hickory_server::{
 };
 use nix::{
     errno::Errno,
-    sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, recvmmsg, sendmmsg},
+    sys::socket::{MultiHeaders, SockaddrStorage},
 };
-use socket2::{Domain, Socket, Type};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -68,27 +72,11 @@ pub struct Limits {
     pub burst: NonZeroU32,
 }
 
-/// Why names cannot be answered.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot answer DNS on {address}: {source}")]
-pub struct BindError {
-    /// Where.
-    address: SocketAddr,
-    /// Why not.
-    source: io::Error,
-}
-
-/// UDP sockets that share the address: the kernel spreads requests over them, which keeps the slowest answers quick.
-const SOCKETS: usize = 2;
-/// What a socket may hold before it is read, in bytes.
-const RECEIVE_BUFFER: usize = 4 << 20;
 /// A connection without a request is closed after this time.
 const TCP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections at a time, in all and of one client: the oldest make room for new ones.
 const CONNECTIONS: usize = 1024;
 const OF_ONE_CLIENT: usize = 64;
-/// Connections waiting to be accepted.
-const BACKLOG: i32 = 1024;
 /// What fits into a packet that no link on the way cuts up (DNS flag day 2020).
 const MAX_UDP: u16 = 1232;
 /// What every client takes.
@@ -98,33 +86,6 @@ const HEADER: usize = 12;
 /// Sources that were quiet for a while are forgotten this often.
 const FORGET: Duration = Duration::from_secs(60);
 
-/// Sockets of an address, UDP and TCP.
-#[derive(Debug)]
-pub struct Sockets {
-    address: SocketAddr,
-    udp: Vec<UdpSocket>,
-    tcp: TcpListener,
-}
-
-impl Sockets {
-    /// Takes an address, which need not be the machine's yet.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be used: another server does, for one.
-    pub fn bind(address: SocketAddr) -> Result<Self, BindError> {
-        let failed = |source| BindError { address, source };
-        // First, because it shares the address with nobody: another server there is found out.
-        let tcp = tcp(address).map_err(failed)?;
-        let udp = (0..SOCKETS).map(|_| udp(address).map_err(failed)).collect::<Result<_, _>>()?;
-        Ok(Self { address, udp, tcp })
-    }
-}
-
-/// Requests that are being answered by the whole server, those that wait for the node's resolvers among them.
-const ANSWERING: usize = 4096;
-/// The same of one client.
-const OF_ONE_ASKER: usize = ANSWERING / 8;
 /// The same for those that need nobody else, when there are too many that do.
 const LOCAL: usize = 1024;
 /// Datagrams that are read and sent together.
@@ -175,95 +136,6 @@ pub async fn serve(
     // Requests that are being answered may be cut off: whoever asked asks again.
 }
 
-/// Requests that are being answered, and whose they are.
-#[derive(Clone, Default)]
-struct Answering(Arc<Mutex<Counts>>);
-
-#[derive(Default)]
-struct Counts {
-    waiting: usize,
-    of_client: HashMap<IpAddr, usize>,
-    local: usize,
-}
-
-/// One request's place, which it gives back.
-struct Turn {
-    among: Answering,
-    client: IpAddr,
-    /// Whether the node's resolvers may be asked.
-    may_forward: bool,
-}
-
-impl Answering {
-    fn counts(&self) -> MutexGuard<'_, Counts> {
-        // Every change leaves it whole.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A place for a client's request, if there is one. What waits for the node's resolvers does not keep what is known here from being
-    /// answered, nor does one client's keep others' from being asked.
-    fn turn(&self, client: IpAddr) -> Option<Turn> {
-        let mut counts = self.counts();
-        let own = counts.of_client.get(&client).copied().unwrap_or(0);
-        let may_forward = counts.waiting < ANSWERING && own < OF_ONE_ASKER;
-        if may_forward {
-            counts.waiting += 1;
-            counts.of_client.insert(client, own + 1);
-        } else if counts.local < LOCAL {
-            counts.local += 1;
-        } else {
-            return None;
-        }
-        Some(Turn { among: self.clone(), client, may_forward })
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        let mut counts = self.among.counts();
-        if !self.may_forward {
-            counts.local -= 1;
-            return;
-        }
-        counts.waiting -= 1;
-        if let Some(own) = counts.of_client.get_mut(&self.client) {
-            *own -= 1;
-            if *own == 0 {
-                counts.of_client.remove(&self.client);
-            }
-        }
-    }
-}
-
-fn socket(address: SocketAddr, kind: Type, protocol: socket2::Protocol) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
-    if address.is_ipv4() {
-        socket.set_freebind_v4(true)?;
-    } else {
-        socket.set_freebind_v6(true)?;
-    }
-    Ok(socket)
-}
-
-fn udp(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = socket(address, Type::DGRAM, socket2::Protocol::UDP)?;
-    socket.set_reuse_port(true)?;
-    // A smaller one will do.
-    let _ = socket.set_recv_buffer_size(RECEIVE_BUFFER);
-    socket.set_read_timeout(Some(STOP))?;
-    socket.bind(&address.into())?;
-    Ok(socket.into())
-}
-
-fn tcp(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = socket(address, Type::STREAM, socket2::Protocol::TCP)?;
-    socket.set_nonblocking(true)?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
-}
-
 #[derive(Clone)]
 struct Handler {
     zone: Arc<ArcSwap<Zone>>,
@@ -271,38 +143,6 @@ struct Handler {
     limiter: Arc<DefaultKeyedRateLimiter<IpAddr>>,
     answering: Answering,
     observer: Arc<dyn Observer>,
-}
-
-/// Waits for datagrams and returns how long each of them is and where it is from.
-fn receive(
-    socket: &UdpSocket,
-    headers: &mut MultiHeaders<SockaddrStorage>,
-    buffers: &mut [[u8; MAX_REQUEST]],
-) -> Result<Vec<(usize, Option<SockaddrStorage>)>, Errno> {
-    let mut slices: Vec<_> = buffers.iter_mut().map(|buffer| [IoSliceMut::new(buffer)]).collect();
-    let received = recvmmsg(socket.as_raw_fd(), headers, slices.iter_mut(), MsgFlags::MSG_WAITFORONE, None)?;
-    Ok(received.map(|message| (message.bytes, message.address)).collect())
-}
-
-/// Sends answers. As with every datagram, whoever misses one asks again.
-fn send(
-    socket: &UdpSocket,
-    headers: &mut MultiHeaders<SockaddrStorage>,
-    answers: &[Vec<u8>],
-    to: &[Option<SockaddrStorage>],
-) {
-    let slices: Vec<_> = answers[..to.len()].iter().map(|answer| [IoSlice::new(answer)]).collect();
-    let mut next = 0;
-    while next < to.len() {
-        let sent = sendmmsg(socket.as_raw_fd(), headers, &slices[next..], &to[next..], [], MsgFlags::MSG_DONTWAIT);
-        // It fails at the first that cannot be sent.
-        next += sent.map_or(1, |sent| sent.count().max(1));
-    }
-}
-
-fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
-    let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
-    v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
 }
 
 /// As much as a client takes, and no more than the way does.
@@ -547,26 +387,5 @@ impl Handler {
             let answer = [&length.to_be_bytes()[..], &answer].concat();
             tokio::time::timeout(TCP_TIMEOUT, stream.write_all(&answer)).await??;
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_one_client_waits_for_keeps_nobody_from_asking() {
-        let answering = Answering::default();
-        let [greedy, other] = ["192.0.2.1", "192.0.2.2"].map(|text| text.parse().expect("an address"));
-        let mut turns: Vec<_> = (0..OF_ONE_ASKER).filter_map(|_| answering.turn(greedy)).collect();
-        assert!(turns.iter().all(|turn| turn.may_forward));
-        let one_more = answering.turn(greedy).expect("what is known here is still answered");
-        assert!(!one_more.may_forward);
-        assert!(answering.turn(other).is_some_and(|turn| turn.may_forward));
-        turns.pop();
-        assert!(answering.turn(greedy).is_some_and(|turn| turn.may_forward));
-        drop((turns, one_more));
-        let counts = answering.counts();
-        assert_eq!((counts.waiting, counts.local, counts.of_client.len()), (0, 0, 0));
     }
 }

@@ -3,7 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
+use rand::{Rng as _, SeedableRng as _};
+use rand_xoshiro::Xoshiro256PlusPlus;
 
 /// Says how many inputs each test has.
 pub const INPUTS: &str = "WARREN_FUZZ_INPUTS";
@@ -22,7 +23,7 @@ const HANGS: Duration = Duration::from_secs(10);
 pub fn fuzz(good: &[&[u8]], mut parse: impl FnMut(&[u8])) {
     assert!(!good.is_empty(), "something is to be damaged");
     let count = std::env::var(INPUTS).ok().and_then(|count| count.parse().ok()).unwrap_or(FEW);
-    let mut random = SmallRng::seed_from_u64(1);
+    let mut random = Xoshiro256PlusPlus::seed_from_u64(1);
     for number in 0..count {
         let input = damaged(good, &mut random);
         let shown = Shown(number, &input);
@@ -42,7 +43,7 @@ impl Drop for Shown<'_> {
     }
 }
 
-fn damaged(good: &[&[u8]], random: &mut SmallRng) -> Vec<u8> {
+fn damaged(good: &[&[u8]], random: &mut Xoshiro256PlusPlus) -> Vec<u8> {
     let mut input = good[random.random_range(0..good.len())].to_vec();
     for _ in 0..random.random_range(1..=8) {
         let at = random.random_range(0..=input.len());
@@ -87,7 +88,7 @@ mod tests {
     fn inputs_are_the_same_each_time_and_not_all_alike() {
         let some = || {
             let mut seen = Vec::new();
-            let mut random = SmallRng::seed_from_u64(1);
+            let mut random = Xoshiro256PlusPlus::seed_from_u64(1);
             seen.extend((0..1000).map(|_| damaged(&[b"{\"a\": 1}", b"other"], &mut random)));
             seen
         };

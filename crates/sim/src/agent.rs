@@ -6,7 +6,8 @@ use std::{
     time::Duration,
 };
 
-use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
+use rand::{Rng as _, SeedableRng as _};
+use rand_xoshiro::Xoshiro256PlusPlus;
 use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use warren_proto::v1::{
@@ -82,7 +83,7 @@ pub(crate) struct Agent {
     inner: Arc<Mutex<Inner>>,
     news: Arc<Notify>,
     shared: Shared,
-    dice: Arc<Mutex<SmallRng>>,
+    dice: Arc<Mutex<Xoshiro256PlusPlus>>,
     /// What its clock showed when the simulation began: anything in two years.
     clock: Duration,
 }
@@ -92,7 +93,7 @@ const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
 impl Agent {
     pub(crate) fn new(number: usize, seed: u64, shared: Shared) -> Self {
-        let mut dice = SmallRng::seed_from_u64(seed ^ 0xa6e7 ^ ((number as u64) << 32));
+        let mut dice = Xoshiro256PlusPlus::seed_from_u64(seed ^ 0xa6e7 ^ ((number as u64) << 32));
         let clock = Duration::from_secs(1_700_000_000 + dice.random_range(0..63_000_000));
         Self {
             clock,

@@ -2,7 +2,8 @@
 
 use std::{error::Error as _, time::Duration};
 
-use rand::{Rng as _, SeedableRng as _, rngs::SmallRng, seq::SliceRandom as _};
+use rand::{Rng as _, SeedableRng as _, seq::SliceRandom as _};
+use rand_xoshiro::Xoshiro256PlusPlus;
 use tonic::{Code, Status};
 use warren_proto::v1::{
     self, secrets_client::SecretsClient, service_spec::Mode, services_client::ServicesClient,
@@ -93,7 +94,7 @@ fn spec(name: &str, value: u32) -> v1::ServiceSpec {
 }
 
 /// Makes the volumes, which any node reaches.
-async fn create_volumes(shared: &Shared, dice: &mut SmallRng) {
+async fn create_volumes(shared: &Shared, dice: &mut Xoshiro256PlusPlus) {
     let mut missing: Vec<String> = (0..VOLUMES).map(|number| format!("vol-{number}")).collect();
     while let Some(name) = missing.last().filter(|_| !shared.is_calm()) {
         let managers = shared.manager_names();
@@ -134,7 +135,7 @@ fn value_of(service: Option<v1::Service>) -> Option<u32> {
 }
 
 /// Gives the secret another value, if there is one, or else makes it. False when nobody says that it is done.
-async fn set_secret(managers: &[String], dice: &mut SmallRng, shared: &Shared) -> bool {
+async fn set_secret(managers: &[String], dice: &mut Xoshiro256PlusPlus, shared: &Shared) -> bool {
     let data = dice.random::<[u8; 8]>().to_vec();
     let name = || SECRET.to_owned();
     let request_id = format!("{:016x}", dice.random::<u64>());
@@ -161,7 +162,7 @@ async fn set_secret(managers: &[String], dice: &mut SmallRng, shared: &Shared) -
 
 /// Works until the faults end, and a little longer.
 pub(crate) async fn run(number: u64, seed: u64, shared: Shared) -> turmoil::Result {
-    let mut dice = SmallRng::seed_from_u64(seed ^ 0x0e7a ^ (number << 40));
+    let mut dice = Xoshiro256PlusPlus::seed_from_u64(seed ^ 0x0e7a ^ (number << 40));
     while !set_secret(&shared.manager_names(), &mut dice, &shared).await {
         tokio::time::sleep(Duration::from_millis(dice.random_range(20..200))).await;
     }

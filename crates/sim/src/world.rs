@@ -10,7 +10,8 @@ use std::{
     time::Duration,
 };
 
-use rand::{Rng as _, SeedableRng as _, rngs::SmallRng, seq::IndexedRandom as _};
+use rand::{Rng as _, SeedableRng as _, seq::IndexedRandom as _};
+use rand_xoshiro::Xoshiro256PlusPlus;
 use sha2::{Digest as _, Sha256};
 use turmoil::Sim;
 use warren_manager::{
@@ -60,7 +61,7 @@ const COMPARED: u64 = 5;
 struct World<'a> {
     sim: Sim<'a>,
     shared: Shared,
-    dice: SmallRng,
+    dice: Xoshiro256PlusPlus,
     hardware: BTreeMap<u64, Hardware>,
     agents: Vec<Agent>,
     crashed: BTreeSet<String>,
@@ -124,7 +125,7 @@ fn digest(state: &State) -> Result<String, String> {
 
 /// Runs a seed; returns what tells this run from another.
 pub(crate) fn run(seed: u64, says: bool) -> Result<String, String> {
-    let mut dice = SmallRng::seed_from_u64(seed);
+    let mut dice = Xoshiro256PlusPlus::seed_from_u64(seed);
     let managers = if dice.random_bool(0.5) { 3 } else { 5 };
     let cuts = dice.random_bool(0.7);
     // Half of the clusters are upgraded under way: each manager at one of its starts.

@@ -23,6 +23,7 @@ use tokio_rustls::{
         pki_types::{CertificateDer, ServerName, UnixTime},
     },
 };
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, transport::Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use warren_proto::v1::{self, health_check::Check};
@@ -103,7 +104,7 @@ impl Probe {
     ) -> Result<(), String> {
         let failed = |error: hyper::Error| format!("HTTP: {error}");
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(failed)?;
-        let connection = tokio::spawn(connection);
+        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
         let path = if check.path.is_empty() { "/" } else { &check.path };
         let mut request = Request::get(path).header("user-agent", "warren-health");
         let own = check.headers.keys().any(|name| name.eq_ignore_ascii_case(HOST.as_str()));
@@ -115,7 +116,6 @@ impl Probe {
         }
         let request = request.body(Empty::<Bytes>::new()).map_err(|error| error.to_string())?;
         let answer = sender.send_request(request).await;
-        connection.abort();
         let status = answer.map_err(failed)?.status();
         // A redirection is an answer too; it is not followed.
         if status.is_success() || status.is_redirection() { Ok(()) } else { Err(format!("HTTP status {status}")) }

@@ -18,6 +18,7 @@ use rtnetlink::{
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteScope},
     },
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use super::Error;
 
@@ -25,13 +26,7 @@ use super::Error;
 #[derive(Debug)]
 pub(super) struct Netlink {
     handle: Handle,
-    connection: tokio::task::JoinHandle<()>,
-}
-
-impl Drop for Netlink {
-    fn drop(&mut self) {
-        self.connection.abort();
-    }
+    _connection: AbortOnDropHandle<()>,
 }
 
 /// What the kernel answers when something is there already, or is not.
@@ -78,7 +73,7 @@ impl Netlink {
     pub(super) fn here() -> Result<Self, Error> {
         let (connection, handle, _) = rtnetlink::new_connection()
             .map_err(|source| Error::Io { action: "opening a netlink socket".to_owned(), source })?;
-        Ok(Self { handle, connection: tokio::spawn(connection) })
+        Ok(Self { handle, _connection: AbortOnDropHandle::new(tokio::spawn(connection)) })
     }
 
     /// A connection in another namespace.
@@ -86,7 +81,7 @@ impl Netlink {
         let socket = super::namespace::netlink(namespace)
             .map_err(|source| Error::Io { action: "opening a netlink socket in a container".to_owned(), source })?;
         let (connection, handle, _) = rtnetlink::from_socket(socket);
-        Ok(Self { handle, connection: tokio::spawn(connection) })
+        Ok(Self { handle, _connection: AbortOnDropHandle::new(tokio::spawn(connection)) })
     }
 
     /// The index of a link; `None` when there is none of this name.

@@ -15,7 +15,9 @@ use tokio_util::sync::CancellationToken;
 use warren_proto::v1;
 
 use super::{
-    Error, Network, Options, RESOLVER, Reach, conntrack, container_mac, drift, host, link_name,
+    Error, Network, Options, RESOLVER, Reach,
+    attach::{container_mac, link_name},
+    conntrack, drift, host,
     listeners::Listeners,
     netlink,
     overlay::{Overlay, Vxlan, Way},

@@ -1,48 +1,32 @@
-use std::{pin::Pin, sync::Arc, time::Duration};
+mod authority;
+mod joining;
+mod managers;
+
+use joining::token_role;
+
+use std::pin::Pin;
 
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
-use warren_pki::{Authority, Role, Token};
 use warren_proto::v1::{self, cluster_server};
 use warren_telemetry::build;
 
 use super::{Context, Error, health};
 use crate::{
-    access::signing::{self, Invited, Signed},
+    access::signing::Signed,
     caller::Caller,
     data::backup,
     ids::{NodeId, OperatorId},
-    messages::{
-        convert,
-        validate::{self, Invalid},
-    },
-    state::{Change, JoinToken, Manager, OLDEST_WRITTEN_SCHEMA, SealedAuthority, State, TokenRole, Transaction},
+    messages::convert,
+    state::{Change, JoinToken, State, TokenRole, Transaction},
     store, telemetry,
-    trust::vault::UnlockKey,
 };
 
 #[derive(Clone, Debug)]
 pub(super) struct Cluster(pub(super) Context);
 
-const MAX_NAME: usize = 253;
-/// How long a leader that is to go waits for its successor.
-const HAND_OVER_PATIENCE: Duration = Duration::from_secs(5);
-/// How long a leader waits to hear of those that would be left.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 /// Bytes of a backup in one message.
 const BACKUP_PART: usize = 1 << 20;
-/// Letting somebody in is repeated when somebody else came first.
-const ATTEMPTS: usize = 10;
-
-fn token_role(role: v1::Role) -> Result<TokenRole, Invalid> {
-    match role {
-        v1::Role::Manager => Ok(TokenRole::Manager),
-        v1::Role::Worker => Ok(TokenRole::Worker),
-        v1::Role::Admin => Err(Invalid::new("role", "is not for machines: CreateOperator invites operators")),
-        v1::Role::Unspecified => Err(Invalid::new("role", "is not given")),
-    }
-}
-
 fn wire_role(role: TokenRole) -> v1::Role {
     match role {
         TokenRole::Manager => v1::Role::Manager,
@@ -84,264 +68,13 @@ fn named(state: &State, member: String) -> String {
     }
 }
 
-/// Of the voters that would be left without one: how many answer this leader, and how many there are.
-fn left_without(status: &warren_raft::Status, id: u64) -> (usize, usize) {
-    let left = || status.members.iter().filter(|member| member.voter && member.id != id);
-    (left().filter(|member| status.answers(member.id)).count(), left().count())
-}
-
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
     request.extensions().get().cloned().ok_or_else(|| Status::internal("who calls is not known"))
-}
-
-fn too_old(who: &str, reads: u32, schema: u32) -> Error {
-    let why = "is too old, or held to an earlier version's schema";
-    Error::Precondition(format!(
-        "{who} {why}: it reads the state up to schema {reads}, and the cluster's is of schema {schema}"
-    ))
-}
-
-fn refused() -> Error {
-    Error::Refused("the token is not valid, or no longer".to_owned())
 }
 
 impl Cluster {
     async fn change(&self, changes: Vec<Change>) -> Result<(), store::Error> {
         self.0.store.transact(&Transaction { changes, ..Transaction::default() }).await.map(drop)
-    }
-
-    fn sign(&self, state: &State, request: &str, role: Role, id: &str) -> Result<Signed, Error> {
-        signing::sign(state, &self.0.vault, self.0.environment.now(), request, role, id)
-    }
-
-    async fn rotate_authority(&self) -> Result<(), Error> {
-        let state = self.0.store.read().await?;
-        let (_, cluster) = signing::authority(&state, &self.0.vault)?;
-        if state.cluster().is_some_and(|cluster| cluster.rotation.is_some()) {
-            return Err(Error::Precondition("the authority is being changed already".to_owned()));
-        }
-        let new = Authority::generate(&cluster, signing::system_time(self.0.environment.now()))?;
-        let key = self.0.vault.seal_authority(&cluster, &new.key_pem())?;
-        let new = SealedAuthority { certificate: new.certificate_pem().to_owned(), key };
-        Ok(self.change(vec![Change::BeginRotation(new)]).await?)
-    }
-
-    async fn confirm(&self, caller: &Caller, digest: String) -> Result<(), Error> {
-        let state = self.0.store.read().await?;
-        let Some(cluster) = state.cluster().filter(|cluster| cluster.rotation.is_some()) else { return Ok(()) };
-        // What was true a phase ago says nothing.
-        let kind = match caller.role {
-            Some(Role::Manager) => "manager",
-            Some(Role::Worker) => "node",
-            _ => "operator",
-        };
-        let member = format!("{kind} {}", caller.id);
-        if warren_pki::authorities_digest(&cluster.authorities()) == digest
-            && state.uncertified(&digest).any(|other| other == member)
-        {
-            self.change(vec![Change::Certify { member, digest }]).await?;
-        }
-        Ok(())
-    }
-
-    async fn set_lock(&self, request: v1::SetLockRequest) -> Result<String, Error> {
-        let state = self.0.store.read().await?;
-        let cluster = state.cluster().ok_or_else(|| Error::Precondition("there is no cluster yet".to_owned()))?;
-        let known = backup::unlock_key(&state, &self.0.vault)?;
-        let wanted = match (request.locked, known.clone()) {
-            (false, _) => None,
-            (true, Some(known)) if !request.rotate => Some(known),
-            (true, _) => Some(UnlockKey::random()?),
-        };
-        if wanted != known {
-            let seal = |key: &UnlockKey| self.0.vault.seal_unlock_key(&cluster.id, key);
-            self.change(vec![Change::SetLock(wanted.as_ref().map(seal).transpose()?)]).await?;
-        }
-        Ok(wanted.map(|key| key.to_string()).unwrap_or_default())
-    }
-
-    async fn generate(&self, request: v1::GenerateJoinTokenRequest) -> Result<v1::GenerateJoinTokenResponse, Error> {
-        let role = token_role(request.role())?;
-        let (state, now) = (self.0.store.read().await?, self.0.environment.now());
-        let Invited { token, hash, expires_at } = signing::invite(&state, &self.0.vault, now, request.lifetime)?;
-        let about = JoinToken { hash, role, created_at: now, expires_at };
-        self.change(vec![Change::PutToken(about.clone())]).await?;
-        Ok(v1::GenerateJoinTokenResponse { token, about: Some(shown(&about)) })
-    }
-
-    /// Lets somebody in whose token is good: their role, and the id that they have from now on.
-    async fn admit(&self, request: &v1::JoinClusterRequest) -> Result<(Role, String), Error> {
-        let hash = Token::read_secret(&request.secret).map_err(|_| refused())?.hash();
-        for _ in 0..ATTEMPTS {
-            let state = self.0.store.read().await?;
-            let now = self.0.environment.now();
-            let (what, role, change, admitted) = match state.token(&hash).filter(|token| token.expires_at > now) {
-                Some(token) if token.role == TokenRole::Manager => {
-                    let id = state.next_manager();
-                    let manager = Manager { id, hostname: request.hostname.clone(), created_at: now, voter: true };
-                    let admitted = (Role::Manager, id.to_string());
-                    ("a manager", v1::Role::Manager, Change::AdmitManager(manager), admitted)
-                }
-                Some(_) => {
-                    let own = NodeId::from(request.node_id.as_str());
-                    let keeps = super::nodes::is_id(&own) && state.is_new_node(&own);
-                    let id = if keeps { own } else { NodeId::generate(&*self.0.environment) };
-                    let admitted = (Role::Worker, id.to_string());
-                    ("a node", v1::Role::Worker, Change::AdmitNode { id }, admitted)
-                }
-                None => {
-                    let id = state.invited(&hash, now).ok_or_else(refused)?.id.clone();
-                    let admitted = (Role::Admin, id.to_string());
-                    ("an operator", v1::Role::Admin, Change::AdmitOperator { id, hash: hash.clone() }, admitted)
-                }
-            };
-            if request.taken().any(|taken| taken == role) {
-                return Err(Error::Precondition(format!("the token is for {what}")));
-            }
-            let reads = request.schema.max(OLDEST_WRITTEN_SCHEMA);
-            if role == v1::Role::Manager && reads < state.schema() {
-                return Err(too_old("the newcomer", reads, state.schema()));
-            }
-            match self.change(vec![change]).await {
-                Err(store::Error::Rejected(crate::state::Rejection::Conflict(_))) => {}
-                other => return other.map(|()| admitted).map_err(Error::from),
-            }
-        }
-        Err(Error::Precondition("too many join at the same time; try again".to_owned()))
-    }
-
-    async fn join(&self, request: v1::JoinClusterRequest) -> Result<v1::JoinClusterResponse, Error> {
-        // Whoever has no token makes no work.
-        let state = self.0.store.read().await?;
-        let known = Token::read_secret(&request.secret).map(|secret| secret.hash());
-        if !known
-            .is_ok_and(|hash| state.token(&hash).is_some() || state.invited(&hash, self.0.environment.now()).is_some())
-        {
-            return Err(refused());
-        }
-        if request.hostname.len() > MAX_NAME || !validate::is_printable(&request.hostname) {
-            let why = format!("is longer than {MAX_NAME} bytes, or has other than printable ASCII characters in it");
-            return Err(Invalid::new("hostname", why).into());
-        }
-        // What cannot be signed lets nobody in.
-        self.sign(&state, &request.certificate_request, Role::Worker, "nobody")?;
-        let (role, id) = self.admit(&request).await?;
-        let state = self.0.store.view();
-        let Signed { certificate, authorities } = self.sign(&state, &request.certificate_request, role, &id)?;
-        tracing::info!(%role, id, hostname = request.hostname, "a machine has joined");
-        let managers = self.0.store.raft().status().members.into_iter().map(|member| member.address);
-        Ok(v1::JoinClusterResponse {
-            role: match role {
-                Role::Manager => v1::Role::Manager,
-                Role::Worker => v1::Role::Worker,
-                Role::Admin => v1::Role::Admin,
-            }
-            .into(),
-            id,
-            cluster_id: state.cluster().map(|cluster| cluster.id.clone()).unwrap_or_default(),
-            certificate,
-            authorities,
-            managers: managers.collect(),
-            key_of_secrets: if role == Role::Manager { self.0.vault.key() } else { Default::default() },
-        })
-    }
-
-    async fn enter(&self, caller: &Caller, address: &str) -> Result<(), Error> {
-        let id: u64 = caller.id.parse().map_err(|_| Error::Refused("a manager's id is a number".to_owned()))?;
-        let state = self.0.store.read().await?;
-        let Some(manager) = state.manager(id) else {
-            return Err(Error::Refused(format!("manager {id} is not in this cluster")));
-        };
-        warren_pki::check_address(address).map_err(|error| Invalid::new("address", error.to_string()))?;
-        let raft = self.0.store.raft();
-        // What is started need not be what has joined. Of the oldest schema are managers that do not know the question.
-        if state.schema() > OLDEST_WRITTEN_SCHEMA {
-            match raft.reads_at(address).await {
-                Some(reads) if reads < state.schema() => {
-                    return Err(too_old(&format!("manager {id}"), reads, state.schema()));
-                }
-                Some(_) => {}
-                None => {
-                    return Err(Error::Precondition(format!(
-                        "manager {id} does not say at {address} which schema it reads"
-                    )));
-                }
-            }
-        }
-        let entered =
-            if manager.voter { raft.add_voter(id, address).await } else { raft.add_learner(id, address).await };
-        entered.map_err(store::Error::from)?;
-        tracing::info!(manager = id, address, "a manager takes part");
-        Ok(())
-    }
-
-    /// Whether a manager may go, or lose its vote. One that leads hands over first; then its successor is to be asked again.
-    async fn let_go(&self, id: u64) -> Result<(), Error> {
-        let raft = self.0.store.raft();
-        let deadline = tokio::time::Instant::now() + ANSWER_PATIENCE;
-        let status = loop {
-            let status = raft.status();
-            let (answer, all) = left_without(&status, id);
-            if all == 0 {
-                return Err(Error::Precondition(format!("manager {id} is the only one that votes")));
-            }
-            let is_voter = status.members.iter().any(|member| member.id == id && member.voter);
-            if !is_voter || !status.is_leader || answer > all / 2 {
-                break status;
-            }
-            // Who has just begun to lead has not heard everybody yet.
-            if tokio::time::Instant::now() > deadline {
-                return Err(Error::Precondition(format!(
-                    "of the {all} managers that would be left to vote {answer} can be reached, which is no majority"
-                )));
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        };
-        if id != status.id {
-            return Ok(());
-        }
-        raft.hand_over().await.map_err(store::Error::from)?;
-        let deadline = tokio::time::Instant::now() + HAND_OVER_PATIENCE;
-        while raft.status().is_leader && tokio::time::Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        Err(Error::Store(store::Error::Raft(warren_raft::Error::NotLeader { leader: raft.status().leader })))
-    }
-
-    fn manager(state: &State, id: u64) -> Result<&Arc<Manager>, Error> {
-        state.manager(id).ok_or_else(|| Error::NotFound { kind: "manager", name: id.to_string() })
-    }
-
-    async fn remove(&self, id: u64) -> Result<(), Error> {
-        let state = self.0.store.read().await?;
-        Self::manager(&state, id)?;
-        self.let_go(id).await?;
-        self.0.store.raft().remove(id).await.map_err(store::Error::from)?;
-        self.change(vec![Change::RemoveManager { id }]).await?;
-        tracing::info!(manager = id, "a manager was removed");
-        Ok(())
-    }
-
-    async fn set_voter(&self, id: u64, voter: bool) -> Result<(), Error> {
-        let state = self.0.store.read().await?;
-        let known = Self::manager(&state, id)?;
-        if !voter {
-            self.let_go(id).await?;
-        }
-        // What it is to be comes first: should this manager end in between, the leader makes it so.
-        if known.voter != voter {
-            self.change(vec![Change::SetManager { id, voter }]).await?;
-        }
-        let raft = self.0.store.raft();
-        let member = raft.status().members.into_iter().find(|member| member.id == id);
-        let changed = match member {
-            Some(member) if voter && !member.voter => raft.add_voter(id, &member.address).await,
-            Some(member) if !voter && member.voter => raft.demote(id).await,
-            // One that has not taken part yet is told when it does.
-            _ => Ok(()),
-        };
-        changed.map_err(store::Error::from)?;
-        Ok(())
     }
 }
 

@@ -13,6 +13,7 @@ use ring::{
     rand::{SecureRandom as _, SystemRandom},
 };
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
 use crate::{ids::SecretId, state::Sealed};
 
@@ -57,7 +58,7 @@ pub struct Vault(Arc<Key>);
 
 /// Opens a locked key of keys. Operators hold it. Shown by [`fmt::Display`] only.
 #[derive(Clone, PartialEq, Eq)]
-pub struct UnlockKey([u8; KEY_LEN]);
+pub struct UnlockKey(Zeroizing<[u8; KEY_LEN]>);
 
 const UNLOCK_PREFIX: &str = "WRNKEY-1-";
 const LOCK: &str = "warren key of secrets";
@@ -69,7 +70,7 @@ impl UnlockKey {
     ///
     /// Without randomness.
     pub fn random() -> Result<Self, Error> {
-        Ok(Self(random()?))
+        Ok(Self(Zeroizing::new(random()?)))
     }
 }
 
@@ -81,7 +82,7 @@ impl fmt::Debug for UnlockKey {
 
 impl fmt::Display for UnlockKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{UNLOCK_PREFIX}{}", BASE32_NOPAD.encode(&self.0).to_lowercase())
+        write!(f, "{UNLOCK_PREFIX}{}", BASE32_NOPAD.encode(&self.0[..]).to_lowercase())
     }
 }
 
@@ -91,7 +92,8 @@ impl FromStr for UnlockKey {
     fn from_str(text: &str) -> Result<Self, Error> {
         let text = text.trim().strip_prefix(UNLOCK_PREFIX).ok_or(Error::UnlockKey)?;
         let bytes = BASE32_NOPAD.decode(text.to_uppercase().as_bytes()).map_err(|_| Error::UnlockKey)?;
-        bytes.try_into().map(Self).map_err(|_| Error::UnlockKey)
+        let bytes = Zeroizing::new(bytes);
+        <[u8; KEY_LEN]>::try_from(&bytes[..]).map(|key| Self(Zeroizing::new(key))).map_err(|_| Error::UnlockKey)
     }
 }
 
@@ -131,7 +133,7 @@ impl KeptKey {
             }
             (Self::Locked(_), None) => return Err(Error::NoUnlockKey),
             (Self::Locked(text), Some(unlock)) => {
-                decrypt(&key(&unlock.0)?, &decode(text)?, LOCK).map_err(|_| Error::UnlockKey)?
+                decrypt(&key(&unlock.0[..])?, &decode(text)?, LOCK).map_err(|_| Error::UnlockKey)?
             }
         };
         Ok(Vault(Arc::new(Key::new(bytes.try_into().map_err(|_| Error::Sealed)?)?)))
@@ -140,7 +142,7 @@ impl KeptKey {
 
 struct Key {
     cipher: LessSafeKey,
-    bytes: [u8; KEY_LEN],
+    bytes: Zeroizing<[u8; KEY_LEN]>,
 }
 
 impl fmt::Debug for Vault {
@@ -157,7 +159,7 @@ fn random<const N: usize>() -> Result<[u8; N], Error> {
 
 impl Key {
     fn new(bytes: [u8; KEY_LEN]) -> Result<Self, Error> {
-        Ok(Self { cipher: key(&bytes)?, bytes })
+        Ok(Self { cipher: key(&bytes)?, bytes: Zeroizing::new(bytes) })
     }
 }
 
@@ -177,7 +179,7 @@ fn encrypt(key: &LessSafeKey, text: &[u8], about: &str) -> Result<Vec<u8>, Error
 fn decrypt(key: &LessSafeKey, sealed: &[u8], about: &str) -> Result<Vec<u8>, Error> {
     let (nonce, body) = sealed.split_at_checked(NONCE_LEN).ok_or(Error::Sealed)?;
     let nonce = Nonce::try_assume_unique_for_key(nonce).map_err(|_| Error::Sealed)?;
-    let mut body = body.to_vec();
+    let mut body = Zeroizing::new(body.to_vec());
     let text = key.open_in_place(nonce, Aad::from(about.as_bytes()), &mut body).map_err(|_| Error::Sealed)?;
     Ok(text.to_vec())
 }
@@ -297,8 +299,8 @@ impl Vault {
     /// Without randomness.
     pub fn kept(&self, unlock: Option<&UnlockKey>) -> Result<KeptKey, Error> {
         Ok(match unlock {
-            None => KeptKey::Open(STANDARD.encode([&self.0.bytes[..], &checksum(&self.0.bytes)].concat())),
-            Some(unlock) => KeptKey::Locked(STANDARD.encode(encrypt(&key(&unlock.0)?, &self.0.bytes, LOCK)?)),
+            None => KeptKey::Open(STANDARD.encode([&self.0.bytes[..], &checksum(&self.0.bytes[..])].concat())),
+            Some(unlock) => KeptKey::Locked(STANDARD.encode(encrypt(&key(&unlock.0[..])?, &self.0.bytes[..], LOCK)?)),
         })
     }
 
