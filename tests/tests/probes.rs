@@ -448,6 +448,20 @@ fn what_another_versions_probes_counted_is_added_once() {
     assert_eq!((timed(&world), layout(&world)), (before, own));
     pass(&world, "third");
     until("it is timed", || (counts(&world)[1..] == [start + 3.0, stop + 3.0]).then_some(()));
+
+    // A version that counts in another form: probes work, and say what they left.
+    stop_agent(&mut world);
+    let other = as_of_another_version(&world, 4, |counters| counters);
+    let mut of_other = meta(&other);
+    let mut noted = of_other.get(&0, 0).expect("readable");
+    noted[3] += 1;
+    of_other.set(0, noted, 0).expect("writable");
+    world.start_observer(&[]);
+    assert_eq!(exits(&world), 0.0);
+    let log = world.agent.as_ref().expect("it runs").log();
+    assert!(log.contains("these counts begin anew"), "{log}");
+    pass(&world, "fourth");
+    until("it is timed", || (exits(&world) == 1.0).then_some(()));
 }
 
 #[test]

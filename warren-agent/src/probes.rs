@@ -80,6 +80,9 @@ pub enum Error {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// Counts are in a form that this version does not know.
+    #[error("counts of form {0}")]
+    Form(u64),
     /// A map could not be read or written.
     #[error("the map {map}")]
     Map {

@@ -57,7 +57,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         format: FormatArguments,
     },
-    /// Remove a manager from the cluster permanently. A leader hands over first.
+    /// Remove a manager from the cluster permanently. A leader hands over first. For a node, use `warren node rm`.
     Rm {
         /// Manager number from `warren cluster info`, or hostname.
         #[arg(value_name = "MANAGER")]
@@ -102,7 +102,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         place: Place,
     },
-    /// Enable or disable autolock: a locked manager needs the unlock key when it starts.
+    /// Enable or disable autolock for the whole cluster: a manager then needs the unlock key when it starts.
     Autolock {
         /// Whether managers require the unlock key at start.
         #[arg(value_enum, value_name = "on|off")]

@@ -40,9 +40,22 @@ use crate::{
     output::{Format, FormatArguments, say},
 };
 
+/// What scripts go by; README.md has the same.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed
+  2  usage error, or invalid field
+  3  object not found
+  4  manager or containerd unavailable
+  5  object already exists, or was changed concurrently
+  6  permission denied
+  7  address in use
+  8  data directory unusable";
+
 /// Run containers on small and edge clusters, with timings measured in the kernel.
 #[derive(Debug, Parser)]
-#[command(name = "warren", version = LONG_VERSION, args_override_self = true)]
+#[command(name = "warren", version = LONG_VERSION, args_override_self = true, after_help = EXIT_CODES)]
 struct Arguments {
     #[command(flatten)]
     client: ClientArguments,
@@ -56,10 +69,10 @@ enum Command {
     Up(Box<up::Arguments>),
     /// Apply YAML manifests: create missing objects and update those that differ.
     Apply(apply::Arguments),
-    /// Manage services.
+    /// Manage services. To change one, apply a manifest: `warren apply`.
     #[command(subcommand)]
     Service(service::Command),
-    /// Manage containers.
+    /// Manage containers. Services create and remove them: see `warren service scale` and `rm`.
     #[command(subcommand)]
     Container(container::Command),
     /// Manage secrets: sealed files or variables for containers.
@@ -191,7 +204,7 @@ async fn version(client: &ClientArguments, format: Format) -> Result<(), Error> 
     let manager = manager.map(|info| info.into_inner().version);
     if !output::to_program(format, &serde_json::json!({"warren": LONG_VERSION, "manager": manager}))? {
         say!("warren   {LONG_VERSION}");
-        say!("manager  {}", manager.as_deref().unwrap_or("does not answer"));
+        say!("manager  {}", manager.as_deref().unwrap_or("unavailable"));
     }
     Ok(())
 }
@@ -205,18 +218,16 @@ mod tests {
 
     const INTRODUCTION: &str = "# Configuration
 
-Every setting is a flag, an environment variable, and a key of a file, in that order of strength. The files are in
-`/etc/warren`, or where `WARREN_CONFIG_DIR` says; a file that is not there is empty.
-
-The words of a key may be joined by `_` or `-`, or be tables: `otlp_endpoint = \"...\"` and
+Every setting can be a flag, an environment variable, or a key in a file. Flags override variables, and variables override files. The
+files are in `/etc/warren` (`WARREN_CONFIG_DIR`) and are optional. Keys use `_` or `-`, or TOML tables: `otlp_endpoint = \"...\"` is the
+same as
 
 ```toml
 [otlp]
 endpoint = \"http://127.0.0.1:4317\"
 ```
 
-say the same. A list is an array. A key that is no setting of the program is an error, and so is a value that the flag would
-not take.
+Lists are arrays. Unknown keys and invalid values are errors.
 
 Generated from the commands: `WARREN_BLESS=1 cargo test -p warren-cli` rewrites it, and the same test without the variable
 compares.
@@ -241,5 +252,39 @@ compares.
             documented == text,
             "docs/configuration.md is out of date: run `WARREN_BLESS=1 cargo test -p warren-cli`"
         );
+    }
+
+    /// The help of every command, one file each: what changes in it is read by people before it lands.
+    #[test]
+    fn help_is_as_it_was_reviewed() {
+        let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("help");
+        let mut command = Arguments::command();
+        command.build();
+        let mut helps = std::collections::BTreeMap::new();
+        let mut commands = vec![("warren".to_owned(), command)];
+        while let Some((name, mut command)) = commands.pop() {
+            let inner = command.get_subcommands().filter(|inner| inner.get_name() != "help");
+            commands.extend(inner.map(|inner| (format!("{name}-{}", inner.get_name()), inner.clone())));
+            helps.insert(format!("{name}.txt"), command.render_long_help().to_string());
+        }
+        if std::env::var_os("WARREN_BLESS").is_some() {
+            let _ = std::fs::remove_dir_all(&directory);
+            std::fs::create_dir_all(&directory).expect("writable");
+            for (file, help) in &helps {
+                std::fs::write(directory.join(file), help).expect("writable");
+            }
+        }
+        let kept = std::fs::read_dir(&directory).expect("crates/cli/help exists");
+        let mut kept: Vec<_> =
+            kept.map(|entry| entry.expect("readable").file_name().into_string().expect("a name")).collect();
+        kept.sort();
+        assert_eq!(kept, helps.keys().cloned().collect::<Vec<_>>());
+        for (file, help) in helps {
+            let reviewed = std::fs::read_to_string(directory.join(&file)).expect("readable");
+            assert!(
+                reviewed == help,
+                "crates/cli/help/{file} is out of date: run `WARREN_BLESS=1 cargo test -p warren-cli` and read what changed"
+            );
+        }
     }
 }

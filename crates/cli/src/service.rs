@@ -17,7 +17,7 @@ use crate::{
         service::{get, list},
     },
     output::{self, Format, FormatArguments, say},
-    wait::{self, Follower, WaitArguments},
+    wait::{self, Follower, RemovalArguments, WaitArguments},
 };
 
 #[derive(Debug, Subcommand)]
@@ -78,13 +78,13 @@ pub(crate) enum Command {
     },
     /// Wait until a service is ready or has ended. If it has ended, exits with its exit code.
     Wait(wait::Arguments),
-    /// Remove services and their containers.
+    /// Remove services and their containers. Volumes, secrets and configs stay.
     Rm {
         /// Names, IDs or unique ID prefixes.
         #[arg(required = true, add = complete::services())]
         services: Vec<String>,
         #[command(flatten)]
-        wait: WaitArguments,
+        wait: RemovalArguments,
     },
 }
 
@@ -254,7 +254,7 @@ async fn restart(client: &ClientArguments, service: &str) -> Result<v1::Service,
 async fn remove(
     client: &ClientArguments,
     service: String,
-    wait: WaitArguments,
+    wait: RemovalArguments,
 ) -> Result<Option<(String, Follower)>, Error> {
     let known = get(client, &service).await?;
     // Before it is deleted: a service that is gone cannot be named.

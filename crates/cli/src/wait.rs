@@ -40,6 +40,17 @@ pub(crate) struct WaitArguments {
     pub(crate) stable: u64,
 }
 
+/// As [`WaitArguments`], for what is removed.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct RemovalArguments {
+    /// Wait until all containers are removed; exits 1 on timeout.
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// Timeout of --wait, in total: a number of seconds, or 90s, 5m
+    #[arg(long, default_value = "60", value_name = "DURATION", requires = "wait", value_parser = parse::seconds)]
+    pub(crate) timeout: u64,
+}
+
 impl WaitArguments {
     fn deadline(self, began: Instant) -> Option<Instant> {
         Some(began + Duration::from_secs(self.timeout))
@@ -425,7 +436,7 @@ async fn container_ends(
 pub(crate) async fn gone(
     client: &ClientArguments,
     services: Vec<(String, Follower)>,
-    wait: WaitArguments,
+    wait: RemovalArguments,
 ) -> Result<(), Error> {
     let deadline = Instant::now() + Duration::from_secs(wait.timeout);
     let display = Display::new();
@@ -440,7 +451,7 @@ async fn one_gone(
     name: String,
     mut follower: Follower,
     deadline: Instant,
-    wait: WaitArguments,
+    wait: RemovalArguments,
     display: &Display,
 ) -> Result<(), Error> {
     while !follower.containers.is_empty() {

@@ -8,7 +8,7 @@ use super::{key, tree};
 #[must_use]
 pub fn markdown(command: &Command, file: &str) -> String {
     let mut out = format!(
-        "## {}\n\nFile: `/etc/warren/{file}`\n\n| key in the file | flag | environment | default | what it says |\n|---|---|---|---|---|\n",
+        "## {}\n\nFile: `/etc/warren/{file}`\n\n| key in the file | flag | environment | default | description |\n|---|---|---|---|---|\n",
         command.get_name()
     );
     let mut seen = Vec::new();

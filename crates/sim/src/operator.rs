@@ -271,6 +271,8 @@ async fn call(manager: &str, asked: &Asked<'_>) -> Outcome {
 
 fn refused(status: &Status, shared: &Shared) -> Outcome {
     match status.code() {
+        // Where another service has the port on the same node.
+        Code::AlreadyExists if status.message().starts_with("spec.ports") => Outcome::NotDone,
         Code::AlreadyExists => Outcome::Exists,
         Code::NotFound => Outcome::Absent,
         Code::Aborted => Outcome::NotDone,

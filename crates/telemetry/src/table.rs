@@ -115,7 +115,7 @@ macro_rules! metrics {
 metrics! {
     // Cluster
     warren_nodes_total Gauge Manager "{node}" ["role" "status"] &[]; "Nodes, by role and status"
-    warren_node_condition Gauge Manager "1" ["node" "condition"] &[]; "1 while something is wrong with a node: see `warren node inspect`"
+    warren_node_condition Gauge Manager "1" ["node" "condition"] &[]; "1 while the node has this condition: see `warren node inspect`"
     warren_services_total Gauge Manager "{service}" [] &[]; "Services"
     warren_service_containers Gauge Manager "{container}" ["service" "state"] &[]; "Containers of a service: desired, running on nodes that are not down, and of those ready, which is healthy where that is checked"
     warren_secrets_total Gauge Manager "{secret}" [] &[]; "Secrets"
@@ -128,24 +128,24 @@ metrics! {
     warren_service_update_duration_seconds Histogram Manager "s" [] CONTROL; "Time to update a service, durable in Raft"
     warren_service_delete_duration_seconds Histogram Manager "s" [] CONTROL; "Time to delete a service, durable in Raft"
     // Scheduler and reconciler
-    warren_containers_scheduled_total Counter Manager "{container}" [] &[]; "Containers given to a node"
-    warren_containers_failed_total Counter Manager "{container}" [] &[]; "Placements that failed: no node would take the container"
-    warren_scheduling_latency_seconds Histogram Manager "s" [] CONTROL; "From a container being needed to its placement"
+    warren_containers_scheduled_total Counter Manager "{container}" [] &[]; "Containers assigned to a node"
+    warren_containers_failed_total Counter Manager "{container}" [] &[]; "Failed placements: no eligible node"
+    warren_scheduling_latency_seconds Histogram Manager "s" [] CONTROL; "Time from the creation of a container to its placement"
     warren_scheduling_decisions_total Counter Manager "{decision}" ["result" "reason"] &[]; "Scheduling decisions, and for refusals why"
     warren_scheduling_pending Gauge Manager "{container}" [] &[]; "Containers waiting for a node"
     warren_scheduling_batch_size Histogram Manager "{container}" [] BATCH; "Containers considered in one round of scheduling"
     warren_reconciliation_cycles_total Counter Manager "{cycle}" [] &[]; "Rounds of the reconciler"
     warren_reconciliation_duration_seconds Histogram Manager "s" [] CONTROL; "Time of one round of the reconciler"
     warren_container_restarts_total Counter Manager "{restart}" ["service"] &[]; "Containers replaced because they ended, by service"
-    warren_container_out_of_memory_total Counter Manager "{container}" ["service"] &[]; "Containers that the kernel's OOM killer ended, by service, as seen by the manager that led"
+    warren_container_out_of_memory_total Counter Manager "{container}" ["service"] &[]; "Containers that the kernel's OOM killer ended, by service, counted by the leader"
     // Raft
     warren_raft_is_leader Gauge Manager "" [] &[]; "1 while this manager leads and a majority follows it"
     warren_raft_peers_total Gauge Manager "{manager}" [] &[]; "Members of the Raft group, this one included"
     warren_raft_log_index Gauge Manager "{entry}" [] &[]; "Index of the last log entry"
     warren_raft_applied_index Gauge Manager "{entry}" [] &[]; "Index of the last applied log entry"
     warren_raft_term Gauge Manager "{term}" [] &[]; "Current term"
-    warren_raft_quorum_ok Gauge Manager "" [] &[]; "1 while a leader is known and, on the leader, a quorum answers"
-    warren_raft_leader_changes_total Counter Manager "{change}" [] &[]; "Times that a manager began to lead, as seen by this one"
+    warren_raft_quorum_ok Gauge Manager "" [] &[]; "1 while a leader is known and, on the leader, a quorum is reachable"
+    warren_raft_leader_changes_total Counter Manager "{change}" [] &[]; "Leader changes seen by this manager"
     warren_raft_apply_duration_seconds Histogram Manager "s" [] APPLY; "Time to apply one entry to the state"
     warren_raft_commit_duration_seconds Histogram Manager "s" [] COMMIT; "From proposal to the applied reply, on the leader"
     warren_raft_log_sync_duration_seconds Histogram Manager "s" [] COMMIT; "Time to make appended entries durable"
@@ -164,7 +164,7 @@ metrics! {
     warren_container_create_duration_seconds Histogram Agent "s" ["node" "source"] KERNEL_SLOW; "From the execution of the runtime's create to its exit"
     warren_container_start_duration_seconds Histogram Agent "s" ["node" "source"] KERNEL_SLOW; "From the execution of the runtime's start to the execution of the container's process"
     warren_container_stop_duration_seconds Histogram Agent "s" ["node" "source"] KERNEL_SLOW; "From the first stop signal to the end of the container's last process"
-    warren_container_phase_duration_seconds Histogram Agent "s" ["node" "phase"] KERNEL_SLOW; "Time of one phase of bringing a container up"
+    warren_container_phase_duration_seconds Histogram Agent "s" ["node" "phase"] KERNEL_SLOW; "Time of one phase of starting a container"
     warren_container_exits_total Counter Agent "{container}" ["node" "reason"] &[]; "Containers that ended, by reason"
     warren_container_start_failures_total Counter Agent "{container}" ["node" "reason"] &[]; "Containers that could not be created or started"
     warren_container_sigterm_ignored_total Counter Agent "{container}" ["node"] &[]; "Containers whose first process had no handler for the stop signal"
@@ -180,7 +180,7 @@ metrics! {
     warren_dns_pending Gauge Agent "{query}" ["node"] &[]; "DNS queries waiting for an answer"
     warren_dns_unmatched_responses_total Counter Agent "{packet}" ["node"] &[]; "DNS answers that matched no query"
     // DNS, the node's resolver
-    warren_dns_server_requests_total Counter Node "{request}" ["type" "rcode" "source"] &[]; "DNS requests answered: from the cluster's tables, by the node's resolvers, or from what they answered before"
+    warren_dns_server_requests_total Counter Node "{request}" ["type" "rcode" "source"] &[]; "DNS requests answered: from the cluster's tables, by the node's resolvers, or from the cache"
     warren_dns_server_request_duration_seconds Histogram Node "s" ["source"] RESOLVER; "From a DNS request to its answer"
     warren_dns_server_upstream_failures_total Counter Node "{request}" ["reason"] &[]; "DNS requests that the node's resolvers did not answer"
     // Health checks
@@ -190,10 +190,10 @@ metrics! {
     warren_volume_operations_total Counter Node "{operation}" ["operation" "result"] &[]; "Operations on volumes: mount, unmount and remove, and whether they succeeded"
     warren_volume_operation_duration_seconds Histogram Node "s" ["operation"] KERNEL_FAST; "Time of an operation on a volume"
     // Logs
-    warren_log_lines_lost_total Counter Node "{line}" [] &[]; "Lines of containers that could not be written to their logs, on a full disk for one"
+    warren_log_lines_lost_total Counter Node "{line}" [] &[]; "Lines of containers that could not be written to their logs, for example because the disk was full"
     // Probes
     warren_probe_up Gauge Agent "" ["node" "probe"] &[]; "1 while the probe is attached"
-    warren_probe_events_lost_total Counter Agent "{event}" ["node" "probe" "reason"] &[]; "What a probe could not record"
+    warren_probe_events_lost_total Counter Agent "{event}" ["node" "probe" "reason"] &[]; "Events that a probe could not record"
     warren_probe_runs_total Counter Agent "{run}" ["node" "program"] &[]; "Runs of a BPF program; counted while the kernel's BPF statistics are on"
     warren_probe_run_seconds_total Counter Agent "s" ["node" "program"] &[]; "Time in a BPF program; counted while the kernel's BPF statistics are on"
     // Every process
@@ -223,9 +223,9 @@ pub fn markdown() -> String {
         "# Metrics\n\n\
          Generated from `crates/telemetry/src/table.rs`: `WARREN_BLESS=1 cargo test -p warren-telemetry` rewrites it, and \
          the same test without the variable compares.\n\n\
-         `manager` and `agent` name the endpoint: 9464 and 9465 unless configured otherwise. The leading manager also \
+         `manager` and `agent` name the endpoint: 9464 and 9465 unless configured otherwise. The leader also \
          exports what every node's agent streams to it, under the agent's names. `node` is the node's hostname.\n\n\
-         | metric | type | unit | labels | endpoint | what it says |\n|---|---|---|---|---|---|\n",
+         | metric | type | unit | labels | endpoint | description |\n|---|---|---|---|---|---|\n",
     );
     for metric in METRICS {
         let labels = metric.labels.iter().map(|label| format!("`{label}`")).collect::<Vec<_>>().join(" ");

@@ -13,7 +13,7 @@ use std::{
 
 use aya::{
     Pod,
-    maps::{Array, MapData, PerCpuArray, PerCpuValues},
+    maps::{Array, MapData, MapError, PerCpuArray, PerCpuValues},
 };
 use warren_agent_ebpf::{
     abi::{COUNTS, GroupName, Meta, SweepIntent, dns},
@@ -85,13 +85,22 @@ fn meta(directory: &Path) -> Option<Meta> {
 ///
 /// When the maps cannot be read or written.
 pub(super) fn take_over(from: &Path, meta: &Meta, to: &Path) -> Result<(), Error> {
-    if meta.counts != COUNTS {
-        tracing::warn!(
-            path = %from.display(), theirs = meta.counts, own = COUNTS,
-            "what was counted before is in a form that this version does not read: counts begin anew"
-        );
-        return Ok(());
+    let added = if meta.counts == COUNTS { add(from, to) } else { Err(Error::Form(meta.counts)) };
+    match added {
+        // To time nothing from here on would be worse.
+        Err(
+            error @ (Error::Form(_)
+            | Error::Map { source: MapError::InvalidKeySize { .. } | MapError::InvalidValueSize { .. }, .. }),
+        ) => {
+            let path = from.display();
+            tracing::warn!(%path, %error, "what another version's probes counted cannot be read: these counts begin anew");
+            Ok(())
+        }
+        other => other,
     }
+}
+
+fn add(from: &Path, to: &Path) -> Result<(), Error> {
     let failed = |map| move |source| Error::Map { map, source };
 
     let old: PerCpuArray<MapData, u64> = open(from, "COUNTERS")?;
