@@ -265,7 +265,16 @@ compares.
         while let Some((name, mut command)) = commands.pop() {
             let inner = command.get_subcommands().filter(|inner| inner.get_name() != "help");
             commands.extend(inner.map(|inner| (format!("{name}-{}", inner.get_name()), inner.clone())));
-            helps.insert(format!("{name}.txt"), command.render_long_help().to_string());
+            // Without what variables are set to here.
+            let help = command.render_long_help().to_string();
+            let lines = help.lines().map(|line| match line.trim_start().strip_prefix("[env: ") {
+                Some(variable) => {
+                    let indent = &line[..line.len() - line.trim_start().len()];
+                    format!("{indent}[env: {}=]", variable.split('=').next().unwrap_or_default())
+                }
+                None => line.to_owned(),
+            });
+            helps.insert(format!("{name}.txt"), lines.map(|line| line + "\n").collect::<String>());
         }
         if std::env::var_os("WARREN_BLESS").is_some() {
             let _ = std::fs::remove_dir_all(&directory);
