@@ -169,9 +169,19 @@ impl Containerd {
     }
 
     pub(super) async fn end_lease(self) {
+        self.end_lease_and(false).await;
+    }
+
+    /// Has containerd remove what it has no record of any more, as the file of a blob that was deleted, and waits for it.
+    pub(super) async fn collect_garbage(&self) -> Result<(), Error> {
+        self.with_lease().await?.end_lease_and(true).await;
+        Ok(())
+    }
+
+    async fn end_lease_and(self, sync: bool) {
         let Some(id) = self.lease.clone() else { return };
         let unleased = Self { lease: None, ..self };
-        let request = unleased.request(api::DeleteRequest { id, sync: false });
+        let request = unleased.request(api::DeleteRequest { id, sync });
         if let Err(status) = unleased.client().leases().delete(request).await {
             // It expires by itself.
             tracing::debug!(message = status.message(), "a lease could not be ended");

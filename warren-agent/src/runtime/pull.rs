@@ -257,6 +257,8 @@ impl Puller<'_> {
                 }
                 tracing::warn!(digest = blob.digest, "containerd lost the bytes of a blob; pulling it again");
                 self.containerd.delete_blob(&blob.digest).await?;
+                // While its file is there containerd takes it for whole, and records it again.
+                self.containerd.collect_garbage().await?;
                 continue;
             };
             let before = ingest.offset();
